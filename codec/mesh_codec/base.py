@@ -1,0 +1,120 @@
+"""The codec contract: tensors to buffers and back, one stream per (session, direction, tensor).
+
+Knows no sockets, no models, no sessions. A payload is a small header of plain values plus buffers; anything per
+channel or per token is a buffer, never a list in the header.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Buffer = bytes | bytearray | memoryview
+Quality = Literal["lossless", "transparent", "balanced", "fast"]
+QUALITIES: tuple[Quality, ...] = ("lossless", "transparent", "balanced", "fast")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One coded tensor.
+
+    Attributes:
+        header: plain msgpack values (str, int, float, bool, bytes, None, lists and maps of them); small.
+            Always holds ``dtype`` (a name of `mesh_codec.dtypes`) and ``shape`` (list of int).
+        buffers: the payload. A raw buffer may be a view of the tensor's own memory: whoever sends it keeps
+            ``owner`` alive until it is sent.
+        owner: what the buffers are views of.
+    """
+
+    header: dict[str, Any]
+    buffers: Sequence[Buffer]
+    owner: object = None
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes, the header not counted."""
+        return sum(memoryview(b).nbytes for b in self.buffers)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a decoder accepts before it allocates anything."""
+
+    max_elements: int = 1 << 30
+    max_bytes: int = 4 << 30
+    max_dims: int = 8
+
+
+class Encoder(ABC):
+    """Encodes the tensors of one stream, in order."""
+
+    @abstractmethod
+    def encode(self, tensor: Tensor) -> Encoded:
+        """``tensor`` of any shape and device; not modified.
+
+        Raises:
+            CodecUnsupported: a dtype that this codec cannot carry.
+        """
+
+    def reset(self) -> None:  # noqa: B027  (stateless codecs have nothing to forget)
+        """Forget all references: the next tensor is coded as a key frame."""
+
+
+class Decoder(ABC):
+    """Decodes the tensors of one stream, in the order in which they were encoded."""
+
+    @abstractmethod
+    def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor, of the header's dtype and shape, on ``device``. Its memory may be that of the buffers.
+
+        Raises:
+            CodecCorrupt: the payload is damaged, lies about its size or was made by something else.
+            CodecStateLost: it needs a reference that this decoder does not have.
+        """
+
+    def reset(self) -> None:  # noqa: B027
+        """Forget all references."""
+
+
+class Codec(ABC):
+    """A way to code tensors. Stateless; streams hold the state."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def capabilities(self) -> dict[str, Any]:
+        """Plain values that the other end needs to know (engines, formats); compared when ends negotiate."""
+
+    @abstractmethod
+    def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
+        """Plain settings for ``quality`` with an end of capabilities ``peer``.
+
+        Raises:
+            CodecUnsupported: this codec cannot give that quality, or shares no format with the peer.
+        """
+
+    @abstractmethod
+    def encoder(self, settings: Mapping[str, Any]) -> Encoder:
+        """Open a stream for encoding.
+
+        Raises:
+            CodecUnsupported: a setting that is unknown here or out of range.
+        """
+
+    @abstractmethod
+    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+        """Open a stream for decoding what an encoder with the same settings made."""
+
+
+@dataclass(frozen=True)
+class CodecChoice:
+    """A codec by name with its settings: what two ends agree on for one tensor of one cut."""
+
+    codec: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reason: str = ""

@@ -1,0 +1,29 @@
+"""CodecError and its kinds.
+
+CodecError
+├── CodecUnsupported   the codec, an engine, a dtype or a setting is not available at this end
+├── CodecCorrupt       a payload that was not made by the codec, or was damaged on its way
+└── CodecStateLost     the decoder lacks the reference that the payload was predicted from: ask for a key frame
+"""
+
+from __future__ import annotations
+
+
+class CodecError(Exception):
+    """Base of all codec errors. ``hint`` is what the reader can do now."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        self.message, self.hint = message, hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return f"{self.message} Try: {self.hint}" if self.hint else self.message
+
+
+class CodecUnsupported(CodecError): ...
+
+
+class CodecCorrupt(CodecError): ...
+
+
+class CodecStateLost(CodecError): ...

@@ -1,0 +1,89 @@
+"""The whole extension surface of the mesh: pluggy hooks, entry point group ``mesh.v1``.
+
+An entry point names a module or an object that carries implementations marked with `hookimpl`. The core's own
+behaviour is written as plugins of these hooks. docs/reference/hooks.md is generated from this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+    from mesh_codec.base import Codec, CodecChoice, Quality
+
+    from mesh_core.adapter import ModelAdapter, ModelSpec, Role
+    from mesh_core.link import Link
+    from mesh_core.plan import Hop, WorkerInfo
+    from mesh_core.stats import StepStats
+    from mesh_core.transport.base import Transport
+
+PROJECT = "mesh"
+API_MAJOR = 1
+ENTRY_POINT_GROUP = f"{PROJECT}.v{API_MAJOR}"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def mesh_register_adapters(register: Callable[[ModelAdapter], None]) -> None:
+    """Called once at start-up. Call ``register`` with an instance of each model adapter."""
+
+
+@hookspec
+def mesh_register_codecs(register: Callable[[Codec], None]) -> None:
+    """Called once at start-up. Call ``register`` with an instance of each codec."""
+
+
+@hookspec
+def mesh_register_transports(register: Callable[[Transport], None]) -> None:
+    """Called once at start-up. Call ``register`` with an instance of each transport, by its address scheme."""
+
+
+@hookspec
+def mesh_add_commands(cli: click.Group) -> None:
+    """Called when the command line starts. Add commands to ``cli``; import what they need only when they run."""
+
+
+@hookspec(firstresult=True)
+def mesh_propose_split(
+    model: ModelSpec, workers: Sequence[WorkerInfo], links: Sequence[Link | None]
+) -> Sequence[Hop] | None:
+    """Called when the user leaves the cut open. Return one hop per span in execution order, or None to pass.
+
+    ``workers[0]`` is the host itself. The spans must cover the model without gaps.
+    """
+
+
+@hookspec(firstresult=True)
+def mesh_choose_codec(
+    role: Role, link: Link | None, quality: Quality, codecs: Sequence[Codec], peer: dict[str, Any]
+) -> CodecChoice | None:
+    """Called for each kind of tensor that crosses a cut. Return a choice, or None to pass.
+
+    ``codecs`` are those that this end has; ``peer`` maps a codec's name to the other end's capabilities.
+    """
+
+
+@hookspec(firstresult=True)
+def mesh_place_lora(lora: Any, stage: Any, worker: WorkerInfo) -> Any:
+    """Called for each LoRA and each remote stage. Return a placement, or None to pass."""
+
+
+@hookspec
+def mesh_step_started(step: int) -> None:
+    """Called on the host before a step crosses the first cut."""
+
+
+@hookspec
+def mesh_step_finished(step: int, stats: StepStats) -> None:
+    """Called on the host after a step came back."""
+
+
+@hookspec
+def mesh_step_failed(step: int, error: BaseException) -> None:
+    """Called on the host when a step is given up; ``error`` is raised to the caller afterwards."""

@@ -1,0 +1,125 @@
+"""What a transport is: it moves multi-frame messages between a host's channel and a worker's listener.
+
+Knows nothing of what the frames mean. A frame is bytes or a view of memory; frame 0 is small (a header), the rest
+may be tens of megabytes. Channels and listeners belong to one thread each, but for `Listener.send` and
+`Listener.wake`, which any thread may call.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+Frame = bytes | bytearray | memoryview
+Frames = Sequence[Frame]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who sent a message.
+
+    Attributes:
+        route: opaque; where an answer goes.
+        key: the proven public key of the peer (Z85 text), or "" on transports without keys.
+        trust: ``member``: may do everything; ``enrolling``: came in on a one-time invite, may only enrol;
+            ``neighbour``: another worker, admitted for sessions that its host named.
+    """
+
+    route: bytes
+    key: str = ""
+    trust: Literal["member", "enrolling", "neighbour"] = "member"
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a worker listens, and the key that it must prove.
+
+    ``text`` is what people write, ``scheme://place``; ``server_key`` is Z85 text, "" where there is none.
+    """
+
+    text: str
+    server_key: str = ""
+
+    @property
+    def scheme(self) -> str:
+        return self.text.partition("://")[0]
+
+
+class Channel(ABC):
+    """The host's end of a connection to one worker. Used from one thread at a time."""
+
+    @abstractmethod
+    def send(self, frames: Frames) -> None:
+        """Send one message. The frames' memory must not change until it is delivered; a transport that queues
+        holds references to them.
+
+        Raises:
+            PeerLost: the connection is known to be gone, or its queue stays full.
+        """
+
+    @abstractmethod
+    def receive(self, timeout: float) -> list[memoryview] | None:
+        """The next message, or None when nothing came within ``timeout`` seconds. The views stay valid for as
+        long as they are referenced.
+
+        Raises:
+            NotAuthorised: the worker refused our key, or is not the one that we know.
+            WireTooLarge: a frame over the limit.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop the connection and what is still queued. May be called twice."""
+
+
+class Listener(ABC):
+    """A worker's end: messages of many peers."""
+
+    address: str
+    """Where it listens, as a host would write it; the port is filled in when it was 0."""
+
+    @abstractmethod
+    def receive(self, timeout: float) -> tuple[Peer, list[memoryview]] | None:
+        """The next message and who sent it, or None after ``timeout`` seconds or a `wake`."""
+
+    @abstractmethod
+    def send(self, route: bytes, frames: Frames) -> None:
+        """Answer a peer; dropped silently when the peer is gone. Any thread may call it."""
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Make a waiting `receive` return None now. Any thread may call it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop listening. May be called twice."""
+
+
+class Transport(ABC):
+    """A way to reach workers, chosen by the scheme of the address. One instance per process."""
+
+    scheme: ClassVar[str]
+
+    @abstractmethod
+    def connect(self, address: Address, timeout: float) -> Channel:
+        """Open a channel. Returns once the worker can be talked to.
+
+        Raises:
+            Unreachable: nobody listens there within ``timeout`` seconds.
+            NotAuthorised: see `Channel.receive`.
+        """
+
+    @abstractmethod
+    def listen(self, address: str, **options: object) -> Listener:
+        """Listen at ``address``.
+
+        Raises:
+            TransportError: the address is taken or is not this machine's.
+            ConfigError: an option that this transport does not have, or an unsafe combination.
+        """
+
+    @abstractmethod
+    def wait(self, channels: Sequence[Channel], timeout: float) -> list[Channel]:
+        """Those of ``channels`` (all of this transport) that have a message; empty after ``timeout`` seconds."""
