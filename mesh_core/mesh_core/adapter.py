@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mesh_core.spans import BlockSpan
 
 if TYPE_CHECKING:
-    from mesh_core.checkpoint import CheckpointHeader, WeightReader
+    from mesh_core.checkpoint import CheckpointHeader
+    from mesh_core.weights import WeightReader
 
 State = dict[str, Tensor]
 """The tensors that change from block to block and cross a cut, by name."""
@@ -77,6 +78,7 @@ class ModelSpec:
         constants: names of the tensors that are constant for a generation, and the blocks that need them.
         parameters: every parameter of the model by its name in the model class. Names are those of diffusers,
             whatever the file calls them, so two layouts of the same weights are the same model.
+        defaults: arguments of the pipeline's call that the model's authors recommend.
     """
 
     family: str
@@ -86,6 +88,7 @@ class ModelSpec:
     states: tuple[Mapping[str, Role], ...]
     constants: Mapping[str, BlockSpan]
     parameters: Mapping[str, ParameterSpec]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
@@ -201,7 +204,7 @@ class ModelAdapter(ABC):
             CheckpointError: a tensor is missing or damaged.
         """
         with torch.device("meta"):
-            model = self.skeleton(spec).to(dtype).eval().requires_grad_(False)
+            model = self.skeleton(spec).eval().requires_grad_(False)
         weights.fill(model, spec.parameters_of(span), device=torch.device(device), dtype=dtype)
         return self.stage(spec, span, model).eval()
 

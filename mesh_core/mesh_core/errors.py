@@ -25,6 +25,7 @@ MeshError
 │   └── NotAuthorised           a key, an invite or a permission is missing
 ├── SessionError
 │   ├── SessionUnknown          the worker does not hold that session (any more)
+│   ├── ConstantsMissing        the worker dropped constants of the generation; the host sends them again
 │   └── Cancelled               the host stopped the work
 ├── LoraError
 │   ├── LoraUnmatched           keys that name no parameter
@@ -132,6 +133,9 @@ class SessionError(MeshError): ...
 
 
 class SessionUnknown(SessionError): ...
+
+
+class ConstantsMissing(SessionError): ...
 
 
 class Cancelled(SessionError): ...

@@ -13,8 +13,8 @@ import pluggy
 
 if TYPE_CHECKING:
     import click
-    from mesh_codec.base import Codec, CodecChoice, Quality
 
+    from mesh_codec.base import Codec, CodecChoice, Quality
     from mesh_core.adapter import ModelAdapter, ModelSpec, Role
     from mesh_core.link import Link
     from mesh_core.plan import Hop, WorkerInfo
@@ -46,7 +46,7 @@ def mesh_register_transports(register: Callable[[Transport], None]) -> None:
 
 @hookspec
 def mesh_add_commands(cli: click.Group) -> None:
-    """Called when the command line starts. Add commands to ``cli``; import what they need only when they run."""
+    """Called when a command is asked for that is not the core's, and to list them. Add commands to ``cli``."""
 
 
 @hookspec(firstresult=True)

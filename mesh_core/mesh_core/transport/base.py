@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from mesh_core.errors import NotAuthorised
+
+Trust = Literal["member", "enrolling", "neighbour"]
 Frame = bytes | bytearray | memoryview
 Frames = Sequence[Frame]
 
@@ -29,7 +32,7 @@ class Peer:
 
     route: bytes
     key: str = ""
-    trust: Literal["member", "enrolling", "neighbour"] = "member"
+    trust: Trust = "member"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Channel(ABC):
         holds references to them.
 
         Raises:
-            PeerLost: the connection is known to be gone, or its queue stays full.
+            PeerLost: the connection is known to be gone, or its queue stays full. A channel is one connection:
+                it does not come back, open another.
+            WireTooLarge: a frame over the limit; nothing was sent.
         """
 
     @abstractmethod
@@ -65,8 +70,8 @@ class Channel(ABC):
         long as they are referenced.
 
         Raises:
-            NotAuthorised: the worker refused our key, or is not the one that we know.
-            WireTooLarge: a frame over the limit.
+            NotAuthorised: the worker refuses our key from now on.
+            PeerLost: the connection is gone, and all that came before is received.
         """
 
     @abstractmethod
@@ -86,11 +91,29 @@ class Listener(ABC):
 
     @abstractmethod
     def send(self, route: bytes, frames: Frames) -> None:
-        """Answer a peer; dropped silently when the peer is gone. Any thread may call it."""
+        """Answer a peer; dropped silently when the peer is gone. Any thread may call it.
+
+        Raises:
+            WireTooLarge: a frame over the limit.
+        """
 
     @abstractmethod
     def wake(self) -> None:
         """Make a waiting `receive` return None now. Any thread may call it."""
+
+    def admit(self, key: str) -> None:  # noqa: B027  (without keys there is nobody to refuse)
+        """Let a neighbouring worker in with this public key. Any thread may call it."""
+
+    def dismiss(self, key: str) -> None:  # noqa: B027
+        """Take an `admit` back; no error if there was none. Any thread may call it."""
+
+    def enrol(self, peer: Peer, key: str, name: str) -> None:
+        """Make ``key`` a member for good, and the invite that ``peer`` came in on useless.
+
+        Raises:
+            NotAuthorised: the peer did not come in on an invite, or another used it first.
+        """
+        raise NotAuthorised("This transport knows no invites: whoever reaches it is a member.")
 
     @abstractmethod
     def close(self) -> None:
@@ -108,7 +131,8 @@ class Transport(ABC):
 
         Raises:
             Unreachable: nobody listens there within ``timeout`` seconds.
-            NotAuthorised: see `Channel.receive`.
+            NotAuthorised: the worker refused our key, or is not the one that we know.
+            ConfigError: the address cannot be read, or names a worker whose key is not known.
         """
 
     @abstractmethod
@@ -122,4 +146,5 @@ class Transport(ABC):
 
     @abstractmethod
     def wait(self, channels: Sequence[Channel], timeout: float) -> list[Channel]:
-        """Those of ``channels`` (all of this transport) that have a message; empty after ``timeout`` seconds."""
+        """Those of ``channels`` (all of this transport) whose `Channel.receive` has something to return or raise;
+        empty after ``timeout`` seconds."""

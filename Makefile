@@ -1,0 +1,37 @@
+# Each target sets up .venv by itself. On Windows, CONTRIBUTING.md has the same commands without make.
+PYTHON ?= python3
+PROMPT ?= a red fox in the snow
+export PROMPT
+
+BIN := .venv/bin
+READY := .venv/.ready
+PROJECTS := pyproject.toml codec/pyproject.toml $(wildcard adapters/*/pyproject.toml)
+
+.PHONY: demo test lint bench docs clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py --prompt "$$PROMPT"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(READY)
+	$(BIN)/mesh bench step
+
+docs: $(READY)
+	$(BIN)/python docs/_generate.py
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(READY): $(PROJECTS) constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[dev]" -e codec -e adapters/flux2 -e adapters/klein -e adapters/ltx
+	touch $@

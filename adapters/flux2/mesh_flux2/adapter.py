@@ -1,0 +1,219 @@
+"""The FLUX.2 adapter: recognises checkpoints of the architecture and describes them to the core.
+
+A family of this architecture is data: its name, its variants, and whether it embeds a guidance scale. Klein is a
+subclass with other data.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Role, State
+from mesh_core.checkpoint import CheckpointHeader, TensorInfo
+from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, UnsupportedInput
+from mesh_core.spans import BlockSpan
+from mesh_flux2.layout import find_mark, pieces_of
+from mesh_flux2.stage import Flux2Stage
+
+MODEL_CLASS = "Flux2Transformer2DModel"
+DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published size of a family, and the sampling that its authors recommend."""
+
+    name: str
+    double_blocks: int
+    single_blocks: int
+    heads: int
+    text_width: int
+    defaults: Mapping[str, Any]
+
+
+class Flux2Adapter(ModelAdapter):
+    """FLUX.2 Dev: with guidance embedding."""
+
+    family: ClassVar[str] = "flux2"
+    guidance: ClassVar[bool] = True
+    variants: ClassVar[tuple[Variant, ...]] = (
+        Variant("dev", 8, 48, 48, 15360, {"num_inference_steps": 28, "guidance_scale": 4.0}),
+    )
+    fallback: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 28, "guidance_scale": 4.0}
+
+    def recognise(self, header: CheckpointHeader) -> ModelSpec | None:
+        mark = find_mark(header.tensors)
+        named = header.config.get("_class_name")
+        if mark is None or named not in (None, MODEL_CLASS):
+            return None
+        prefix, bfl = mark
+        config = _config(header) if named else _config_from_shapes(header.tensors, prefix, bfl)
+        if bool(config["guidance_embeds"]) != self.guidance:
+            return None
+        variant, defaults = self._variant(config, header)
+        doubles, singles = config["num_layers"], config["num_single_layers"]
+        return ModelSpec(
+            family=self.family,
+            variant=variant,
+            config=config,
+            block_kinds=("double",) * doubles + ("single",) * singles,
+            states=_states(doubles, singles, self.guidance),
+            constants={
+                "img_ids": BlockSpan(0, doubles + singles),
+                "txt_ids": BlockSpan(0, doubles + singles),
+                "encoder_hidden_states": BlockSpan(0, 1),
+            },
+            parameters=_parameters(header, config, prefix, bfl),
+            defaults=defaults,
+        )
+
+    def _variant(self, config: Mapping[str, Any], header: CheckpointHeader) -> tuple[str, Mapping[str, Any]]:
+        doubles, singles, heads = config["num_layers"], config["num_single_layers"], config["num_attention_heads"]
+        for v in self.variants:
+            if (v.double_blocks, v.single_blocks, v.heads) == (doubles, singles, heads):
+                return v.name, v.defaults
+        return f"custom {doubles}+{singles}, width {heads * config['attention_head_dim']}", self.fallback
+
+    def skeleton(self, spec: ModelSpec) -> nn.Module:
+        return _model(spec.config)
+
+    def stage(self, spec: ModelSpec, span: BlockSpan, model: nn.Module) -> Flux2Stage:
+        return Flux2Stage(spec, span, model)
+
+    def begin(self, spec: ModelSpec, inputs: Mapping[str, Any]) -> tuple[State, Conditioning]:
+        _refuse_what_cannot_cross(inputs)
+        state: State = {"hidden_states": inputs["hidden_states"], "timestep": inputs["timestep"]}
+        if inputs.get("guidance") is not None and self.guidance:
+            state["guidance"] = inputs["guidance"]
+        ids = {name: inputs[name][0] if inputs[name].ndim == 3 else inputs[name] for name in ("img_ids", "txt_ids")}
+        return state, Conditioning({**ids, "encoder_hidden_states": inputs["encoder_hidden_states"]})
+
+    def finish(self, spec: ModelSpec, state: State) -> Tensor:
+        return state["sample"]
+
+
+def _refuse_what_cannot_cross(inputs: Mapping[str, Any]) -> None:
+    attention = {k: v for k, v in (inputs.get("joint_attention_kwargs") or {}).items() if (k, v) != ("scale", 1.0)}
+    if attention:
+        raise UnsupportedInput(
+            f"joint_attention_kwargs {sorted(attention)} cannot cross a cut.",
+            hint="the call without them, or unsplit",
+        )
+    if inputs.get("kv_cache_mode") is not None:
+        raise UnsupportedInput(
+            "Caching the keys and values of reference images (kv_cache_mode) is not carried across a cut.",
+            hint="Flux2KleinPipeline instead of its KV variant, or unsplit()",
+        )
+
+
+def _states(doubles: int, singles: int, guidance: bool) -> tuple[Mapping[str, Role], ...]:
+    first: dict[str, Role] = {"hidden_states": "latent", "timestep": "exact"}
+    if guidance:
+        first["guidance"] = "exact"
+    apart: dict[str, Role] = {"hidden_states": "hidden", "encoder_hidden_states": "hidden", "temb": "exact"}
+    joined: dict[str, Role] = {"hidden_states": "hidden", "temb": "exact"}
+    last: dict[str, Role] = {"sample": "prediction"}
+    return (first, *[apart] * max(doubles - 1, 0), *[joined] * (singles if doubles else max(singles - 1, 0)), last)
+
+
+def _model(config: Mapping[str, Any]) -> nn.Module:
+    from diffusers import Flux2Transformer2DModel
+
+    model: nn.Module = Flux2Transformer2DModel(**config)
+    return model
+
+
+def _parameters(
+    header: CheckpointHeader, config: Mapping[str, Any], prefix: str, bfl: bool
+) -> dict[str, ParameterSpec]:
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in _model(config).named_parameters()}
+    found: dict[str, ParameterSpec] = {}
+    for name, shape in wanted.items():
+        pieces = pieces_of(name, shape[0], header.tensors, prefix, bfl)
+        infos = [header.tensors.get(p.tensor) for p in pieces]
+        missing = [p.tensor for p, info in zip(pieces, infos, strict=True) if info is None]
+        if missing:
+            raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.", hint="copy or download it again")
+        dtypes = {info.dtype for info in infos if info is not None}
+        if not dtypes <= set(DTYPES):
+            raise CheckpointUnrecognised(
+                f"{header.path} stores {pieces[0].tensor} as {min(dtypes)}; this version computes with "
+                f"{', '.join(DTYPES)} only.",
+                hint="a bfloat16 copy of the model",
+            )
+        for piece, info in zip(pieces, infos, strict=True):
+            rows = piece.stop if piece.stop is not None else shape[0]
+            if info is None or info.shape[1:] != shape[1:] or rows > info.shape[0]:
+                raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
+        found[name] = ParameterSpec(shape, dtypes.pop(), pieces, _scope(name, config))
+    return found
+
+
+def _scope(name: str, config: Mapping[str, Any]) -> BlockSpan:
+    doubles, blocks = config["num_layers"], config["num_layers"] + config["num_single_layers"]
+    kind, _, rest = name.partition(".")
+    if kind == "transformer_blocks":
+        index = int(rest.partition(".")[0])
+        return BlockSpan(index, index + 1)
+    if kind == "single_transformer_blocks":
+        index = doubles + int(rest.partition(".")[0])
+        return BlockSpan(index, index + 1)
+    if kind.startswith("double_stream_modulation"):
+        return BlockSpan(0, doubles)
+    if kind == "single_stream_modulation":
+        return BlockSpan(doubles, blocks)
+    return BlockSpan(blocks - 1, blocks) if kind in ("norm_out", "proj_out") else BlockSpan(0, 1)
+
+
+def _config(header: CheckpointHeader) -> dict[str, Any]:
+    from diffusers import Flux2Transformer2DModel
+
+    known = inspect.signature(Flux2Transformer2DModel.__init__).parameters
+    defaults = {k: p.default for k, p in known.items() if p.default is not inspect.Parameter.empty}
+    return {**defaults, **{k: v for k, v in header.config.items() if k in known}}
+
+
+def _config_from_shapes(tensors: Mapping[str, TensorInfo], prefix: str, bfl: bool) -> dict[str, Any]:
+    def shape(name: str) -> tuple[int, ...]:
+        pieces = pieces_of(name, 0, tensors, prefix, bfl)
+        info = tensors.get(pieces[0].tensor)
+        if info is None:
+            raise CheckpointCorrupt(f"A FLUX.2 transformer without {pieces[0].tensor}.", hint="copy it again")
+        return info.shape
+
+    def count(stack: str) -> int:
+        start = len(prefix) + len(stack) + 1
+        indices = {n[start:].partition(".")[0] for n in tensors if n.startswith(f"{prefix}{stack}.")}
+        return 1 + max((int(i) for i in indices if i.isdigit()), default=-1)
+
+    stacks = ("double_blocks", "single_blocks") if bfl else ("transformer_blocks", "single_transformer_blocks")
+    doubles, singles = count(stacks[0]), count(stacks[1])
+    width, channels = shape("x_embedder.weight")
+    block = "transformer_blocks.0.attn.norm_q.weight" if doubles else "single_transformer_blocks.0.attn.norm_q.weight"
+    head = shape(block)[0]
+    mlp = shape("single_transformer_blocks.0.attn.to_out.weight")[1] - width if singles else None
+    mlp = mlp if mlp is not None else shape("transformer_blocks.0.ff.linear_out.weight")[1]
+    guided = pieces_of("time_guidance_embed.guidance_embedder.linear_1.weight", 0, tensors, prefix, bfl)[0].tensor
+    return {
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": shape("proj_out.weight")[0],
+        "num_layers": doubles,
+        "num_single_layers": singles,
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shape("context_embedder.weight")[1],
+        "timestep_guidance_channels": shape("time_guidance_embed.timestep_embedder.linear_1.weight")[1],
+        "mlp_ratio": mlp / width,
+        "axes_dims_rope": (head // 4,) * 4,
+        "rope_theta": 2000,
+        "eps": 1e-6,
+        "guidance_embeds": guided in tensors,
+    }

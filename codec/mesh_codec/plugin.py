@@ -1,0 +1,20 @@
+"""Entry point ``mesh.v1``: registers the codecs of this package. Must not import mesh_core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pluggy
+
+from mesh_codec.base import Codec
+
+hookimpl = pluggy.HookimplMarker("mesh")
+
+
+@hookimpl
+def mesh_register_codecs(register: Callable[[Codec], None]) -> None:
+    from mesh_codec.entropy import EntropyCodec
+    from mesh_codec.raw import RawCodec
+
+    register(RawCodec())
+    register(EntropyCodec())

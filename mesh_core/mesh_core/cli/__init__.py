@@ -1,0 +1,99 @@
+"""The command line's frame: the table of commands, how errors look, how plugins add commands.
+
+Each command lives in a module of its own, imported when the command runs: ``mesh --help`` must not wait for torch.
+A command raises `MeshError` or `CodecError` for what it expects to go wrong; this is the one place that prints them.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import click
+
+from mesh_core import __version__
+from mesh_core.errors import MeshError, RemoteError
+
+FAILED = 2
+"""Exit code after an error that the mesh raised on purpose."""
+
+
+class Command(NamedTuple):
+    """Where a command is (``module:attribute``) and its one line of help."""
+
+    target: str
+    help: str
+
+
+COMMANDS: Mapping[str, Command] = {
+    "serve": Command("mesh_core.cli.serve:serve", "Run a worker: host spans of the checkpoints in some folders."),
+    "join": Command("mesh_core.cli.join:join", "Accept a worker's invite."),
+    "keys": Command("mesh_core.cli.keys:keys", "List, invite and revoke those who may use this machine's workers."),
+    "inspect": Command("mesh_core.cli.inspect:inspect", "Show what a checkpoint is, its blocks and where to cut it."),
+    "generate": Command("mesh_core.cli.generate:generate", "Make a picture over several machines."),
+    "stats": Command("mesh_core.cli.stats:stats", "Show what workers hold and what their steps cost."),
+    "bench": Command("mesh_core.cli.bench:bench", "Measure the mesh on this machine or to a worker."),
+    "doctor": Command("mesh_core.cli.doctor:doctor", "Check this machine, its plugins and its connections."),
+    "plugins": Command("mesh_core.cli.plugins:plugins", "List plugins, what they provide and which failed to load."),
+}
+
+
+class MeshGroup(click.Group):
+    """A group that knows its commands by table, and asks plugins for names that are not in it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name, command in COMMANDS.items() if find_spec(command.target.partition(":")[0])]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.list_commands(ctx):
+            module, _, attribute = COMMANDS[cmd_name].target.partition(":")
+            command: click.Command = getattr(import_module(module), attribute)
+            return command
+        from mesh_core.cli.plugins import plugin_command
+
+        return plugin_command(cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name].help) for name in self.list_commands(ctx)])
+        with formatter.section("Plugins"):
+            formatter.write_text("Plugins may add commands of their own: see 'mesh plugins'.")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _expected() as error:
+            _render(error, verbose=ctx.params["verbose"])
+            ctx.exit(FAILED)
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    # Nobody can have raised a codec error unless its module is loaded; importing it to find out would load torch.
+    codec_errors = sys.modules.get("mesh_codec.errors")
+    return (MeshError, codec_errors.CodecError) if codec_errors else (MeshError,)
+
+
+def _render(error: BaseException, *, verbose: bool) -> None:
+    if verbose:
+        if isinstance(error, RemoteError) and error.remote_traceback:
+            click.echo(f"On {error.worker or 'the worker'}:\n{error.remote_traceback}\nHere:", err=True)
+        click.echo("".join(traceback.format_exception(error)), err=True)
+    click.secho(f"error: {getattr(error, 'message', error)}", fg="red", err=True)
+    if hint := getattr(error, "hint", ""):
+        click.echo(f"try: {hint}", err=True)
+
+
+@click.group(cls=MeshGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mesh")
+@click.option("--verbose", is_flag=True, help="Show tracebacks with errors.")
+def cli(verbose: bool) -> None:
+    """Run diffusion models that are too big for one GPU on several GPUs joined by ordinary networks."""
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="mesh")

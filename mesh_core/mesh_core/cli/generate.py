@@ -1,0 +1,88 @@
+"""``mesh generate``: a picture from a prompt, over several machines, and what each step cost."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mesh_core.errors import ConfigError
+
+_QUALITIES = ("lossless", "transparent", "balanced", "fast")
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--local", default=None, help="Blocks that run here, for example :12. Left out: proposed.")
+@click.option(
+    "--worker", "workers", multiple=True, help="mesh://host:port, or mesh://host:port=12:20 to name its blocks. Repeat."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True)
+@click.option("--quality", type=click.Choice(_QUALITIES), default="lossless", show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Left out: what the model's authors recommend.")
+@click.option("--guidance", type=float, default=None, help="Guidance scale; left out: as the authors recommend.")
+@click.option("--width", type=click.IntRange(min=16), default=None, help="Pixels.")
+@click.option("--height", type=click.IntRange(min=16), default=None, help="Pixels.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default=None, help="For example cuda:0 or cpu; left out: CUDA where there is one.")
+@click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default=None)
+@click.option("--stats", "stats_file", type=click.Path(path_type=Path), default=None, help="Write all stats as JSON.")
+def generate(
+    model: Path,
+    prompt: str,
+    local: str | None,
+    workers: tuple[str, ...],
+    output: Path,
+    quality: Any,
+    steps: int | None,
+    guidance: float | None,
+    width: int | None,
+    height: int | None,
+    seed: int,
+    device: str | None,
+    dtype: str | None,
+    stats_file: Path | None,
+) -> None:
+    """Make a picture from PROMPT with the pipeline in the folder MODEL."""
+    import torch
+
+    from mesh_core.cli.progress import LoadingLine
+    from mesh_core.hosts.diffusers import load_pipeline, stats
+
+    if not output.parent.is_dir():
+        raise ConfigError(f"The folder of {output} does not exist.", hint="another --output")
+    pipeline = load_pipeline(
+        model,
+        local=local,
+        workers=[parse_worker(w) for w in workers],
+        quality=quality,
+        device=device,
+        dtype=getattr(torch, dtype) if dtype else None,
+        report=LoadingLine(),
+    )
+    try:
+        wanted = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
+        arguments = {**pipeline.transformer.mesh.checkpoint.spec.defaults}
+        arguments |= {name: value for name, value in wanted.items() if value is not None}
+        known = inspect.signature(pipeline.__call__).parameters
+        arguments = {name: value for name, value in arguments.items() if name in known}
+        image = pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **arguments).images[0]
+        image.save(output)
+        run = stats(pipeline)
+        click.echo(run.table())
+        if stats_file is not None:
+            stats_file.write_text(json.dumps(asdict(run), indent=2), encoding="utf-8")
+        click.echo(f"saved {output}")
+    finally:
+        pipeline.transformer.mesh.close()
+
+
+def parse_worker(text: str) -> str | tuple[str, str]:
+    """``ADDRESS`` or ``ADDRESS=SPAN``; only what follows the last ``=`` and looks like a span is one."""
+    address, sign, span = text.rpartition("=")
+    return (address, span) if sign and set(span) <= set("0123456789:") and ":" in span else text

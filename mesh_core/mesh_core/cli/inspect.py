@@ -1,0 +1,94 @@
+"""``mesh inspect``: what a checkpoint is, how large its blocks are, and where to cut it. Reads headers only."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mesh_core.library import Checkpoint
+
+_GB = 1e9
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--memory", default="", help="Memory of this machine's GPU, for example 12GB; suggests a cut for it.")
+@click.option("--fingerprint", "with_fingerprint", is_flag=True, help="Also hash all weights (reads the whole file).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(path: Path, memory: str, with_fingerprint: bool, as_json: bool) -> None:
+    """Show what a checkpoint is, its blocks and where to cut it.
+
+    PATH is a folder saved by diffusers, or a .safetensors file.
+    """
+    from mesh_core.checkpoint import read_header
+    from mesh_core.config import parse_bytes
+    from mesh_core.library import recognise
+    from mesh_core.plugins import installed_plugins
+
+    checkpoint = recognise(read_header(path), installed_plugins())
+    facts = _facts(checkpoint, parse_bytes(memory) if memory else None, with_fingerprint)
+    click.echo(json.dumps(facts, indent=2) if as_json else _text(facts))
+
+
+def _facts(checkpoint: Checkpoint, memory: int | None, with_fingerprint: bool) -> dict[str, Any]:
+    from mesh_codec.dtypes import from_safetensors
+    from mesh_core import fingerprint
+    from mesh_core.plan import RESERVE, fitting, span_bytes
+    from mesh_core.spans import BlockSpan
+
+    spec = checkpoint.spec
+    size = max(from_safetensors(d).itemsize for d in spec.dtypes)
+    whole = BlockSpan(0, spec.blocks)
+    own = [p.elements * size for p in spec.parameters.values()]
+    block_bytes = [
+        sum(p.elements for p in spec.parameters.values() if p.scope == BlockSpan(i, i + 1)) * size
+        for i in range(spec.blocks)
+    ]
+    facts: dict[str, Any] = {
+        "path": str(checkpoint.header.path),
+        "family": spec.family,
+        "variant": spec.variant,
+        "dtypes": list(spec.dtypes),
+        "bytes": sum(own),
+        "stage_bytes": span_bytes(spec, whole, size),
+        "blocks": [{"kind": k, "bytes": b} for k, b in zip(spec.block_kinds, block_bytes, strict=True)],
+    }
+    if with_fingerprint:
+        facts["fingerprint"] = fingerprint.of_checkpoint(checkpoint.header, spec)
+    if memory is not None:
+        local = fitting(spec, memory, size)
+        facts["suggestion"] = {
+            "memory": memory,
+            "reserve": RESERVE,
+            "local": f":{local}",
+            "local_bytes": span_bytes(spec, BlockSpan(0, local), size),
+            "remote_bytes": span_bytes(spec, BlockSpan(local, spec.blocks), size),
+        }
+    return facts
+
+
+def _text(facts: dict[str, Any]) -> str:
+    lines = [
+        f"{facts['family']} {facts['variant']}  ({', '.join(facts['dtypes'])}, {facts['bytes'] / _GB:.2f} GB)",
+        f"{len(facts['blocks'])} blocks:",
+    ]
+    position = 0
+    for (kind, size), group in groupby(facts["blocks"], key=lambda b: (b["kind"], b["bytes"])):
+        count = len(list(group))
+        lines.append(f"  {f'{position}:{position + count}':>8}  {kind:<8} {size / 1e6:10.2f} MB each")
+        position += count
+    if "fingerprint" in facts:
+        lines.append(f"fingerprint {facts['fingerprint']}")
+    if "suggestion" in facts:
+        s = facts["suggestion"]
+        lines.append(
+            f"With {s['memory'] / _GB:.1f} GB here ({s['reserve'] / _GB:.1f} GB kept free for the rest): "
+            f"--local {s['local']} holds {s['local_bytes'] / _GB:.2f} GB, "
+            f"{s['remote_bytes'] / _GB:.2f} GB are left for workers."
+        )
+    return "\n".join(lines)

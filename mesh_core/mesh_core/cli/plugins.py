@@ -1,0 +1,107 @@
+"""``mesh plugins``: what is installed, what it provides, and why something is not in use."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
+
+import click
+
+from mesh_core.cli import COMMANDS
+from mesh_core.errors import PluginConflict
+from mesh_core.plugin_report import conflict
+
+if TYPE_CHECKING:
+    from mesh_core.plugin_report import PluginReport
+    from mesh_core.plugins import Plugins
+
+_COLOURS = {"loaded": "green", "disabled": "yellow", "broken": "red", "conflict": "red", "incompatible": "red"}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, tracebacks of broken plugins included.")
+def plugins(as_json: bool) -> None:
+    """List plugins, what they provide and which failed to load.
+
+    A plugin is any installed distribution with entry points in the group mesh.v1. One that fails is listed with
+    its reason, and the others keep working. To switch one off, put its name into plugins.disabled of config.toml
+    or into the environment variable MESH_DISABLE_PLUGINS.
+    """
+    from mesh_core.hookspecs import ENTRY_POINT_GROUP
+    from mesh_core.plugins import installed_plugins
+
+    reports = full_report(installed_plugins())
+    if as_json:
+        listed = [asdict(report) for report in reports]
+        click.echo(json.dumps({"group": ENTRY_POINT_GROUP, "plugins": listed}, indent=2))
+    else:
+        _table(reports)
+
+
+def plugin_command(name: str) -> click.Command | None:
+    """The command ``name`` that an installed plugin adds, or None.
+
+    Raises:
+        PluginConflict: more than one plugin adds it.
+    """
+    from mesh_core.plugins import installed_plugins
+
+    plugins = installed_plugins()
+    found = {owner: commands[name] for owner, commands in _added(plugins).items() if name in commands}
+    if len(found) > 1:
+        rivals = [report for report in plugins.report() if report.name in found]
+        told = conflict(rivals[0], f"command {name!r}", rivals)
+        raise PluginConflict(told.detail, hint=told.hint)
+    return next(iter(found.values()), None)
+
+
+def full_report(plugins: Plugins) -> list[PluginReport]:
+    """`Plugins.report` with the commands that plugins add: what they provide, or what they contend for."""
+    added = _added(plugins)
+    return [_with_commands(report, added, plugins.report()) for report in plugins.report()]
+
+
+def _with_commands(
+    report: PluginReport, added: dict[str, dict[str, click.Command]], reports: list[PluginReport]
+) -> PluginReport:
+    if report.status == "broken" or report.name not in added:
+        return report
+    for command in added[report.name]:
+        rivals = [r for r in reports if command in added.get(r.name, ())]
+        if command in COMMANDS:
+            rivals = [reports[0], report]
+        if len(rivals) > 1:
+            report = conflict(report, f"command {command!r}", rivals)
+        else:
+            report = replace(report, provides=(*report.provides, f"command {command}"))
+    return report
+
+
+def _added(plugins: Plugins) -> dict[str, dict[str, click.Command]]:
+    """Commands by the name of the plugin that adds them."""
+    added: dict[str, dict[str, click.Command]] = {}
+    for report in plugins.report():
+        group = click.Group()
+        plugins.call_one(report.name, "mesh_add_commands", cli=group)
+        if group.commands:
+            added[report.name] = dict(group.commands)
+    return added
+
+
+def _table(reports: list[PluginReport]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table("plugin", "from", "state", "provides", box=None, pad_edge=False)
+    for report in reports:
+        state = f"[{_COLOURS[report.status]}]{report.status}[/]"
+        table.add_row(escape(report.name), escape(report.label), state, escape(", ".join(report.provides)))
+    console.print(table)
+    for report in reports:
+        if report.detail:
+            console.print(f"\n[bold]{escape(report.name)}[/] ({escape(report.label)}): {escape(report.detail)}")
+            console.print(f"  try: {escape(report.hint)}")

@@ -1,0 +1,275 @@
+"""The sessions of a worker: opening stages for them, keeping their constants, computing their steps.
+
+Knows messages and sessions; how messages come and go is the worker's.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic, perf_counter
+from typing import Any
+
+import torch
+
+from mesh_codec.base import CodecChoice, Encoded, Limits
+from mesh_codec.dtypes import from_name
+from mesh_core import wire
+from mesh_core.adapter import Conditioning
+from mesh_core.config import Settings
+from mesh_core.constants import digest
+from mesh_core.errors import PlanError, SessionUnknown, TransportTimeout, WireMalformed
+from mesh_core.executor import Executor, Job
+from mesh_core.hosted import ConstantsCache, HostedSession
+from mesh_core.library import Library
+from mesh_core.payload import Streams, aligned
+from mesh_core.plugins import Plugins
+from mesh_core.spans import BlockSpan
+from mesh_core.stages import StageKey, StageStore
+from mesh_core.transport.base import Address, Channel, Frame, Listener, Peer
+
+log = logging.getLogger(__name__)
+
+Send = Callable[[bytes, wire.Message, list[Frame]], None]
+Fail = Callable[[bytes, wire.Message, BaseException], None]
+
+_REPORT_EVERY = 0.2
+"""Seconds between two progress messages of one load."""
+
+
+@dataclass
+class Hosting:
+    """Everything that the sessions of one worker share."""
+
+    name: str
+    device: torch.device
+    settings: Settings
+    plugins: Plugins
+    library: Library
+    stages: StageStore
+    executor: Executor
+    listener: Listener
+    send: Send
+    fail: Fail
+
+    def __post_init__(self) -> None:
+        self.constants = ConstantsCache(self.device, self.settings.worker.constants_cache)
+        self._limits = Limits()
+        self._sessions: dict[bytes, HostedSession] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def open(self, peer: Peer, message: wire.Open) -> None:
+        """Load the stage and open, or reopen with another span, a session. Runs in a loading thread."""
+        progress = _Reporter(lambda *p: self.send(peer.route, wire.Progress(message.id, *p), []))
+        inputs, outputs = self._streams(message.inputs), self._streams(message.outputs)
+        old = self.owned(peer, message.session) if message.session in self._sessions else None
+        checkpoint = self.library.find(
+            message.family, message.structure, message.fingerprint, progress.phase("checking weights")
+        )
+        span = BlockSpan(*message.span)
+        if span.stop > checkpoint.spec.blocks or not len(span):
+            raise PlanError(
+                f"Span {span} is not in {checkpoint.name}, which has {checkpoint.spec.blocks} blocks.",
+                hint=f"a span within :{checkpoint.spec.blocks}",
+            )
+        key = StageKey(message.fingerprint, span, from_name(message.dtype).torch)
+        loaded = self.stages.acquire(checkpoint, key, progress.phase("loading"))
+        try:
+            channel, session_there = self._follow(message.next)
+        except BaseException:
+            self.stages.release(key)
+            raise
+        session = HostedSession(message.session, peer.key, peer.route, loaded, inputs, outputs, channel, session_there)
+        with self._lock:
+            self._sessions[session.id] = session
+        if old is not None:
+            self._forget(old)
+        info = {"bytes_read": loaded.bytes_read, "seconds": loaded.seconds, "loaded": self.stages.nbytes}
+        self.send(peer.route, wire.Opened(message.id, info), [])
+
+    def _follow(self, following: Mapping[str, Any] | None) -> tuple[Channel | None, bytes]:
+        if following is None:
+            return None, b""
+        try:
+            address, session = Address(following["address"], following["server_key"]), following["session"]
+        except KeyError as error:
+            raise WireMalformed(f"The next worker of a chain came without {error}.") from error
+        transport = self.plugins.transport(address.scheme)
+        return transport.connect(address, self.settings.deadlines.connect), session
+
+    def _streams(self, choices: Mapping[str, Any]) -> Streams:
+        try:
+            chosen = {name: CodecChoice(c["codec"], c["settings"]) for name, c in choices.items()}
+        except (KeyError, TypeError) as error:
+            raise WireMalformed("A codec choice is a map with 'codec' and 'settings'.") from error
+        return Streams(chosen, self.plugins.codecs(), self._limits)
+
+    def owned(self, peer: Peer, session: bytes) -> HostedSession:
+        """The session, if ``peer`` opened it; marks it as seen.
+
+        Raises:
+            SessionUnknown: it is not here, or another's.
+        """
+        found = self._sessions.get(session)
+        if found is None or peer.key != found.owner or peer.trust != "member":
+            raise SessionUnknown(f"{self.name} does not hold that session.")
+        found.route, found.last_seen = peer.route, monotonic()
+        return found
+
+    def seen(self, peer: Peer, session: bytes) -> None:
+        """A host is alive and believes to have ``session`` here; b"" if it has none.
+
+        Raises:
+            SessionUnknown: it is wrong, since this worker was restarted or forgot the session.
+        """
+        if session:
+            self.owned(peer, session)
+
+    def admit(self, peer: Peer, message: wire.Admit) -> None:
+        """Let a neighbouring worker hand over states for a session."""
+        self.owned(peer, message.session).neighbours.add(message.key)
+        self.listener.admit(message.key)
+        self.send(peer.route, wire.Ok(message.id), [])
+
+    def keep_constants(self, peer: Peer, message: wire.Constants, buffers: list[memoryview]) -> None:
+        """Decode and cache constants, each checked against the hash that names it."""
+        self.owned(peer, message.session)
+        decoder = self.plugins.codecs()["raw"].decoder({}, self._limits)
+        position = 0
+        for item in message.tensors:
+            coded = Encoded(item["h"], buffers[position : position + item["k"]])
+            position += item["k"]
+            tensor = decoder.decode(coded, self.device)
+            if digest(coded) != item["hash"]:
+                raise WireMalformed("A constant does not have the hash that it came with.")
+            # On the CPU the tensor is a view of the network buffer, which lives as long as the cache entry.
+            self.constants.put(item["hash"], aligned(tensor))
+        self.send(peer.route, wire.Ok(message.id), [])
+
+    def cancel(self, peer: Peer, message: wire.Cancel) -> None:
+        self.executor.cancel(self.owned(peer, message.session).id, message.step)
+
+    def close(self, peer: Peer, message: wire.Close) -> None:
+        session = self.owned(peer, message.session)
+        self.executor.cancel(session.id)
+        with self._lock:
+            self._sessions.pop(session.id, None)
+        self._forget(session)
+
+    def close_all(self) -> None:
+        for session in list(self._sessions.values()):
+            self._forget(session)
+        self._sessions.clear()
+
+    def _forget(self, session: HostedSession) -> None:
+        self.stages.release(session.loaded.key)
+        for key in session.neighbours:
+            if not any(key in s.neighbours for s in self._sessions.values()):
+                self.listener.dismiss(key)
+        session.close()
+
+    def stop_orphans(self) -> None:
+        """Stop the steps of hosts that went silent, and forget sessions that nobody has used for long."""
+        now = monotonic()
+        busy = self.executor.busy()
+        for session in list(self._sessions.values()):
+            silent = now - session.last_seen
+            if session.id in busy and silent > self.settings.worker.orphaned_after:
+                log.info("a host has been silent for %.0f s during its step; the step stops", silent)
+                self.executor.cancel(session.id)
+            elif session.id not in busy and silent > self.settings.worker.idle_after:
+                with self._lock:
+                    self._sessions.pop(session.id, None)
+                self._forget(session)
+
+    def step(self, peer: Peer, message: wire.Step, buffers: list[memoryview]) -> None:
+        """Queue a step; its owner sends it, or a neighbour that was admitted for the session."""
+        session = self._sessions.get(message.session)
+        if session is None or (peer.key != session.owner and peer.key not in session.neighbours):
+            raise SessionUnknown(f"{self.name} does not hold that session.")
+        if peer.key == session.owner and not message.trace:
+            session.route, session.last_seen = peer.route, monotonic()
+        job = Job(
+            session.id,
+            message.step,
+            run=lambda: self._compute(session, message, buffers, perf_counter() - job.submitted),
+            fail=lambda error: self.fail(session.route, message, error),
+        )
+        self.executor.submit(job)
+
+    def _compute(self, session: HostedSession, message: wire.Step, buffers: list[memoryview], waited: float) -> None:
+        if waited * 1e3 > message.deadline_ms:
+            raise TransportTimeout(f"Step {message.step} waited {waited:.0f} s, longer than its deadline.")
+        began = perf_counter()
+        session.restart_streams(message.attempt)
+        stage = session.loaded.stage
+        wanted = set(stage.spec.constants_of(stage.span))
+        constants = self.constants.get({n: h for n, h in message.constants.items() if n in wanted})
+        state = session.inputs.decode(message.sequence, message.tensors, buffers, self.device)
+        decoded = perf_counter()
+        with torch.no_grad():
+            result = stage(state, Conditioning(constants, dict(message.options)))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        computed = perf_counter()
+        payload = session.outputs.encode(message.sequence, result)
+        report = {
+            "worker": self.name,
+            "span": str(stage.span),
+            "in_coded": sum(b.nbytes for b in buffers),
+            "in_raw": sum(t.nbytes for t in state.values()),
+            "out_coded": payload.coded_bytes,
+            "out_raw": payload.raw_bytes,
+            "queue_ms": waited * 1e3,
+            "decode_ms": (decoded - began) * 1e3,
+            "compute_ms": (computed - decoded) * 1e3,
+            "encode_ms": payload.ms,
+            "busy_ms": (waited + perf_counter() - began) * 1e3,
+        }
+        self._pass_on(session, message, payload.entries, payload.buffers, [*message.trace, report])
+
+    def _pass_on(
+        self,
+        session: HostedSession,
+        message: wire.Step,
+        entries: list[dict[str, Any]],
+        buffers: list[Frame],
+        trace: list[dict[str, Any]],
+    ) -> None:
+        if session.next is None:
+            result = wire.Result(message.id, message.session, message.step, message.attempt, entries, trace)
+            self.send(session.route, result, buffers)
+            return
+        onward = wire.Step(
+            id=message.id,
+            session=session.next_session,
+            step=message.step,
+            attempt=message.attempt,
+            sequence=message.sequence,
+            constants=message.constants,
+            options=message.options,
+            tensors=entries,
+            trace=trace,
+            deadline_ms=message.deadline_ms,
+        )
+        session.next.send(wire.pack(onward, buffers))
+
+
+class _Reporter:
+    """Sends progress, but not more often than a person can read it."""
+
+    def __init__(self, send: Callable[[str, int, int], None]) -> None:
+        self._send, self._last = send, 0.0
+
+    def phase(self, name: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if done >= total or monotonic() - self._last > _REPORT_EVERY:
+                self._last = monotonic()
+                self._send(name, done, total)
+
+        return report

@@ -1,0 +1,1 @@
+"""Programs that own sampling and the first span, each in its own module."""

@@ -1,0 +1,110 @@
+"""The checkpoints under a worker's folders, found by fingerprint. Never told a path by the network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mesh_core import fingerprint
+from mesh_core.adapter import ModelAdapter, ModelSpec
+from mesh_core.checkpoint import CheckpointHeader, Progress, find_checkpoints, read_header
+from mesh_core.errors import CheckpointError, CheckpointMismatch, CheckpointUnrecognised
+from mesh_core.plugins import Plugins
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that an adapter recognised."""
+
+    header: CheckpointHeader
+    spec: ModelSpec
+    adapter: ModelAdapter
+
+    @property
+    def name(self) -> str:
+        return self.header.path.name
+
+
+def recognise(header: CheckpointHeader, plugins: Plugins) -> Checkpoint:
+    """The checkpoint with the first adapter that recognises it.
+
+    Raises:
+        CheckpointUnrecognised: no installed adapter does.
+    """
+    adapters = plugins.adapters()
+    for adapter in adapters.values():
+        spec = adapter.recognise(header)
+        if spec is not None:
+            return Checkpoint(header, spec, adapter)
+    families = ", ".join(sorted(adapters)) or "none"
+    raise CheckpointUnrecognised(
+        f"No installed adapter recognises {header.path}. Installed: {families}.",
+        hint="mesh plugins, to see what is installed and what failed to load",
+    )
+
+
+class Library:
+    """Checkpoints under ``roots``. Folders are read anew whenever a checkpoint is not found at once."""
+
+    def __init__(self, roots: Sequence[Path], plugins: Plugins) -> None:
+        self._roots, self._plugins = tuple(roots), plugins
+        self._known: dict[Path, Checkpoint] = {}
+
+    def scan(self) -> list[Checkpoint]:
+        """All checkpoints, found from their headers; those that cannot be read are logged and left out."""
+        found: dict[Path, Checkpoint] = {}
+        for path in (p for root in self._roots for p in find_checkpoints(root)):
+            try:
+                found[path] = recognise(read_header(path), self._plugins)
+            except CheckpointUnrecognised:
+                log.debug("%s is no checkpoint of an installed family", path)
+            except CheckpointError as error:
+                log.warning("%s", error)
+        self._known = found
+        return list(found.values())
+
+    def catalogue(self) -> list[dict[str, Any]]:
+        """What is here, as plain values; no paths."""
+        return [
+            {
+                "name": c.name,
+                "family": c.spec.family,
+                "variant": c.spec.variant,
+                "blocks": c.spec.blocks,
+                "structure": fingerprint.structure(c.spec),
+                "fingerprint": fingerprint.known(c.header, c.spec) or "",
+            }
+            for c in self.scan()
+        ]
+
+    def find(self, family: str, structure: str, wanted: str, progress: Progress | None = None) -> Checkpoint:
+        """The checkpoint whose weights have the fingerprint ``wanted``.
+
+        Raises:
+            PluginNotFound: no adapter for that family here.
+            CheckpointMismatch: none of this structure has those weights; says what is here instead.
+        """
+        if family not in self._plugins.adapters():
+            self._plugins.adapter(family)
+        similar = [c for c in self.scan() if fingerprint.structure(c.spec) == structure]
+        # Those whose fingerprint is remembered come first: they cost nothing to check.
+        for c in sorted(similar, key=lambda c: fingerprint.known(c.header, c.spec) is None):
+            if fingerprint.of_checkpoint(c.header, c.spec, progress) == wanted:
+                return c
+        raise CheckpointMismatch(self._why(family, similar, wanted), hint="the same file on both machines")
+
+    def _why(self, family: str, similar: Sequence[Checkpoint], wanted: str) -> str:
+        if similar:
+            held = ", ".join(f"{c.name} ({fingerprint.of_checkpoint(c.header, c.spec)[:12]})" for c in similar)
+            return f"The host's {family} weights ({wanted[:12]}) are not here; same shapes, other weights: {held}."
+        others = [c for c in self._known.values() if c.spec.family == family]
+        if others:
+            listed = ", ".join(f"{c.name} ({c.spec.variant}, {'/'.join(c.spec.dtypes)})" for c in others)
+            return f"The host's {family} model ({wanted[:12]}) is not here; other {family} models: {listed}."
+        names = ", ".join(c.name for c in self._known.values()) or "none"
+        return f"No {family} model is in this worker's folders; models here: {names}."

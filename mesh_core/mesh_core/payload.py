@@ -1,0 +1,124 @@
+"""State to message and back: the codec streams of one direction of one session.
+
+Both ends build the same streams from what they agreed on when the session opened; a message that was coded in any
+other way is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from mesh_codec.base import Buffer, Codec, CodecChoice, Decoder, Encoded, Encoder, Limits
+from mesh_core.adapter import State
+from mesh_core.errors import WireMalformed
+
+_ALIGNMENT = 64
+"""Bytes. Matrix libraries give other last bits on memory that is aligned differently; torch allocates at 64."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """A coded state: entries for the header, buffers for the wire, and what it cost (bytes, milliseconds)."""
+
+    entries: list[dict[str, Any]]
+    buffers: list[Buffer]
+    raw_bytes: int
+    coded_bytes: int
+    ms: float
+
+
+class Streams:
+    """Encoders or decoders per (sequence, tensor). Used from one thread at a time.
+
+    Args:
+        choices: codec and settings per tensor name, as agreed.
+        codecs: what this end has.
+
+    Raises:
+        WireMalformed: a choice names a codec that this end does not have.
+    """
+
+    def __init__(self, choices: Mapping[str, CodecChoice], codecs: Mapping[str, Codec], limits: Limits) -> None:
+        missing = {c.codec for c in choices.values()} - codecs.keys()
+        if missing:
+            raise WireMalformed(f"Codec {min(missing)!r} was agreed on but is not installed here.", hint="mesh plugins")
+        self._choices, self._codecs, self._limits = choices, codecs, limits
+        self._encoders: dict[tuple[str, str], Encoder] = {}
+        self._decoders: dict[tuple[str, str], Decoder] = {}
+
+    def reset(self) -> None:
+        """Start all streams at a key frame again, as the other end does."""
+        self._encoders.clear()
+        self._decoders.clear()
+
+    def encode(self, sequence: str, state: State) -> Payload:
+        started = perf_counter()
+        entries: list[dict[str, Any]] = []
+        buffers: list[Buffer] = []
+        raw = 0
+        for name, tensor in state.items():
+            choice = self._choices[name]
+            encoder = self._encoders.get((sequence, name))
+            if encoder is None:
+                encoder = self._codecs[choice.codec].encoder(choice.settings)
+                self._encoders[sequence, name] = encoder
+            coded = encoder.encode(tensor)
+            entries.append(entry(name, choice, coded))
+            buffers.extend(coded.buffers)
+            raw += tensor.numel() * tensor.element_size()
+        size = sum(memoryview(b).nbytes for b in buffers)
+        return Payload(entries, buffers, raw, size, (perf_counter() - started) * 1e3)
+
+    def decode(
+        self, sequence: str, entries: Sequence[Mapping[str, Any]], buffers: Sequence[Buffer], device: torch.device
+    ) -> State:
+        """The state on ``device``.
+
+        Raises:
+            WireMalformed: another tensor, codec or setting than agreed, or buffers that do not add up.
+            CodecError: a payload that its codec refuses.
+        """
+        state: State = {}
+        position = 0
+        for item in entries:
+            name, count = item["n"], item["k"]
+            choice = self._choices.get(name)
+            if choice is None or name in state:
+                raise WireMalformed(f"Tensor {name!r} was not agreed on, or came twice.")
+            if (item["c"], item["s"]) != (choice.codec, dict(choice.settings)):
+                raise WireMalformed(
+                    f"Tensor {name!r} came coded as {item['c']} {item['s']}, agreed was {choice.codec} "
+                    f"{dict(choice.settings)}."
+                )
+            decoder = self._decoders.get((sequence, name))
+            if decoder is None:
+                decoder = self._codecs[choice.codec].decoder(choice.settings, self._limits)
+                self._decoders[sequence, name] = decoder
+            part = Encoded(item["h"], buffers[position : position + count])
+            state[name] = aligned(decoder.decode(part, device))
+            position += count
+        if position != len(buffers):
+            raise WireMalformed(f"{len(buffers)} buffers came, the tensors account for {position}.")
+        return state
+
+
+def entry(name: str, choice: CodecChoice, coded: Encoded) -> dict[str, Any]:
+    """The header entry of one coded tensor."""
+    return {
+        "n": name,
+        "c": choice.codec,
+        "s": dict(choice.settings),
+        "h": coded.header,
+        "k": len(coded.buffers),
+    }
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, copied if its memory is a network buffer at an odd place."""
+    odd = tensor.device.type == "cpu" and tensor.numel() > 0 and tensor.data_ptr() % _ALIGNMENT
+    return tensor.clone() if odd else tensor

@@ -1,0 +1,430 @@
+"""A session: the remote part of one model, as the host runs it step by step.
+
+The state goes to the first worker, from worker to worker, and from the last one back. A worker that cannot reach
+its neighbour is relayed through the host. A lost worker is waited for; then everything is opened again and the
+step is sent once more, so a generation ends with the result that it would have had.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic, perf_counter, sleep, strftime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mesh_codec.base import CodecChoice, Encoded, Limits, Quality
+from mesh_codec.dtypes import from_torch
+from mesh_codec.errors import CodecStateLost
+from mesh_core import wire
+from mesh_core.adapter import Conditioning, ModelSpec, Role, State
+from mesh_core.config import Settings
+from mesh_core.constants import ConstantsBook
+from mesh_core.errors import (
+    ConstantsMissing,
+    MeshError,
+    NotAuthorised,
+    PeerLost,
+    PlanError,
+    SessionUnknown,
+    TransportError,
+    TransportTimeout,
+    Unreachable,
+    WireMalformed,
+)
+from mesh_core.payload import Streams, entry
+from mesh_core.plugins import Plugins
+from mesh_core.remote import Remote, await_answer, next_id
+from mesh_core.spans import BlockSpan
+from mesh_core.stats import HopStats, RunStats, StepStats
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[str, str, int, int], None]
+"""Called with a worker's name, what it does, bytes done and bytes in total while stages load."""
+
+_MAX_REPAIRS = 3
+"""How often a step is sent again for reasons other than a lost worker."""
+
+_MAX_REMEMBERED = 256
+"""Constants per worker that the host remembers to have sent."""
+
+_RETRY_PAUSE = 0.2
+"""Seconds between two attempts to reach a lost worker."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The model that all ends must hold."""
+
+    spec: ModelSpec
+    structure: str
+    fingerprint: str
+
+
+@dataclass
+class RemoteHop:
+    """A span on a worker, and how its state is coded on the way in."""
+
+    remote: Remote
+    span: BlockSpan
+    inputs: dict[str, CodecChoice] = field(default_factory=dict)
+    sent: set[str] = field(default_factory=set)
+
+
+@dataclass
+class Leg:
+    """Hops that hand over to each other directly; the host sends to the first and hears from the last."""
+
+    hops: list[RemoteHop]
+    outputs: dict[str, CodecChoice]
+    encoder: Streams
+    decoder: Streams
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """``dtype``: in which stages compute. ``device``: where the host wants the result."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quality: Quality = "lossless"
+    settings: Settings = field(default_factory=Settings)
+
+
+class Session:
+    """Remote spans of one model. Used from one thread at a time.
+
+    Args:
+        identity: the model.
+        hops: workers and their spans in execution order, following each other without gaps.
+        options: see `SessionOptions`.
+        report: told about loading.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        hops: Sequence[tuple[Remote, BlockSpan]],
+        options: SessionOptions,
+        plugins: Plugins,
+        report: Report | None = None,
+    ) -> None:
+        self.identity, self.options, self.plugins = identity, options, plugins
+        self.stats = RunStats()
+        self._hops = [RemoteHop(remote, span) for remote, span in hops]
+        self._relayed: set[int] = set()
+        self._report = report
+        self._legs: list[Leg] = []
+        self._reasons: list[str] = []
+        self._book = ConstantsBook(plugins.codec("raw"))
+        self._step = 0
+        self._epoch = 0
+        self._lock = threading.Lock()
+
+    @property
+    def remotes(self) -> list[Remote]:
+        return [hop.remote for hop in self._hops]
+
+    def open(self) -> None:
+        """Connect to every worker and have it load its span.
+
+        Raises:
+            TransportError, CheckpointError, PlanError, PluginError: named by the worker that it concerns.
+        """
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the workers forget the session; they keep the weights while they have room. May be called twice."""
+        for hop in self._hops:
+            if hop.remote.opened:
+                try:
+                    hop.remote.tell(wire.Close(next_id(), hop.remote.session))
+                except TransportError as error:
+                    log.debug("%s was gone when its session was closed: %s", hop.remote.name, error)
+            hop.remote.close()
+        self._legs.clear()
+
+    def run(self, state: State, conditioning: Conditioning, *, sequence: str = "", local_ms: float = 0.0) -> State:
+        """One step: the state at the first remote cut in, the state at the last one out.
+
+        Args:
+            sequence: steps of interleaved runs (conditional and unconditional) are coded apart by this name.
+            local_ms: what the host's own span took, for the stats.
+
+        Raises:
+            PeerLost: a worker went away and did not come back in time.
+            TransportTimeout: the step's deadline passed.
+            MeshError: what a worker says went wrong.
+        """
+        with self._lock:
+            self._step += 1
+            reason = "; ".join(self._reasons)
+            step = StepStats(self._step, local_ms=local_ms, codec=self._codec_name(), reason=reason)
+            self.plugins.hook.mesh_step_started(step=self._step)
+            began = perf_counter()
+            try:
+                result = self._run(state, conditioning, sequence, step)
+            except BaseException as error:
+                self._cancel()
+                self.plugins.hook.mesh_step_failed(step=self._step, error=error)
+                raise
+            step.total_ms = (perf_counter() - began) * 1e3
+            self.stats.steps.append(step)
+            self.plugins.hook.mesh_step_finished(step=self._step, stats=step)
+            return result
+
+    # Opening
+
+    def _open(self) -> None:
+        for hop in self._hops:
+            if not hop.remote.connected:
+                hop.remote.connect()
+            hop.sent.clear()
+        self._reasons = []
+        while True:
+            self._legs = self._arrange()
+            try:
+                for leg in reversed(self._legs):
+                    self._open_leg(leg)
+                return
+            except _CannotReachNeighbour as error:
+                log.warning("%s; its state goes through this machine instead", error)
+                self._relayed.add(error.hop)
+
+    def _arrange(self) -> list[Leg]:
+        starts = [0, *sorted(i for i in self._relayed if 0 < i < len(self._hops))] if self._hops else []
+        groups = [self._hops[a:b] for a, b in zip(starts, [*starts[1:], len(self._hops)], strict=True)]
+        codecs, limits = self.plugins.codecs(), Limits()
+        legs = []
+        for group in groups:
+            previous: Remote | None = None
+            for hop in group:
+                hop.inputs = self._choose(hop.span.start, previous, hop.remote)
+                previous = hop.remote
+            outputs = self._choose(group[-1].span.stop, group[-1].remote, None)
+            legs.append(Leg(group, outputs, Streams(group[0].inputs, codecs, limits), Streams(outputs, codecs, limits)))
+        return legs
+
+    def _choose(self, cut: int, source: Remote | None, target: Remote | None) -> dict[str, CodecChoice]:
+        """Codec and settings for each tensor at ``cut``; None stands for this host."""
+        ends = [r.welcome.codecs for r in (source, target) if r is not None]
+        mine = self.plugins.codecs()
+        common = [c for name, c in mine.items() if all(name in end for end in ends)]
+        peer = dict(ends[-1])
+        choices: dict[str, CodecChoice] = {}
+        for name, role in self.identity.spec.states[cut].items():
+            choice = self.plugins.hook.mesh_choose_codec(
+                role=role, link=None, quality=self.options.quality, codecs=common, peer=peer
+            )
+            if choice is None:
+                raise PlanError(f"No codec for {name!r} that all ends have.", hint="mesh plugins on both machines")
+            if role == "hidden" and choice.reason not in self._reasons:
+                self._reasons.append(choice.reason)
+            choices[name] = choice
+        return choices
+
+    def _open_leg(self, leg: Leg) -> None:
+        following: RemoteHop | None = None
+        for hop in reversed(leg.hops):
+            outputs = following.inputs if following is not None else leg.outputs
+            if following is not None:
+                admit = wire.Admit(next_id(), following.remote.session, hop.remote.welcome.client_key)
+                following.remote.ask(admit, wire.Ok, timeout=self.options.settings.deadlines.connect)
+            self._open_hop(hop, outputs, following)
+            following = hop
+
+    def _open_hop(self, hop: RemoteHop, outputs: Mapping[str, CodecChoice], following: RemoteHop | None) -> None:
+        remote, spec = hop.remote, self.identity.spec
+        message = wire.Open(
+            id=next_id(),
+            session=remote.session,
+            family=spec.family,
+            structure=self.identity.structure,
+            fingerprint=self.identity.fingerprint,
+            span=[hop.span.start, hop.span.stop],
+            dtype=from_torch(self.options.dtype).name,
+            loras=[],
+            inputs=_plain(hop.inputs),
+            outputs=_plain(outputs),
+            next=None if following is None else _introduction(following.remote),
+            options={},
+        )
+
+        def progress(p: wire.Progress) -> None:
+            if self._report is not None:
+                self._report(remote.name, p.phase, p.done, p.total)
+
+        try:
+            remote.ask(message, wire.Opened, timeout=self.options.settings.deadlines.load, on_progress=progress)
+        except (Unreachable, NotAuthorised) as error:
+            if following is None:
+                raise
+            raise _CannotReachNeighbour(self._hops.index(following), error) from error
+        remote.opened = True
+
+    # Steps
+
+    def _run(self, state: State, conditioning: Conditioning, sequence: str, stats: StepStats) -> State:
+        repairs = 0
+        while True:
+            try:
+                if not self._legs:
+                    self._open()
+                return self._attempt(state, conditioning, sequence, stats)
+            except (PeerLost, Unreachable, SessionUnknown, ConstantsMissing, CodecStateLost) as error:
+                repairs += 1
+                if repairs > _MAX_REPAIRS:
+                    raise
+                log.warning("step %d is sent again: %s", self._step, error)
+                if isinstance(error, (PeerLost, Unreachable, SessionUnknown)):
+                    self._recover(error)
+            stats.resent += 1
+            self._epoch += 1
+            for hop in self._hops:
+                hop.sent.clear()
+            for leg in self._legs:
+                leg.encoder.reset()
+                leg.decoder.reset()
+
+    def _recover(self, cause: MeshError) -> None:
+        """Reconnect and reopen everything; workers that kept the stage answer at once."""
+        began, patience = monotonic(), self.options.settings.deadlines.reconnect
+        since = strftime("%H:%M:%S")
+        self.stats.reconnects += 1
+        while True:
+            for remote in self.remotes:
+                remote.close()
+            try:
+                self._open()
+                return
+            except (PeerLost, Unreachable, TransportTimeout) as error:
+                waited = monotonic() - began
+                if waited > patience:
+                    raise PeerLost(
+                        f"{cause.message} It has been away since {since} ({waited:.0f} s): {error.message}",
+                        hint="mesh serve on that machine again, mesh doctor to test the way there, or run without it",
+                    ) from error
+                if self._report is not None:
+                    self._report(error.message, "waiting for it to come back", int(waited), int(patience))
+            sleep(_RETRY_PAUSE)
+
+    def _attempt(self, state: State, conditioning: Conditioning, sequence: str, stats: StepStats) -> State:
+        stats.hops.clear()
+        names = self._send_constants(conditioning.constants)
+        for leg in self._legs:
+            state = self._run_leg(leg, state, names, conditioning.options, sequence, stats)
+        return state
+
+    def _send_constants(self, constants: Mapping[str, Tensor]) -> dict[str, str]:
+        """Names of the constants that the workers need, each sent to those that do not have it."""
+        names: dict[str, str] = {}
+        coded: dict[str, Encoded | None] = {}
+        for hop in self._hops:
+            missing = []
+            for name in self.identity.spec.constants_of(hop.span):
+                if name not in names:
+                    names[name], coded[name] = self._book.name(constants[name])
+                if names[name] not in hop.sent:
+                    missing.append((names[name], coded[name] or self._book.encode(constants[name])))
+            if missing:
+                self._send_to(hop, missing)
+        return names
+
+    def _send_to(self, hop: RemoteHop, missing: Sequence[tuple[str, Encoded]]) -> None:
+        if len(hop.sent) > _MAX_REMEMBERED:
+            hop.sent.clear()
+        exact = CodecChoice("raw")
+        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing]
+        buffers = [b for _, e in missing for b in e.buffers]
+        message = wire.Constants(next_id(), hop.remote.session, items)
+        hop.remote.ask(message, wire.Ok, buffers=buffers, timeout=self.options.settings.deadlines.step)
+        hop.sent.update(name for name, _ in missing)
+        self.stats.constants_bytes += sum(e.nbytes for _, e in missing)
+
+    def _run_leg(
+        self,
+        leg: Leg,
+        state: State,
+        names: Mapping[str, str],
+        options: Mapping[str, Any],
+        sequence: str,
+        stats: StepStats,
+    ) -> State:
+        first, last = leg.hops[0].remote, leg.hops[-1].remote
+        deadline = self.options.settings.deadlines.step
+        payload = leg.encoder.encode(sequence, state)
+        message = wire.Step(
+            id=next_id(),
+            session=first.session,
+            step=self._step,
+            attempt=self._epoch,
+            sequence=sequence,
+            constants=dict(names),
+            options=dict(options),
+            tensors=payload.entries,
+            trace=[],
+            deadline_ms=int(deadline * 1e3),
+        )
+        sent = perf_counter()
+        first.tell(message, payload.buffers)
+
+        def wanted(
+            remote: Remote, answer: wire.Message, buffers: list[memoryview]
+        ) -> tuple[wire.Result, list[memoryview]] | None:
+            if not isinstance(answer, wire.Result) or remote is not last or answer.session != last.session:
+                return None
+            return (answer, buffers) if (answer.step, answer.attempt) == (self._step, self._epoch) else None
+
+        remotes = [hop.remote for hop in leg.hops]
+        result, buffers = await_answer(remotes, message.id, wanted, deadline, f"step {self._step}")
+        arrived = perf_counter()
+        decoded = leg.decoder.decode(sequence, result.tensors, buffers, self.options.device)
+        decode_ms = (perf_counter() - arrived) * 1e3
+        if len(result.trace) != len(leg.hops):
+            raise WireMalformed(f"{len(result.trace)} workers report on a step of {len(leg.hops)}.")
+        hops = [HopStats.from_trace(report) for report in result.trace]
+        stats.hops += hops
+        stats.encode_ms += payload.ms
+        stats.decode_ms += decode_ms
+        stats.wire_ms += (arrived - sent) * 1e3 - sum(h.busy_ms for h in hops)
+        return decoded
+
+    def _cancel(self) -> None:
+        for remote in self.remotes:
+            if remote.opened:
+                try:
+                    remote.tell(wire.Cancel(next_id(), remote.session, self._step))
+                except TransportError as error:
+                    log.debug("%s was gone when its step was cancelled: %s", remote.name, error)
+
+    def _codec_name(self) -> str:
+        used = {c.codec for hop in self._hops for n, c in hop.inputs.items() if self._role(hop, n) == "hidden"}
+        return "+".join(sorted(used)) or "raw"
+
+    def _role(self, hop: RemoteHop, name: str) -> Role:
+        return self.identity.spec.states[hop.span.start][name]
+
+
+class _CannotReachNeighbour(Exception):
+    """A worker cannot hand over to hop number ``hop``."""
+
+    def __init__(self, hop: int, cause: MeshError) -> None:
+        self.hop = hop
+        super().__init__(cause.message)
+
+
+def _plain(choices: Mapping[str, CodecChoice]) -> dict[str, Any]:
+    return {name: {"codec": c.codec, "settings": dict(c.settings)} for name, c in choices.items()}
+
+
+def _introduction(remote: Remote) -> dict[str, Any]:
+    return {"address": remote.address.text, "server_key": remote.address.server_key, "session": remote.session}

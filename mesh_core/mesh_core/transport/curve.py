@@ -1,0 +1,106 @@
+"""CURVE: making key pairs, and the ZAP handler that asks listeners which public keys they let in.
+
+Knows sockets and keys, not where keys are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import zmq
+from zmq.utils import z85
+
+log = logging.getLogger(__name__)
+
+KEY_LENGTH = 40
+"""Characters of a key as Z85 text; 32 bytes."""
+
+Gate = Callable[[str], bool]
+"""Whether a public key (Z85 text) may shake hands. Called in the ZAP thread."""
+
+_ZAP = "inproc://zeromq.zap.01"
+
+
+def new_key_pair() -> tuple[str, str]:
+    """A new public key and its secret key, as Z85 text."""
+    public, secret = zmq.curve_keypair()
+    return public.decode(), secret.decode()
+
+
+def public_of(secret: str) -> str:
+    """The public key that belongs to a secret key.
+
+    Raises:
+        ValueError: ``secret`` is no key.
+    """
+    if len(secret) != KEY_LENGTH:
+        raise ValueError(f"a key has {KEY_LENGTH} characters, not {len(secret)}")
+    try:
+        return zmq.curve_public(secret.encode()).decode()
+    except (zmq.ZMQError, UnicodeError) as error:
+        raise ValueError("not a key") from error
+
+
+class ZapHandler:
+    """Answers libzmq's question, for all listeners of one context, whether a client may come in.
+
+    A listener's socket has a ZAP domain of its own; a domain without a gate lets nobody in.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+        self._gates: dict[str, Gate] = {}
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.linger = 0
+        self._socket.bind(_ZAP)
+        self._stop = context.socket(zmq.PAIR)
+        self._stop.bind("inproc://mesh.zap.stop")
+        self._stopper = context.socket(zmq.PAIR)
+        self._stopper.connect("inproc://mesh.zap.stop")
+        self._thread = threading.Thread(target=self._serve, name="zap", daemon=True)
+        self._thread.start()
+
+    def add(self, domain: str, gate: Gate) -> None:
+        self._gates[domain] = gate
+
+    def remove(self, domain: str) -> None:
+        self._gates.pop(domain, None)
+
+    def close(self) -> None:
+        """Stop answering; handshakes under way fail."""
+        self._stopper.send(b"")
+        self._thread.join()
+        for socket in (self._stopper, self._stop, self._socket):
+            socket.close(linger=0)
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._stop, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll())
+            if self._stop in ready:
+                return
+            request = self._socket.recv_multipart()
+            # RFC 27: route, "", version, request id, domain, address, identity, mechanism, credentials...
+            route, request_id = request[:2], request[3]
+            user = self._user(request[4:])
+            status = (b"200", b"OK", user.encode()) if user else (b"400", b"Not authorised", b"")
+            self._socket.send_multipart([*route, b"1.0", request_id, *status, b""])
+
+    def _user(self, request: list[bytes]) -> str:
+        """The key that may come in, or "" for one that may not."""
+        try:
+            domain, address, _, mechanism, key = request
+            gate = self._gates.get(domain.decode())
+            if gate is None or mechanism != b"CURVE":
+                return ""
+            text = z85.encode(key).decode()
+            if gate(text):
+                return text
+            log.warning("refused the unknown key %s from %s", text, address.decode(errors="replace"))
+        except Exception:
+            # The handler must outlive anything: without it nobody could connect any more.
+            log.exception("a handshake was refused because its key could not be checked")
+        return ""

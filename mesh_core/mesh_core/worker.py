@@ -1,0 +1,210 @@
+"""A worker: one process that hosts stages for many hosts.
+
+Three kinds of thread: the one that calls `Worker.serve` owns the listener and answers at once whatever needs no
+computing; two load stages; one computes, each session in turn. Nothing that arrives may stop any of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mesh_core import __version__, wire
+from mesh_core.config import Settings
+from mesh_core.errors import NotAuthorised, WireMalformed, WireUnsupportedVersion
+from mesh_core.executor import Executor
+from mesh_core.failure import describe
+from mesh_core.hosting import Hosting
+from mesh_core.library import Library
+from mesh_core.plugins import Plugins
+from mesh_core.stages import StageStore, automatic_budget
+from mesh_core.transport.base import Frame, Listener, Peer
+
+log = logging.getLogger(__name__)
+
+_TICK = 0.25
+"""Seconds between looks at sessions whose host may be gone."""
+
+_Handler = Callable[[Peer, Any, list[memoryview]], None]
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """What a worker is started with.
+
+    Attributes:
+        roots: folders and files with checkpoints.
+        device: a torch device, for example ``"cuda:0"``.
+        memory: bytes for weights; None for most of what is free now.
+        client_key: the public key under which this worker connects to others.
+        on_enrol: called with a new host's key and name when it came in on an invite.
+    """
+
+    roots: tuple[Path, ...]
+    name: str = "worker"
+    device: str = "cpu"
+    memory: int | None = None
+    client_key: str = ""
+    settings: Settings = field(default_factory=Settings)
+    on_enrol: Callable[[str, str], None] | None = None
+
+
+class Worker:
+    """Serves one listener until `stop` is called.
+
+    Args:
+        options: see `WorkerOptions`.
+        listener: where hosts and neighbours reach this worker; closed at the end.
+        plugins: adapters, codecs and transports.
+    """
+
+    def __init__(self, options: WorkerOptions, listener: Listener, plugins: Plugins) -> None:
+        self.options, self.listener, self.plugins = options, listener, plugins
+        self._device = torch.device(options.device)
+        self._executor = Executor()
+        budget = options.memory if options.memory is not None else automatic_budget(self._device)
+        self.stages = StageStore(self._device, budget, self._executor.check)
+        self.library = Library(options.roots, plugins)
+        self.hosting = Hosting(
+            name=options.name,
+            device=self._device,
+            settings=options.settings,
+            plugins=plugins,
+            library=self.library,
+            stages=self.stages,
+            executor=self._executor,
+            listener=listener,
+            send=self._send,
+            fail=self._fail,
+        )
+        self._loader = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
+        self._stopping = threading.Event()
+        hosting = self.hosting
+        self._handlers: dict[type[wire.Message], _Handler] = {
+            wire.Hello: lambda p, m, b: self._hello(p, m),
+            wire.Enrol: lambda p, m, b: self._enrol(p, m),
+            wire.Catalogue: lambda p, m, b: self._load(p, m, lambda: self._catalogue(p, m)),
+            wire.Open: lambda p, m, b: self._load(p, m, lambda: hosting.open(p, m)),
+            wire.Admit: lambda p, m, b: hosting.admit(p, m),
+            wire.Constants: hosting.keep_constants,
+            wire.Step: hosting.step,
+            wire.Cancel: lambda p, m, b: hosting.cancel(p, m),
+            wire.Close: lambda p, m, b: hosting.close(p, m),
+            wire.Ping: lambda p, m, b: self._ping(p, m),
+            wire.Probe: lambda p, m, b: self._send(p.route, wire.Probed(m.id), [bytes(m.size)]),
+        }
+
+    def serve(self) -> None:
+        """Answer messages until `stop`; returns when everything is closed."""
+        while not self._stopping.is_set():
+            got = self.listener.receive(_TICK)
+            if got is not None:
+                self._dispatch(*got)
+            self.hosting.stop_orphans()
+        self._executor.stop()
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        self.hosting.close_all()
+        self.listener.close()
+
+    def stop(self) -> None:
+        """Make `serve` return soon. Any thread may call it."""
+        self._stopping.set()
+        self.listener.wake()
+
+    def _dispatch(self, peer: Peer, frames: list[memoryview]) -> None:
+        message: wire.Message | None = None
+        try:
+            message, buffers = wire.unpack(frames)
+            self._check_trust(peer, message)
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise WireMalformed(f"A worker does not take {type(message).__name__} messages.")
+            handler(peer, message, buffers)
+        except Exception as error:
+            log.info("refused what %s sent: %s", peer.key or "a peer", error)
+            self._fail(peer.route, message, error)
+
+    def _check_trust(self, peer: Peer, message: wire.Message) -> None:
+        if peer.trust == "member":
+            return
+        allowed = (wire.Enrol,) if peer.trust == "enrolling" else (wire.Step,)
+        if not isinstance(message, (wire.Hello, wire.Ping, *allowed)):
+            raise NotAuthorised(
+                f"A key that is only {peer.trust} here may not send {type(message).__name__}.", hint="mesh join INVITE"
+            )
+
+    def _hello(self, peer: Peer, message: wire.Hello) -> None:
+        if wire.VERSION not in message.wire:
+            raise WireUnsupportedVersion(
+                f"{self.options.name} (comfyui-mesh {__version__}) speaks wire version {wire.VERSION}, "
+                f"{message.name} (comfyui-mesh {message.package}) speaks {message.wire}.",
+                hint="pip install --upgrade comfyui-mesh on the older side",
+            )
+        welcome = wire.Welcome(
+            id=message.id,
+            wire=wire.VERSION,
+            package=__version__,
+            plugins=self.plugins.versions(),
+            name=self.options.name,
+            client_key=self.options.client_key,
+            codecs={name: codec.capabilities() for name, codec in self.plugins.codecs().items()},
+            devices=[self._device_report()],
+            adapters=self.plugins.adapter_versions(),
+        )
+        self._send(peer.route, welcome)
+
+    def _device_report(self) -> dict[str, Any]:
+        cuda = self._device.type == "cuda"
+        return {
+            "device": str(self._device),
+            "name": torch.cuda.get_device_name(self._device) if cuda else self._device.type,
+            "budget": self.stages.budget,
+            "loaded": self.stages.nbytes,
+            "sessions": len(self.hosting),
+        }
+
+    def _enrol(self, peer: Peer, message: wire.Enrol) -> None:
+        if peer.trust != "enrolling" or self.options.on_enrol is None:
+            raise NotAuthorised("Only a key that came in on an invite may enrol.", hint="mesh join INVITE")
+        self.options.on_enrol(message.key, message.name)
+        self._send(peer.route, wire.Enrolled(message.id, self.options.name))
+
+    def _catalogue(self, peer: Peer, message: wire.Catalogue) -> None:
+        self._send(peer.route, wire.Catalogued(message.id, self.library.catalogue()))
+
+    def _ping(self, peer: Peer, message: wire.Ping) -> None:
+        self.hosting.seen(peer, message.session)
+        self._send(peer.route, wire.Pong(message.id))
+
+    def _load(self, peer: Peer, message: wire.Message, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                log.info("%s failed: %s", type(message).__name__, error)
+                self._fail(peer.route, message, error)
+
+        self._loader.submit(run)
+
+    def _send(self, route: bytes, message: wire.Message, buffers: list[Frame] | None = None) -> None:
+        self.listener.send(route, wire.pack(message, buffers or []))
+
+    def _fail(self, route: bytes, message: wire.Message | None, error: BaseException) -> None:
+        step = message if isinstance(message, wire.Step) else None
+        failed = wire.Failed(
+            id=message.id if message is not None else 0,
+            session=getattr(message, "session", b""),
+            step=step.step if step is not None else 0,
+            worker=self.options.name,
+            **describe(error),
+        )
+        if failed.traceback:
+            log.error("%s", failed.traceback)
+        self._send(route, failed)

@@ -1,0 +1,1 @@
+"""Two plugins that fail: one when it is imported, one when it registers."""

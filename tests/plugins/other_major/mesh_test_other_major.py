@@ -1,0 +1,3 @@
+"""Made for other API majors. Must not be imported."""
+
+raise AssertionError("this module was imported")
