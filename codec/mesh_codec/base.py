@@ -107,7 +107,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:
         """Open a stream for decoding what an encoder with the same settings made."""
 
 

@@ -114,7 +114,9 @@ class KeyStore:
         found = [c for c in self.clients() if who in (c.key, c.name)]
         if not found:
             known = ", ".join(sorted(c.name or c.key for c in self.clients())) or "none"
-            raise ConfigError(f"No client has the key or name {who[:80]!r}. Authorised: {known}.", hint="mesh keys list")
+            raise ConfigError(
+                f"No client has the key or name {who[:80]!r}. Authorised: {known}.", hint="mesh keys list"
+            )
         for client in found:
             self._clients.remove(client.key)
         return found

@@ -41,8 +41,9 @@ class Remote:
     """
 
     def __init__(self, address: Address, plugins: Plugins, settings: Settings) -> None:
-        self.address, self.plugins, self.settings = address, plugins, settings
+        self.plugins, self.settings = plugins, settings
         self.transport: Transport = plugins.transport(address.scheme)
+        self.address = self.transport.resolve(address)
         self.session = secrets.token_bytes(16)
         self.opened = False
         self.lost_at: float | None = None

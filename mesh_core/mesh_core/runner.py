@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from mesh_core.adapter import Conditioning, Stage, State
-from mesh_core.keys import resolve
 from mesh_core.library import Checkpoint
 from mesh_core.plan import Plan, WorkerInfo, check, make
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote
 from mesh_core.session import Identity, Report, Session, SessionOptions
 from mesh_core.stats import RunStats
+from mesh_core.transport.base import Address
 
 Workers = Sequence[str | tuple[str, str]]
 """Addresses in execution order; (address, span) where the user says what a worker runs."""
@@ -105,7 +105,7 @@ def place(
     pairs = [(w, None) if isinstance(w, str) else w for w in workers]
     if local is not None:
         make(spec, local, [span for _, span in pairs])
-    remotes = [Remote(resolve(address), plugins, options.settings) for address, _ in pairs]
+    remotes = [Remote(Address(text), plugins, options.settings) for text, _ in pairs]
     try:
         for remote in remotes:
             remote.connect()

@@ -44,7 +44,6 @@ class WorkerOptions:
         device: a torch device, for example ``"cuda:0"``.
         memory: bytes for weights; None for most of what is free now.
         client_key: the public key under which this worker connects to others.
-        on_enrol: called with a new host's key and name when it came in on an invite.
     """
 
     roots: tuple[Path, ...]
@@ -53,7 +52,6 @@ class WorkerOptions:
     memory: int | None = None
     client_key: str = ""
     settings: Settings = field(default_factory=Settings)
-    on_enrol: Callable[[str, str], None] | None = None
 
 
 class Worker:
@@ -171,9 +169,7 @@ class Worker:
         }
 
     def _enrol(self, peer: Peer, message: wire.Enrol) -> None:
-        if peer.trust != "enrolling" or self.options.on_enrol is None:
-            raise NotAuthorised("Only a key that came in on an invite may enrol.", hint="mesh join INVITE")
-        self.options.on_enrol(message.key, message.name)
+        self.listener.enrol(peer, message.key, message.name)
         self._send(peer.route, wire.Enrolled(message.id, self.options.name))
 
     def _catalogue(self, peer: Peer, message: wire.Catalogue) -> None:

@@ -200,6 +200,11 @@ def _config_from_shapes(tensors: Mapping[str, TensorInfo], prefix: str, bfl: boo
     head = shape(block)[0]
     mlp = shape("single_transformer_blocks.0.attn.to_out.weight")[1] - width if singles else None
     mlp = mlp if mlp is not None else shape("transformer_blocks.0.ff.linear_out.weight")[1]
+    if width % head or mlp <= 0 or head % 4:
+        raise CheckpointCorrupt(
+            f"The shapes of this FLUX.2 transformer do not fit each other (width {width}, head {head}, MLP {mlp}).",
+            hint="copy or download it again",
+        )
     guided = pieces_of("time_guidance_embed.guidance_embedder.linear_1.weight", 0, tensors, prefix, bfl)[0].tensor
     return {
         "patch_size": 1,

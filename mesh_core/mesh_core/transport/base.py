@@ -125,6 +125,15 @@ class Transport(ABC):
 
     scheme: ClassVar[str]
 
+    def resolve(self, address: Address) -> Address:
+        """``address`` with the key that its worker must prove, where this user knows it: what another worker needs to
+        connect there in turn.
+
+        Raises:
+            ConfigError: the text is no address of this transport, or the key is needed and not known.
+        """
+        return address
+
     @abstractmethod
     def connect(self, address: Address, timeout: float) -> Channel:
         """Open a channel. Returns once the worker can be talked to.

@@ -1,0 +1,120 @@
+"""For adapter authors: what an adapter must prove, as functions that a test calls. Raise AssertionError.
+
+The reference is always the model class's own forward, on the same device and dtype, and the demand is equality of
+every bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mesh_core.adapter import ModelAdapter, ModelSpec
+from mesh_core.checkpoint import CheckpointHeader, read_header
+from mesh_core.spans import BlockSpan
+from mesh_core.weights import WeightReader
+
+
+def check_every_cut(
+    adapter: ModelAdapter,
+    header: CheckpointHeader,
+    reference: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Stages loaded from ``header`` and composed equal ``reference(**inputs)``: for every single cut, and for one
+    stage per block.
+
+    Args:
+        reference: the whole model with the same weights, on ``device``, in the dtype to test.
+        inputs: arguments of its forward, without ``return_dict``; on ``device``.
+
+    Returns the number of compositions that were compared.
+    """
+    spec = _recognised(adapter, header)
+    dtype = next(reference.parameters()).dtype
+    with torch.no_grad():
+        expected = _tensors(reference(**inputs, return_dict=False))
+    compositions = [(k,) for k in range(spec.blocks + 1)] + [tuple(range(1, spec.blocks))]
+    for cuts in compositions:
+        state, conditioning = adapter.begin(spec, inputs)
+        for start, stop in zip((0, *cuts), (*cuts, spec.blocks), strict=True):
+            span = BlockSpan(start, stop)
+            assert state.keys() <= spec.states[start].keys(), f"undeclared state at cut {start}: {sorted(state)}"
+            stage = adapter.build_stage(spec, span, WeightReader(header), device=device, dtype=dtype)
+            needed = set(spec.constants_of(span))
+            before = {name: tensor.clone() for name, tensor in state.items()}
+            part = type(conditioning)(
+                {n: t for n, t in conditioning.constants.items() if n in needed}, conditioning.options
+            )
+            with torch.no_grad():
+                following = stage(state, part)
+            for name, tensor in before.items():
+                assert torch.equal(tensor, state[name]), f"the stage {span} changed its input {name!r} in place"
+            state = following
+        found = _tensors(adapter.finish(spec, state))
+        for e, f in zip(expected, found, strict=True):
+            assert torch.equal(e, f), f"cut at {cuts}: differs by up to {(e - f).abs().max().item():g}"
+    return len(compositions)
+
+
+def check_reads_only_its_own(adapter: ModelAdapter, header: CheckpointHeader) -> None:
+    """The stages of all single blocks read their own parameters from disk, and no byte more."""
+    spec = _recognised(adapter, header)
+    dtype = torch.float32
+    for start in range(spec.blocks):
+        span = BlockSpan(start, start + 1)
+        reader = WeightReader(header)
+        stage = adapter.build_stage(spec, span, reader, device="cpu", dtype=dtype)
+        own = spec.parameters_of(span)
+        held = {name for name, p in stage.model.named_parameters() if not p.is_meta}
+        assert held == set(own), f"stage {span} holds {sorted(held ^ set(own))} more or less than the spec says"
+        size = sum(_file_bytes(header, spec, name) for name in own)
+        assert reader.bytes_read == size, f"stage {span} read {reader.bytes_read} bytes, its parameters have {size}"
+
+
+def check_recognises_without_data(adapter: ModelAdapter, path: Path, scratch: Path) -> None:
+    """Recognising a copy of the checkpoint at ``path`` whose tensor data is all zero gives the same spec."""
+    copy = scratch / path.name
+    if path.is_dir():
+        copytree(path, copy)
+    else:
+        copy.write_bytes(path.read_bytes())
+    original = _recognised(adapter, read_header(path))
+    header = read_header(copy)
+    for file in header.files:
+        start = min(t.offset for t in header.tensors.values() if t.file == file)
+        size = file.stat().st_size
+        with file.open("r+b") as stream:
+            stream.truncate(start)
+            stream.truncate(size)
+    blank = _recognised(adapter, read_header(copy))
+    assert blank.parameters == original.parameters and blank.config == original.config
+
+
+def _recognised(adapter: ModelAdapter, header: CheckpointHeader) -> ModelSpec:
+    spec = adapter.recognise(header)
+    assert spec is not None, f"{adapter.family} does not recognise {header.path}"
+    return spec
+
+
+def _file_bytes(header: CheckpointHeader, spec: ModelSpec, name: str) -> int:
+    parameter = spec.parameters[name]
+    whole = sum(header.tensors[p.tensor].nbytes for p in parameter.pieces if p.stop is None)
+    rows = [p for p in parameter.pieces if p.stop is not None]
+    for piece in rows:
+        info = header.tensors[piece.tensor]
+        whole += info.nbytes // info.shape[0] * ((piece.stop or 0) - piece.start)
+    return whole
+
+
+def _tensors(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+

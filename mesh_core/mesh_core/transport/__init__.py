@@ -1,0 +1,1 @@
+"""Transports: how messages move between hosts and workers. `base` is the contract."""

@@ -1,0 +1,66 @@
+"""Plain TCP in front of ZeroMQ, which retries in silence: is there anybody, and what do they speak?"""
+
+from __future__ import annotations
+
+import socket
+from time import monotonic, sleep
+
+from mesh_core.errors import Unreachable
+from mesh_core.transport.address import Place
+
+_RETRY = 0.05
+_DIAGNOSIS = 2.0
+_SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
+_OPENING = _SIGNATURE + b"\x03\x00"
+"""The begin of a ZMTP 3.0 greeting (RFC 23): signature and version. The other end answers it with its own greeting;
+our mechanism is left out, because the other end would break off at one that it does not like."""
+_GREETING_LENGTH = 64
+
+
+def reach(place: Place, timeout: float) -> str:
+    """The numeric address under which ``place`` accepts TCP connections; tries until ``timeout`` seconds passed.
+
+    Raises:
+        Unreachable: the name does not resolve, nobody listens, or nothing answers; says which.
+    """
+    deadline = monotonic() + timeout
+    while True:
+        left = max(0.01, deadline - monotonic())
+        try:
+            with socket.create_connection((place.host, place.port), timeout=left) as connection:
+                return str(connection.getpeername()[0])
+        except (socket.gaierror, UnicodeError) as error:
+            raise Unreachable(
+                f"The name {place.host!r} of {place} does not resolve: {error}.", hint="the worker's IP address"
+            ) from error
+        except TimeoutError as error:
+            raise Unreachable(
+                f"Nothing answers at {place} within {timeout:g} s.",
+                hint="is the machine awake, on this network, and the port open in its firewall?",
+            ) from error
+        except OSError as error:
+            if monotonic() + _RETRY > deadline:
+                raise _nobody(place, error) from error
+            sleep(_RETRY)
+
+
+def _nobody(place: Place, error: OSError) -> Unreachable:
+    if isinstance(error, ConnectionRefusedError):
+        hint = f"mesh serve --port {place.port} on {place.host}; with --bind 0.0.0.0 for other machines to reach it"
+        return Unreachable(f"Nobody listens at {place}: the connection is refused.", hint=hint)
+    return Unreachable(f"{place} cannot be reached: {error.strerror or error}.", hint="mesh doctor")
+
+
+def mechanism(place: Place) -> str:
+    """What the listener at ``place`` speaks: ``"CURVE"``, ``"NULL"``, or "" if it does not speak ZMTP 3."""
+    greeting = b""
+    try:
+        with socket.create_connection((place.host, place.port), timeout=_DIAGNOSIS) as connection:
+            connection.sendall(_OPENING)
+            while len(greeting) < _GREETING_LENGTH and (part := connection.recv(_GREETING_LENGTH - len(greeting))):
+                greeting += part
+    except OSError:
+        return ""
+    if len(greeting) < _GREETING_LENGTH or greeting[0] != 0xFF or greeting[9] != 0x7F:
+        return ""
+    return greeting[12:32].rstrip(b"\0").decode("ascii", "replace")

@@ -1,0 +1,188 @@
+"""A host's connection to one worker over ZeroMQ: a DEALER socket, and its monitor, which tells when it is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from secrets import token_bytes
+from time import monotonic
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from mesh_core.errors import NotAuthorised, PeerLost, TransportError, Unreachable
+from mesh_core.keys import KeyPair
+from mesh_core.transport.address import Place
+from mesh_core.transport.base import Channel, Frame
+from mesh_core.transport.frames import byte_views
+from mesh_core.transport.reach import mechanism
+from mesh_core.transport.zmq_errors import mapped_errors
+from mesh_core.transport.zmq_socket import Context, Socket, milliseconds, new_socket, receive_frames, send_frames
+from mesh_core.wire.limits import Limits
+
+_FULL = 5.0
+"""Seconds that a send waits for a queue that is full."""
+
+_FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+_WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED | _GONE
+
+
+class ZmqChannel(Channel):
+    """Connected once, by `open_channel`; when the connection is gone the channel is over.
+
+    Args:
+        keeper: kept alive for as long as the channel, so that the context stays.
+    """
+
+    def __init__(self, context: Context, place: Place, limits: Limits, keeper: object) -> None:
+        self._place, self._limits, self._keeper = place, limits, keeper
+        self._lost = ""
+        self.socket = new_socket(context, zmq.DEALER, limits)
+        self.socket.routing_id = b"h" + token_bytes(15)
+        self.socket.reconnect_ivl = -1
+        watch = f"inproc://mesh.monitor.{token_bytes(8).hex()}"
+        self.socket.monitor(watch, _WATCHED)
+        self.monitor: Socket = context.socket(zmq.PAIR)
+        self.monitor.linger = 0
+        self.monitor.connect(watch)
+        self._poller = zmq.Poller()
+        self._poller.register(self.socket, zmq.POLLIN)
+        self._poller.register(self.monitor, zmq.POLLIN)
+
+    def send(self, frames: Sequence[Frame]) -> None:
+        views = byte_views(frames, self._limits)
+        self._raise_if_lost()
+        with mapped_errors(f"Sending to {self._place}"):
+            if not self.socket.poll(0, zmq.POLLOUT):
+                self._wait_for_room()
+            send_frames(self.socket, views)
+
+    def receive(self, timeout: float) -> list[memoryview] | None:
+        deadline = monotonic() + timeout
+        with mapped_errors(f"Receiving from {self._place}"):
+            while True:
+                frames = self.take()
+                if frames is not None:
+                    return self._checked(frames)
+                self._raise_if_lost()
+                left = deadline - monotonic()
+                if not self._poller.poll(milliseconds(left)) and left <= 0:
+                    return None
+
+    def take(self) -> list[memoryview] | None:
+        """A message that is already here, or None."""
+        if self.socket.closed or not self.socket.poll(0):
+            return None
+        return [frame.buffer for frame in receive_frames(self.socket, self._limits)]
+
+    def ready(self) -> bool:
+        """Whether `receive` would not wait."""
+        return bool(self.socket.closed or self.socket.poll(0) or self._is_lost())
+
+    def close(self) -> None:
+        self._lost = self._lost or "the channel was closed here"
+        if not self.socket.closed:
+            self.socket.disable_monitor()
+            self.monitor.close(linger=0)
+            self.socket.close(linger=0)
+
+    def _checked(self, frames: list[memoryview]) -> list[memoryview]:
+        if len(frames) == 1 and frames[0].nbytes == 0:
+            raise NotAuthorised(
+                f"The worker at {self._place} does not accept this user's key any more.",
+                hint="a new invite from the worker's owner, then mesh join INVITE",
+            )
+        return frames
+
+    def _wait_for_room(self) -> None:
+        deadline = monotonic() + _FULL
+        while not self.socket.poll(100, zmq.POLLOUT):
+            self._raise_if_lost()
+            if monotonic() > deadline:
+                raise PeerLost(f"The worker at {self._place} has taken nothing for {_FULL:g} s; its queue is full.")
+
+    def _raise_if_lost(self) -> None:
+        if self._is_lost():
+            raise PeerLost(f"The connection to the worker at {self._place} is gone: {self._lost}.")
+
+    def _is_lost(self) -> bool:
+        while not self._lost and self.monitor.poll(0):
+            if parse_monitor_message(self.monitor.recv_multipart())["event"] & _GONE:
+                self._lost = "it closed the connection"
+        return bool(self._lost)
+
+    def shake_hands(self, timeout: float) -> None:
+        """Wait until both ends have proven their keys.
+
+        Raises:
+            NotAuthorised, Unreachable: see `mesh_core.transport.base.Transport.connect`.
+        """
+        deadline = monotonic() + timeout
+        while (left := deadline - monotonic()) > 0:
+            if not self.monitor.poll(milliseconds(left)):
+                break
+            event = parse_monitor_message(self.monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                return
+            raise self._refusal(event)
+        raise Unreachable(
+            f"{self._place} takes connections, but does not answer within {timeout:g} s.",
+            hint="restart the worker there; it is stopped, or too busy to answer",
+        )
+
+    def _refusal(self, event: int) -> TransportError:
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            return NotAuthorised(
+                f"The worker at {self._place} does not accept this key.",
+                hint="mesh keys invite on the worker's machine, then mesh join INVITE here",
+            )
+        # Whatever else went wrong, libzmq only knows that it did: ask the other end what it speaks.
+        found, wanted = mechanism(self._place), "NULL" if self._place.insecure else "CURVE"
+        if not found:
+            return Unreachable(
+                f"{self._place} takes connections, but what answers is no worker of the mesh.",
+                hint="check the port; a proxy or another program listens there",
+            )
+        if found == wanted == "CURVE":
+            return NotAuthorised(
+                f"The worker at {self._place} has another key than the one that is known for it.",
+                hint=f"if it was set up anew: mesh keys forget {self._place.netloc}, then mesh join with a new invite",
+            )
+        if found != wanted:
+            runs = "without encryption" if found == "NULL" else "with encryption"
+            what = f"mesh://{self._place.netloc}{'?insecure=yes' if found == 'NULL' else ''}"
+            return NotAuthorised(f"The worker at {self._place} runs {runs}.", hint=f"{what}, if that is what you want")
+        return Unreachable(f"The worker at {self._place} broke the connection off.", hint="try again")
+
+
+def open_channel(
+    context: Context,
+    place: Place,
+    numeric: str,
+    keys: tuple[KeyPair, str] | None,
+    *,
+    timeout: float,
+    limits: Limits,
+    keeper: object,
+) -> ZmqChannel:
+    """A channel whose handshake is done.
+
+    Args:
+        numeric: the IP address to connect to.
+        keys: our key pair and the worker's public key; None for no encryption.
+    """
+    channel = ZmqChannel(context, place, limits, keeper)
+    try:
+        with mapped_errors(f"Connecting to {place}"):
+            if keys is not None:
+                own, server_key = keys
+                channel.socket.curve_publickey = own.public.encode()
+                channel.socket.curve_secretkey = own.secret.encode()
+                channel.socket.curve_serverkey = server_key.encode()
+            channel.socket.ipv6 = ":" in numeric
+            channel.socket.connect(f"tcp://{f'[{numeric}]' if ':' in numeric else numeric}:{place.port}")
+            channel.shake_hands(timeout)
+    except BaseException:
+        channel.close()
+        raise
+    return channel

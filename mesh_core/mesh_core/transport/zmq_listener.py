@@ -1,0 +1,171 @@
+"""A worker's end over ZeroMQ: a ROUTER socket that one thread owns, and an outbox through which any thread answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from secrets import token_hex
+from time import monotonic
+
+import zmq
+
+from mesh_core.errors import ConfigError, NotAuthorised
+from mesh_core.keys import KeyStore
+from mesh_core.transport.base import Frame, Listener, Peer, Trust
+from mesh_core.transport.frames import byte_views
+from mesh_core.transport.zmq_errors import mapped_errors
+from mesh_core.transport.zmq_socket import Context, Socket, milliseconds, receive_frames, send_frames
+from mesh_core.wire.limits import Limits
+
+log = logging.getLogger(__name__)
+
+_REFUSED = [memoryview(b"")]
+"""What a peer gets whose key was revoked while it was connected; no message of the mesh looks like it."""
+
+
+class Gate:
+    """Which keys a listener trusts, and how far: the user's files, and neighbours that hosts introduced."""
+
+    def __init__(self, keys: KeyStore) -> None:
+        self.keys = keys
+        self._neighbours: frozenset[str] = frozenset()
+
+    def trust(self, key: str) -> Trust | None:
+        """None for a key that may do nothing."""
+        try:
+            return self.keys.trust(key) or ("neighbour" if key in self._neighbours else None)
+        except ConfigError as error:
+            log.error("a key was refused because the authorised ones could not be read: %s", error)
+            return None
+
+    def open_to(self, key: str) -> bool:
+        """Whether the key may connect at all."""
+        return self.trust(key) is not None
+
+    def admit(self, key: str) -> None:
+        self._neighbours |= {key}
+
+    def dismiss(self, key: str) -> None:
+        self._neighbours -= {key}
+
+
+class ZmqListener(Listener):
+    """Args:
+    socket: a ROUTER socket that is bound.
+    gate: who is trusted; None where nobody proves a key.
+    closed: called once, when the listener is closed.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        socket: Socket,
+        address: str,
+        gate: Gate | None,
+        limits: Limits,
+        closed: Callable[[], None],
+    ) -> None:
+        self.address = address
+        self._socket, self._gate, self._limits, self._when_closed = socket, gate, limits, closed
+        self._outbox: deque[tuple[bytes, list[memoryview]]] = deque()
+        self._lock = threading.Lock()
+        self._signalled = self._woken = self._closed = False
+        self._owner: int | None = None
+        pipe = f"inproc://mesh.wake.{token_hex(8)}"
+        self._bell: Socket = context.socket(zmq.PAIR)
+        self._bell.bind(pipe)
+        self._ring: Socket = context.socket(zmq.PAIR)
+        self._ring.connect(pipe)
+        self._poller = zmq.Poller()
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(self._bell, zmq.POLLIN)
+
+    def receive(self, timeout: float) -> tuple[Peer, list[memoryview]] | None:
+        self._owner = threading.get_ident()
+        deadline = monotonic() + timeout
+        with mapped_errors(f"Receiving at {self.address}"):
+            while not self._closed:
+                left = deadline - monotonic()
+                ready = dict(self._poller.poll(milliseconds(left)))
+                if self._bell in ready and self._answer_bell():
+                    return None
+                if self._socket in ready and (got := self._take()) is not None:
+                    return got
+                if not ready and left <= 0:
+                    return None
+        return None
+
+    def send(self, route: bytes, frames: Sequence[Frame]) -> None:
+        self._outbox.append((route, byte_views(frames, self._limits)))
+        if threading.get_ident() == self._owner:
+            self._flush()
+        else:
+            self._signal()
+
+    def wake(self) -> None:
+        self._woken = True
+        self._signal()
+
+    def admit(self, key: str) -> None:
+        if self._gate is not None:
+            self._gate.admit(key)
+
+    def dismiss(self, key: str) -> None:
+        if self._gate is not None:
+            self._gate.dismiss(key)
+
+    def enrol(self, peer: Peer, key: str, name: str) -> None:
+        if self._gate is None or peer.trust != "enrolling":
+            raise NotAuthorised("Only a key that came in on an invite may enrol.", hint="mesh join INVITE")
+        self._gate.keys.redeem(peer.key, key, name)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._ring.close(linger=0)
+        self._bell.close(linger=0)
+        self._socket.close(linger=0)
+        self._when_closed()
+
+    def _signal(self) -> None:
+        with self._lock:
+            if not self._signalled and not self._closed:
+                self._signalled = True
+                self._ring.send(b"")
+
+    def _answer_bell(self) -> bool:
+        """Send what waits in the outbox; true if `wake` was called."""
+        with self._lock:
+            self._bell.recv()
+            self._signalled = False
+            woken, self._woken = self._woken, False
+        self._flush()
+        return woken
+
+    def _flush(self) -> None:
+        while self._outbox and not self._closed:
+            route, views = self._outbox.popleft()
+            try:
+                send_frames(self._socket, [memoryview(route), *views])
+            except zmq.ZMQError as error:
+                log.warning("an answer was dropped: %s", error)
+
+    def _take(self) -> tuple[Peer, list[memoryview]] | None:
+        route, *frames = receive_frames(self._socket, self._limits)
+        peer = self._peer(route.bytes, frames)
+        if peer is None:
+            self._outbox.append((route.bytes, list(_REFUSED)))
+            self._flush()
+            return None
+        return peer, [frame.buffer for frame in frames]
+
+    def _peer(self, route: bytes, frames: list[zmq.Frame]) -> Peer | None:
+        if self._gate is None:
+            return Peer(route)
+        key = str(frames[0].get("User-Id")) if frames else ""
+        trust = self._gate.trust(key)
+        return Peer(route, key, trust) if trust else None
