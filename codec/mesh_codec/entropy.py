@@ -43,6 +43,9 @@ final image keeps 45.0, 38.6 and 31.5 dB PSNR, minimum over prompts."""
 
 _STEP_LIMITS = (1e-3, 8.0)
 
+_THREADS = 4
+"""More spend their time on waiting for the interpreter."""
+
 
 class EntropyCodec(Codec):
     """Quantises float16, bfloat16 and float32. Settings: ``step``, relative to the channels' deviation."""
@@ -72,7 +75,7 @@ class EntropyCodec(Codec):
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="mesh-entropy")
+        return ThreadPoolExecutor(min(_THREADS, torch.get_num_threads()), thread_name_prefix="mesh-entropy")
 
 
 def _step(settings: Mapping[str, Any]) -> float:

@@ -14,10 +14,10 @@ _SAMPLES = 128
 """Per channel. The error of one channel's deviation is 6 %, that of the common step far less."""
 
 _MEDIAN_EVERY = 2
-"""One sample in so many has a say in what is pulled in: medians are the dearest part, and need be near only."""
+"""One sample in so many has a say in what is left out: medians are the dearest part, and need be near only."""
 
 _REACH = 6.0
-"""Deviations from a channel's centre beyond which a sample is pulled in: a few massive tokens stay few."""
+"""Deviations from a channel's centre beyond which a sample counts as the centre: massive tokens have no say."""
 
 _CAP = 3.0
 """Median deviations at which a channel's own is capped before it has a say in the step: massive channels have the
@@ -59,9 +59,9 @@ def measure(channels: Tensor, relative_step: float) -> Spread:
     few = sample[:, ::_MEDIAN_EVERY]
     centre = few.median(dim=1, keepdim=True).values
     typical = (few - centre).abs_().median(dim=1, keepdim=True).values * _DEVIATION_PER_MAD
-    # A channel that is constant but for a few tokens has no typical deviation: nothing is pulled in.
+    # A channel that is constant but for a few tokens has no typical deviation: nothing is left out.
     reach = torch.where(typical > 0, typical * _REACH, torch.inf)
-    sample = sample.clamp_(centre - reach, centre + reach)
+    sample = torch.where((sample - centre).abs() <= reach, sample, centre)
     deviations, means = torch.std_mean(sample, dim=1, correction=0)
     means = means.bfloat16()
     means = torch.where(means.isfinite(), means, 0)

@@ -139,7 +139,7 @@ class Hosting:
     def keep_constants(self, peer: Peer, message: wire.Constants, buffers: list[memoryview]) -> None:
         """Decode and cache constants, each checked against the hash that names it."""
         self.owned(peer, message.session)
-        decoder = self.plugins.codecs()["raw"].decoder({}, self._limits)
+        decoder = self.plugins.codec("raw").decoder({}, self._limits)
         position = 0
         for item in message.tensors:
             coded = Encoded(item["h"], buffers[position : position + item["k"]])

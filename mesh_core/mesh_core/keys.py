@@ -25,6 +25,7 @@ _IDENTITY = "identity.json"
 _CLIENTS = "authorised-clients.json"
 _INVITES = "invites.json"
 _WORKERS = "known-workers.json"
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ class KeyStore:
         return list(self._clients.rows().values())
 
     def authorise(self, key: str, name: str) -> None:
-        """Let a client's key in from now on."""
-        self._clients.put(Client(key, name, time()))
+        """Let a client's key in from now on. ``name`` is what it calls itself: only what can be printed is kept."""
+        printable = "".join(letter for letter in name if letter.isprintable())
+        self._clients.put(Client(key, printable[:_LONGEST_NAME], time()))
 
     def revoke(self, who: str) -> list[Client]:
         """Refuse the clients with this key or name from now on; returns them.

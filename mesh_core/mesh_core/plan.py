@@ -138,7 +138,7 @@ class DefaultSplit:
         host, others = workers[0], workers[1:]
         if not others:
             return [Hop(BlockSpan(0, model.blocks), HOST)]
-        local = fitting(model, host.free) if host.free is not None else model.blocks // (len(workers))
+        local = fitting(model, host.free) if host.free is not None else model.blocks // len(workers)
         weights = [float(w.free or 1) for w in others]
         spans = divide(model, BlockSpan(local, model.blocks), weights)
         return [Hop(BlockSpan(0, local), HOST), *(Hop(s, i + 1) for i, s in enumerate(spans))]

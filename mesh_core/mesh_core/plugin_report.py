@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from typing import Literal
@@ -14,6 +14,9 @@ CORE = "comfyui-mesh"
 
 FIRST = frozenset({CORE, "comfyui-mesh-codec"})
 """Distributions without which nothing works: no other plugin can take a name from them."""
+
+ONE_OF_THEM = "pip uninstall all but one of them"
+"""What to do about a conflict."""
 
 Status = Literal["loaded", "disabled", "broken", "conflict", "incompatible"]
 
@@ -76,18 +79,17 @@ def incompatible(report: PluginReport, major: int) -> PluginReport:
     )
 
 
-def conflict(report: PluginReport, what: str, rivals: Iterable[PluginReport]) -> PluginReport:
-    """``report`` of one of the ``rivals`` that claim ``what``; the core's own claim holds, else nobody's does."""
-    names = sorted(r.label for r in rivals)
+def contention(what: str, rivals: Collection[PluginReport]) -> str:
+    """Says who claims ``what``, and whose claim holds: the core's own, else nobody's."""
     kept = next((r.label for r in rivals if r.distribution in FIRST), "")
     outcome = f"That of {kept} is used." if kept else "None of them is used."
-    return replace(
-        report,
-        status="conflict",
-        detail=f"{report.detail} " * bool(report.detail)
-        + f"The {what} is claimed by {' and by '.join(names)}. {outcome}",
-        hint="pip uninstall all but one of them",
-    )
+    return f"The {what} is claimed by {' and by '.join(sorted(r.label for r in rivals))}. {outcome}"
+
+
+def conflict(report: PluginReport, what: str, rivals: Collection[PluginReport]) -> PluginReport:
+    """``report`` of one of the ``rivals`` that claim ``what``, added to what it says already."""
+    detail = f"{report.detail} {contention(what, rivals)}".lstrip()
+    return replace(report, status="conflict", detail=detail, hint=ONE_OF_THEM)
 
 
 def one_line(error: BaseException) -> str:

@@ -27,9 +27,11 @@ from mesh_core.errors import PluginBroken, PluginConflict, PluginError, PluginIn
 from mesh_core.plugin_report import (
     CORE,
     FIRST,
+    ONE_OF_THEM,
     PluginReport,
     Status,
     conflict,
+    contention,
     describe,
     disabled,
     incompatible,
@@ -278,7 +280,7 @@ class Plugins:
             before = self._reports[owner]
             self._reports[owner] = replace(before, provides=(*before.provides, f"{kind} {key}"))
         else:
-            self._conflicts[kind, key] = conflict(reports[0], f"{kind} {key!r}", reports).detail
+            self._conflicts[kind, key] = contention(f"{kind} {key!r}", reports)
         if len(claimants) > 1:
             for (name, _), report in zip(claimants, reports, strict=True):
                 if not core or report.distribution not in FIRST:
@@ -297,7 +299,7 @@ class Plugins:
 
     def _why_not(self, kind: Kind, key: str, found: Mapping[str, Any]) -> PluginError:
         if (kind, key) in self._conflicts:
-            return PluginConflict(self._conflicts[kind, key], hint="pip uninstall all but one of them")
+            return PluginConflict(self._conflicts[kind, key], hint=ONE_OF_THEM)
         for report in [*self._reports.values(), *self._set_aside]:
             failure = _FAILURES.get(report.status)
             if report.name == key and failure:

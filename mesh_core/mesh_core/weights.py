@@ -90,7 +90,7 @@ class WeightReader:
                 parameter = nn.Parameter(self.read(spec).to(device, dtype), requires_grad=False)
                 if self.model:
                     self._pool.put(key, parameter)
-            _assign(model, name, parameter)
+            assign(model, name, parameter)
             done += parameter.nbytes
             if self._progress is not None:
                 self._progress(done, total)
@@ -138,7 +138,12 @@ def read_into(stream: BinaryIO, target: memoryview, file: object) -> None:
         done += count
 
 
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put ``parameter`` in the place of the model's parameter ``name``, on whatever device that is.
+
+    Raises:
+        CheckpointCorrupt: another shape.
+    """
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     placeholder = owner._parameters[leaf]

@@ -126,6 +126,8 @@ def test_a_small_payload_that_announces_a_large_tensor_allocates_nothing():
     try:
         for buffers in ([b"", bomb, bomb, bomb], [bomb] * 4, [bytes(5 << 10), bomb, b"", bomb]):
             assert_refused(header, buffers)
+        for place in (CHANNELS, OUTLIERS):
+            assert_refused(CODED.header, replaced(place, bomb))
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()

@@ -22,15 +22,23 @@ _QUALITIES = ("lossless", "transparent", "balanced", "fast")
 @click.option(
     "--worker", "workers", multiple=True, help="mesh://host:port, or mesh://host:port=12:20 to name its blocks. Repeat."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True)
-@click.option("--quality", type=click.Choice(_QUALITIES), default="lossless", show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True, help="Picture file."
+)
+@click.option(
+    "--quality",
+    type=click.Choice(_QUALITIES),
+    default="lossless",
+    show_default=True,
+    help="How exact the state crosses; lossless is bit for bit.",
+)
 @click.option("--steps", type=click.IntRange(min=1), default=None, help="Left out: what the model's authors recommend.")
 @click.option("--guidance", type=float, default=None, help="Guidance scale; left out: as the authors recommend.")
 @click.option("--width", type=click.IntRange(min=16), default=None, help="Pixels.")
 @click.option("--height", type=click.IntRange(min=16), default=None, help="Pixels.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
 @click.option("--device", default=None, help="For example cuda:0 or cpu; left out: CUDA where there is one.")
-@click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default=None)
+@click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default=None, help="In which all machines compute; left out: as the file.")
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), default=None, help="Write all stats as JSON.")
 def generate(
     model: Path,

@@ -11,7 +11,7 @@ import click
 
 from mesh_core.cli import COMMANDS
 from mesh_core.errors import PluginConflict
-from mesh_core.plugin_report import conflict
+from mesh_core.plugin_report import ONE_OF_THEM, conflict, contention
 
 if TYPE_CHECKING:
     from mesh_core.plugin_report import PluginReport
@@ -52,8 +52,7 @@ def plugin_command(name: str) -> click.Command | None:
     found = {owner: commands[name] for owner, commands in _added(plugins).items() if name in commands}
     if len(found) > 1:
         rivals = [report for report in plugins.report() if report.name in found]
-        told = conflict(rivals[0], f"command {name!r}", rivals)
-        raise PluginConflict(told.detail, hint=told.hint)
+        raise PluginConflict(contention(f"command {name!r}", rivals), hint=ONE_OF_THEM)
     return next(iter(found.values()), None)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 
 from mesh_codec.base import Quality
@@ -25,7 +26,7 @@ from mesh_core.runner import SplitRunner, Workers, open_session, place
 from mesh_core.session import Identity, Report, SessionOptions
 from mesh_core.spans import BlockSpan
 from mesh_core.stages import automatic_budget
-from mesh_core.weights import WeightReader
+from mesh_core.weights import WeightReader, assign
 
 
 def load_pipeline(
@@ -78,7 +79,7 @@ def load_pipeline(
         )
         attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), target, options.dtype)
         pipeline = DiffusionPipeline.from_pretrained(
-            str(path), transformer=stage.model, torch_dtype=options.dtype, **pipeline_arguments
+            str(path), transformer=stage.model, **{_dtype_name(): options.dtype}, **pipeline_arguments
         )
         return pipeline.to(target)
     except BaseException:
@@ -177,7 +178,7 @@ def file_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
-    source = Path(str(getattr(model, "_name_or_path", "") or "memory"))
+    source = Path("memory")
     tensors = {
         name: TensorInfo(name, from_torch(p.dtype).safetensors, tuple(p.shape), source, 0, p.nbytes)
         for name, p in model.named_parameters()
@@ -212,8 +213,17 @@ def _hold_only(
     for name, parameter in parameters.items():
         if name in wanted and not parameter.is_meta:
             parameter.data = parameter.data.to(device)
-        elif name not in wanted and not parameter.is_meta:
-            parameter.data = parameter.data.to("meta" if from_file else "cpu")
+        elif name not in wanted and from_file:
+            assign(model, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+        elif name not in wanted:
+            parameter.data = parameter.data.to("cpu")
+
+
+def _dtype_name() -> str:
+    """What ``from_pretrained`` calls the type to load in; renamed in diffusers 0.42."""
+    import diffusers
+
+    return "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 
 def _default_device() -> torch.device:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable
 
 import zmq
@@ -41,6 +42,23 @@ def public_of(secret: str) -> str:
         return zmq.curve_public(secret.encode()).decode()
     except (zmq.ZMQError, UnicodeError) as error:
         raise ValueError("not a key") from error
+
+
+def url_text(key: str) -> str:
+    """A key (Z85) in letters, digits, ``-`` and ``_`` alone, for addresses and command lines."""
+    return urlsafe_b64encode(z85.decode(key.encode())).decode().rstrip("=")
+
+
+def from_url_text(text: str) -> str:
+    """The key (Z85) that `url_text` wrote.
+
+    Raises:
+        ValueError: ``text`` is no key.
+    """
+    raw = urlsafe_b64decode(text.encode("ascii") + b"=")
+    if len(raw) != 32 or urlsafe_b64encode(raw).decode().rstrip("=") != text:
+        raise ValueError("a key is 43 letters, digits, - and _")
+    return z85.encode(raw).decode()
 
 
 class ZapHandler:

@@ -144,4 +144,4 @@ def _check(address: str) -> None:
 
 def _kept(frames: Sequence[Frame], limits: Limits) -> list[memoryview]:
     views = byte_views(frames, limits)
-    return [view if view.readonly else memoryview(bytes(view)) for view in views]
+    return [view if view.readonly else memoryview(bytearray(view)) for view in views]

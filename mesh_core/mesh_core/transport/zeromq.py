@@ -26,7 +26,7 @@ from mesh_core.transport.reach import reach
 from mesh_core.transport.zmq_channel import ZmqChannel, open_channel
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_listener import Gate, ZmqListener
-from mesh_core.transport.zmq_socket import Context, Socket, milliseconds, new_socket
+from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
 from mesh_core.wire.limits import LIMITS, Limits
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class ZeroMqTransport(Transport):
             found,
             keys,
             timeout=max(0.1, deadline - monotonic()),
-            limits=self._limits,
+            wire=Wire(self._limits, encrypted=keys is not None),
             keeper=self,
         )
 
@@ -78,7 +78,8 @@ class ZeroMqTransport(Transport):
         place = self._checked(parse_place(address), dict(options))
         host = numeric(place.host)
         gate = None if place.insecure else Gate(self._store())
-        socket = new_socket(self._context(), zmq.ROUTER, self._limits)
+        wire = Wire(self._limits, encrypted=gate is not None)
+        socket = wire.socket(self._context(), zmq.ROUTER)
         try:
             with mapped_errors(f"Listening at {place}"):
                 socket.router_handover = 1
@@ -90,7 +91,7 @@ class ZeroMqTransport(Transport):
             raise
         port = int(cast(bytes, socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0").rpartition(":")[2])
         written = str(replace(place, port=port))
-        return ZmqListener(self._context(), socket, written, gate, self._limits, partial(self._unguard, domain))
+        return ZmqListener(self._context(), socket, written, gate, wire, partial(self._unguard, domain))
 
     def wait(self, channels: Sequence[Channel], timeout: float) -> list[Channel]:
         ours = cast(Sequence[ZmqChannel], channels)

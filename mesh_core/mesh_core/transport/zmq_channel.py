@@ -16,8 +16,7 @@ from mesh_core.transport.base import Channel, Frame
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.reach import mechanism
 from mesh_core.transport.zmq_errors import mapped_errors
-from mesh_core.transport.zmq_socket import Context, Socket, milliseconds, new_socket, receive_frames, send_frames
-from mesh_core.wire.limits import Limits
+from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
 
 _FULL = 5.0
 """Seconds that a send waits for a queue that is full."""
@@ -34,10 +33,10 @@ class ZmqChannel(Channel):
         keeper: kept alive for as long as the channel, so that the context stays.
     """
 
-    def __init__(self, context: Context, place: Place, limits: Limits, keeper: object) -> None:
-        self._place, self._limits, self._keeper = place, limits, keeper
+    def __init__(self, context: Context, place: Place, wire: Wire, keeper: object) -> None:
+        self._place, self._wire, self._keeper = place, wire, keeper
         self._lost = ""
-        self.socket = new_socket(context, zmq.DEALER, limits)
+        self.socket = wire.socket(context, zmq.DEALER)
         self.socket.routing_id = b"h" + token_bytes(15)
         self.socket.reconnect_ivl = -1
         watch = f"inproc://mesh.monitor.{token_bytes(8).hex()}"
@@ -50,12 +49,12 @@ class ZmqChannel(Channel):
         self._poller.register(self.monitor, zmq.POLLIN)
 
     def send(self, frames: Sequence[Frame]) -> None:
-        views = byte_views(frames, self._limits)
+        views = byte_views(frames, self._wire.limits)
         self._raise_if_lost()
         with mapped_errors(f"Sending to {self._place}"):
             if not self.socket.poll(0, zmq.POLLOUT):
                 self._wait_for_room()
-            send_frames(self.socket, views)
+            self._wire.send(self.socket, views)
 
     def receive(self, timeout: float) -> list[memoryview] | None:
         deadline = monotonic() + timeout
@@ -73,7 +72,7 @@ class ZmqChannel(Channel):
         """A message that is already here, or None."""
         if self.socket.closed or not self.socket.poll(0):
             return None
-        return [frame.buffer for frame in receive_frames(self.socket, self._limits)]
+        return self._wire.receive(self.socket)[0]
 
     def ready(self) -> bool:
         """Whether `receive` would not wait."""
@@ -162,7 +161,7 @@ def open_channel(
     keys: tuple[KeyPair, str] | None,
     *,
     timeout: float,
-    limits: Limits,
+    wire: Wire,
     keeper: object,
 ) -> ZmqChannel:
     """A channel whose handshake is done.
@@ -171,7 +170,7 @@ def open_channel(
         numeric: the IP address to connect to.
         keys: our key pair and the worker's public key; None for no encryption.
     """
-    channel = ZmqChannel(context, place, limits, keeper)
+    channel = ZmqChannel(context, place, wire, keeper)
     try:
         with mapped_errors(f"Connecting to {place}"):
             if keys is not None:

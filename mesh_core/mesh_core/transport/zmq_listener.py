@@ -16,8 +16,7 @@ from mesh_core.keys import KeyStore
 from mesh_core.transport.base import Frame, Listener, Peer, Trust
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.zmq_errors import mapped_errors
-from mesh_core.transport.zmq_socket import Context, Socket, milliseconds, receive_frames, send_frames
-from mesh_core.wire.limits import Limits
+from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
 
 log = logging.getLogger(__name__)
 
@@ -64,11 +63,11 @@ class ZmqListener(Listener):
         socket: Socket,
         address: str,
         gate: Gate | None,
-        limits: Limits,
+        wire: Wire,
         closed: Callable[[], None],
     ) -> None:
         self.address = address
-        self._socket, self._gate, self._limits, self._when_closed = socket, gate, limits, closed
+        self._socket, self._gate, self._wire, self._when_closed = socket, gate, wire, closed
         self._outbox: deque[tuple[bytes, list[memoryview]]] = deque()
         self._lock = threading.Lock()
         self._signalled = self._woken = self._closed = False
@@ -98,7 +97,7 @@ class ZmqListener(Listener):
         return None
 
     def send(self, route: bytes, frames: Sequence[Frame]) -> None:
-        self._outbox.append((route, byte_views(frames, self._limits)))
+        self._outbox.append((route, byte_views(frames, self._wire.limits)))
         if threading.get_ident() == self._owner:
             self._flush()
         else:
@@ -150,22 +149,22 @@ class ZmqListener(Listener):
         while self._outbox and not self._closed:
             route, views = self._outbox.popleft()
             try:
-                send_frames(self._socket, [memoryview(route), *views])
+                self._wire.send(self._socket, [memoryview(route), *views])
             except zmq.ZMQError as error:
                 log.warning("an answer was dropped: %s", error)
 
     def _take(self) -> tuple[Peer, list[memoryview]] | None:
-        route, *frames = receive_frames(self._socket, self._limits)
-        peer = self._peer(route.bytes, frames)
+        (route, *frames), last = self._wire.receive(self._socket)
+        peer = self._peer(bytes(route), last)
         if peer is None:
-            self._outbox.append((route.bytes, list(_REFUSED)))
+            self._outbox.append((bytes(route), _REFUSED))
             self._flush()
             return None
-        return peer, [frame.buffer for frame in frames]
+        return peer, frames
 
-    def _peer(self, route: bytes, frames: list[zmq.Frame]) -> Peer | None:
+    def _peer(self, route: bytes, part: zmq.Frame) -> Peer | None:
         if self._gate is None:
             return Peer(route)
-        key = str(frames[0].get("User-Id")) if frames else ""
+        key = str(part.get("User-Id"))
         trust = self._gate.trust(key)
         return Peer(route, key, trust) if trust else None

@@ -1,4 +1,9 @@
-"""Sockets with the mesh's options, and messages on them without copies of large frames."""
+"""Sockets with the mesh's options, and messages on them without needless copies.
+
+An encrypted connection carries a frame in pieces of `PIECE` bytes and a shorter last one: so encrypting, sending and
+decrypting overlap, and a stranger cannot make a worker set memory aside for a large frame before it has proven its
+key. An unencrypted one carries frames whole.
+"""
 
 from __future__ import annotations
 
@@ -12,52 +17,83 @@ from mesh_core.wire.limits import Limits
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
 
-ZERO_COPY = 64 << 10
-"""Frames of at least so many bytes are sent from their own memory; for smaller ones a copy is cheaper."""
+PIECE = 1 << 20
+"""Bytes of a piece. A part of exactly this size is continued by the next part, any shorter one ends its frame."""
 
-QUEUED_MESSAGES = 64
+_ENCRYPTION = 64
+"""Bytes, rounded up, that encryption adds to a part (RFC 26: 33)."""
+
+_ZERO_COPY = 64 << 10
+"""Parts of at least so many bytes are sent from their own memory; for smaller ones a copy is cheaper."""
+
+_QUEUED_MESSAGES = 64
 """Messages that wait at most per peer and direction. A session has one step under way; the rest is small."""
 
 _HANDSHAKE_MS = 5000
-"""A stranger must not hold a connection, or memory for what it sends before it has proven its key, for longer."""
+"""A stranger must not hold a connection for longer."""
 
 _KEEPALIVE_S = (10, 5, 3)
 """Idle time, interval and count: NAT routers forget silent connections, and a dead peer's are freed."""
 
 
-def new_socket(context: Context, kind: int, limits: Limits) -> Socket:
-    """A TCP socket of type ``kind``, not yet bound or connected."""
-    socket: Socket = context.socket(kind)
-    socket.linger = 0
-    socket.maxmsgsize = limits.buffer
-    socket.sndhwm = socket.rcvhwm = QUEUED_MESSAGES
-    socket.handshake_ivl = _HANDSHAKE_MS
-    socket.tcp_keepalive = 1
-    socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = _KEEPALIVE_S
-    return socket
+class Wire:
+    """How messages cross one kind of connection.
+
+    Args:
+        limits: for frames.
+        encrypted: whether frames cross in pieces.
+    """
+
+    def __init__(self, limits: Limits, *, encrypted: bool) -> None:
+        self.limits = limits
+        self._piece = PIECE if encrypted else limits.buffer + 1
+        self._largest_part = PIECE + _ENCRYPTION if encrypted else limits.buffer
+
+    def socket(self, context: Context, kind: int) -> Socket:
+        """A TCP socket of type ``kind``, not yet bound or connected."""
+        socket: Socket = context.socket(kind)
+        socket.linger = 0
+        socket.maxmsgsize = self._largest_part
+        socket.sndhwm = socket.rcvhwm = _QUEUED_MESSAGES
+        socket.handshake_ivl = _HANDSHAKE_MS
+        socket.tcp_keepalive = 1
+        socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = _KEEPALIVE_S
+        return socket
+
+    def send(self, socket: Socket, frames: Sequence[memoryview]) -> None:
+        """Queue one message; does not wait. Large frames must not change until they are delivered."""
+        parts = [part for frame in frames for part in self._pieces(frame)]
+        last = len(parts) - 1
+        for index, part in enumerate(parts):
+            flags = zmq.NOBLOCK | (zmq.SNDMORE if index < last else 0)
+            socket.send(part, flags, copy=part.nbytes < _ZERO_COPY)
+
+    def receive(self, socket: Socket) -> tuple[list[memoryview], zmq.Frame]:
+        """The frames of the next message, which must be there, and its last part, which knows who sent it.
+
+        What is over the limits is dropped on the way, but for one frame, so that the message is still refused by
+        whoever reads it.
+        """
+        frames: list[memoryview] = []
+        pieces: list[memoryview] = []
+        size = 0
+        while True:
+            part = socket.recv(zmq.NOBLOCK, copy=False)
+            size += len(part)
+            if len(frames) < self.limits.buffers + 3 and size <= self.limits.message:
+                pieces.append(part.buffer)
+                if len(part) < self._piece or not part.more:
+                    frames.append(pieces[0] if len(pieces) == 1 else memoryview(bytearray().join(pieces)))
+                    pieces = []
+            if not part.more:
+                return frames, part
+
+    def _pieces(self, frame: memoryview) -> list[memoryview]:
+        if frame.nbytes < self._piece:
+            return [frame]
+        return [frame[start : start + self._piece] for start in range(0, frame.nbytes + 1, self._piece)]
 
 
 def milliseconds(seconds: float) -> int:
     """``seconds`` for a poll; rounded up, so that the end of a wait is not spent polling."""
     return max(0, ceil(seconds * 1e3))
-
-
-def send_frames(socket: Socket, frames: Sequence[memoryview]) -> None:
-    """Queue one message; does not wait. Large frames must not change until they are delivered."""
-    last = len(frames) - 1
-    for index, frame in enumerate(frames):
-        flags = zmq.NOBLOCK | (zmq.SNDMORE if index < last else 0)
-        socket.send(frame, flags, copy=frame.nbytes < ZERO_COPY)
-
-
-def receive_frames(socket: Socket, limits: Limits) -> list[zmq.Frame]:
-    """The next message, which must be there. Frames past the limit are dropped but for one, so that the reader
-    of the message still finds that there were too many."""
-    frames: list[zmq.Frame] = []
-    more = True
-    while more:
-        frame = socket.recv(zmq.NOBLOCK, copy=False)
-        more = frame.more
-        if len(frames) < limits.buffers + 3:
-            frames.append(frame)
-    return frames

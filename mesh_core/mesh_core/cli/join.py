@@ -1,0 +1,20 @@
+"""``mesh join``: become a member of somebody's worker."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command()
+@click.argument("invite")
+@click.option("--name", default="", help="What the worker's owner will see you as; this machine's name by default.")
+@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for the worker.")
+def join(invite: str, name: str, timeout: float) -> None:
+    """Accept a worker's invite.
+
+    INVITE is the line that mesh serve or mesh keys invite printed on the worker's machine, in quotes. It works once.
+    """
+    from mesh_core.invites import accept_invite
+
+    worker = accept_invite(invite, name=name, timeout=timeout)
+    click.echo(f"Joined {worker.name}. Use it as: --worker mesh://{worker.address}")
