@@ -20,6 +20,7 @@ from mesh_core import wire
 from mesh_core.adapter import Conditioning
 from mesh_core.config import Settings
 from mesh_core.constants import digest
+from mesh_core.device import synchronise
 from mesh_core.errors import PlanError, SessionUnknown, TransportTimeout, WireMalformed
 from mesh_core.executor import Executor, Job
 from mesh_core.hosted import ConstantsCache, HostedSession
@@ -214,8 +215,7 @@ class Hosting:
         decoded = perf_counter()
         with torch.no_grad():
             result = stage(state, Conditioning(constants, dict(message.options)))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronise(self.device)
         computed = perf_counter()
         payload = session.outputs.encode(message.sequence, result)
         report = {

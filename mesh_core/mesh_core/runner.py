@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mesh_core.adapter import Conditioning, Stage, State
+from mesh_core.device import synchronise
 from mesh_core.library import Checkpoint
 from mesh_core.plan import Plan, WorkerInfo, check, make
 from mesh_core.plugins import Plugins
@@ -63,7 +64,10 @@ class SplitRunner:
         if not len(self.plan.local):
             return state
         with torch.no_grad():
-            return self.local.forward(state, conditioning)
+            state = self.local.forward(state, conditioning)
+        if self.session is not None:
+            synchronise(self.session.options.device)
+        return state
 
     def close(self) -> None:
         """Let the workers forget the session. May be called twice."""

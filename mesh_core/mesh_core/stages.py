@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic
 
-import psutil
 import torch
 
 from mesh_core.adapter import Stage
@@ -20,9 +19,6 @@ from mesh_core.library import Checkpoint
 from mesh_core.plan import span_bytes
 from mesh_core.spans import BlockSpan
 from mesh_core.weights import ParameterPool, WeightReader
-
-_SHARE_OF_FREE = 0.9
-"""Part of the memory free at start that an automatic budget uses."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +46,6 @@ class Loaded:
     stage: Stage
     bytes_read: int
     seconds: float
-
-
-def automatic_budget(device: torch.device) -> int:
-    """Bytes for weights when the user names no budget: a share of what is free now on ``device``."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE)
-    return int(psutil.virtual_memory().available * _SHARE_OF_FREE)
 
 
 class StageStore:

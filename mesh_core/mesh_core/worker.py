@@ -18,13 +18,14 @@ import torch
 
 from mesh_core import __version__, wire
 from mesh_core.config import Settings
+from mesh_core.device import free_memory, label
 from mesh_core.errors import NotAuthorised, WireMalformed, WireUnsupportedVersion
 from mesh_core.executor import Executor
 from mesh_core.failure import describe
 from mesh_core.hosting import Hosting
 from mesh_core.library import Library
 from mesh_core.plugins import Plugins
-from mesh_core.stages import StageStore, automatic_budget
+from mesh_core.stages import StageStore
 from mesh_core.transport.base import Frame, Listener, Peer
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class Worker:
         self.options, self.listener, self.plugins = options, listener, plugins
         self._device = torch.device(options.device)
         self._executor = Executor()
-        budget = options.memory if options.memory is not None else automatic_budget(self._device)
+        budget = options.memory if options.memory is not None else free_memory(self._device)
         self.stages = StageStore(self._device, budget, self._executor.check)
         self.library = Library(options.roots, plugins)
         self.hosting = Hosting(
@@ -159,10 +160,9 @@ class Worker:
         self._send(peer.route, welcome)
 
     def _device_report(self) -> dict[str, Any]:
-        cuda = self._device.type == "cuda"
         return {
             "device": str(self._device),
-            "name": torch.cuda.get_device_name(self._device) if cuda else self._device.type,
+            "name": label(self._device),
             "budget": self.stages.budget,
             "loaded": self.stages.nbytes,
             "sessions": len(self.hosting),

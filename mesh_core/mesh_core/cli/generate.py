@@ -38,7 +38,12 @@ _QUALITIES = ("lossless", "transparent", "balanced", "fast")
 @click.option("--height", type=click.IntRange(min=16), default=None, help="Pixels.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
 @click.option("--device", default=None, help="For example cuda:0 or cpu; left out: CUDA where there is one.")
-@click.option("--dtype", type=click.Choice(("bfloat16", "float16", "float32")), default=None, help="In which all machines compute; left out: as the file.")
+@click.option(
+    "--dtype",
+    type=click.Choice(("bfloat16", "float16", "float32")),
+    default=None,
+    help="In which all machines compute; left out: as the file.",
+)
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), default=None, help="Write all stats as JSON.")
 def generate(
     model: Path,

@@ -6,19 +6,24 @@ import logging
 import platform
 import signal
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 
 from mesh_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mesh_core.worker import Worker
 
 
 @click.command()
 @click.argument("models", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--bind", default=None, help="Address to listen on; 0.0.0.0 for other machines. [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), default=None, help="0 lets the system choose. [default: 7777]")
-@click.option("--device", default=None, help="For example cuda:1 or cpu; left out: CUDA where there is one.")
+@click.option("--device", default=None, help="For example cuda:1 or cpu; left out: a GPU if any.")
 @click.option("--memory", default="", help="Weights kept at most, for example 20GB; left out: what is free.")
 @click.option("--name", default=None, help="What hosts call this worker. [default: this machine's name]")
 @click.option("--insecure", is_flag=True, help="No encryption and no keys: whoever reaches the port is trusted.")
@@ -45,9 +50,8 @@ def serve(
     for path in models:
         if not path.exists():
             raise ConfigError(f"{path} does not exist.", hint="a folder with checkpoints, or one checkpoint")
-    import torch
-
     from mesh_core.config import Settings, parse_bytes
+    from mesh_core.device import checked_device, default_device
     from mesh_core.keys import KeyStore
     from mesh_core.plugins import installed_plugins
     from mesh_core.worker import Worker, WorkerOptions
@@ -56,7 +60,7 @@ def serve(
     options = WorkerOptions(
         roots=models,
         name=name or platform.node() or "worker",
-        device=checked_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=str(checked_device(device) if device else default_device()),
         memory=parse_bytes(memory) if memory else settings.worker.memory_budget,
         client_key="" if insecure else KeyStore().identity().client.public,
         settings=settings,
@@ -67,39 +71,32 @@ def serve(
     listener = plugins.transport("mesh").listen(address, **flags)
     worker = Worker(options, listener, plugins)
     _stop_on_signals(worker)
-    _announce(worker, listener.address, insecure)
+    _announce(worker, listener.address)
     worker.serve()
 
 
-def checked_device(text: str) -> str:
-    """``text`` if torch can use it.
-
-    Raises:
-        ConfigError: it is no device, or this machine does not have it.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"Device {text!r} cannot be used: {reason}", hint="cpu, cuda or cuda:1; mesh doctor") from error
-    return text
-
-
-def _stop_on_signals(worker: object) -> None:
+def _stop_on_signals(worker: Worker) -> None:
     def stop(signum: int, frame: FrameType | None) -> None:
-        worker.stop()  # type: ignore[attr-defined]
+        worker.stop()
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
 
-def _announce(worker: object, address: str, insecure: bool) -> None:
-    from mesh_core.worker import Worker
+def _announce(worker: Worker, address: str) -> None:
+    """Tell a person what is served and how to use it; programs read the last line."""
+    from mesh_core.invites import create_invite
+    from mesh_core.transport.address import is_loopback, parse_place
 
-    assert isinstance(worker, Worker)
     for checkpoint in worker.library.scan():
         click.echo(f"  {checkpoint.name}: {checkpoint.spec.family} {checkpoint.spec.variant}", err=True)
+    place = parse_place(address)
+    if place.insecure:
+        click.secho("NOT encrypted: whoever reaches this port can use this worker.", fg="red", err=True)
+    elif not is_loopback(place.host):
+        invite = create_invite(address, name=worker.options.name)
+        until = datetime.fromtimestamp(invite.until).strftime("%H:%M")
+        click.echo(f"To use it from another machine, run there (works once, until {until}):", err=True)
+        click.echo(f'  mesh join "{invite}"', err=True)
     click.echo(f"listening at {address}", err=True)
     sys.stderr.flush()

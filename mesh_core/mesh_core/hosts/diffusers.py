@@ -18,6 +18,7 @@ from mesh_codec.dtypes import from_safetensors, from_torch
 from mesh_core import fingerprint
 from mesh_core.checkpoint import CheckpointHeader, TensorInfo, read_header
 from mesh_core.config import Settings
+from mesh_core.device import checked_device, default_device, free_memory
 from mesh_core.errors import ConfigError, PlanDoesNotFit, PlanError
 from mesh_core.hosts.split_model import SplitModel, attach, detach
 from mesh_core.library import Checkpoint, recognise
@@ -25,7 +26,6 @@ from mesh_core.plugins import Plugins, installed_plugins
 from mesh_core.runner import SplitRunner, Workers, open_session, place
 from mesh_core.session import Identity, Report, SessionOptions
 from mesh_core.spans import BlockSpan
-from mesh_core.stages import automatic_budget
 from mesh_core.weights import WeightReader, assign
 
 
@@ -68,9 +68,9 @@ def load_pipeline(
             hint="the folder that holds transformer/, vae/ and text_encoder/, or split() on a pipeline of your own",
         )
     checkpoint = recognise(header, plugins)
-    target = torch.device(device) if device is not None else _default_device()
+    target = checked_device(str(device)) if device is not None else default_device()
     options = SessionOptions(dtype or file_dtype(checkpoint), target, quality, settings)
-    placement = place(checkpoint, local, workers, plugins, options, automatic_budget(target))
+    placement = place(checkpoint, local, workers, plugins, options, free_memory(target))
     session = open_session(lambda: identify(checkpoint, report), placement, options, plugins, report)
     try:
         weights = WeightReader(header, progress=_local_progress(report))
@@ -109,7 +109,7 @@ def split(
     checkpoint = old.checkpoint if old is not None else _checkpoint_in_memory(model, plugins)
     device = torch.device(model.device)
     options = SessionOptions(model.dtype, device, quality, settings)
-    placement = place(checkpoint, local, workers, plugins, options, automatic_budget(device))
+    placement = place(checkpoint, local, workers, plugins, options, free_memory(device))
 
     def identity() -> Identity:
         known = old.session.identity if old is not None and old.session is not None else None
@@ -224,10 +224,6 @@ def _dtype_name() -> str:
     import diffusers
 
     return "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _local_progress(report: Report | None) -> Any:

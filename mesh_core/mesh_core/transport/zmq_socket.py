@@ -26,8 +26,12 @@ _ENCRYPTION = 64
 _ZERO_COPY = 64 << 10
 """Parts of at least so many bytes are sent from their own memory; for smaller ones a copy is cheaper."""
 
-_QUEUED_MESSAGES = 64
-"""Messages that wait at most per peer and direction. A session has one step under way; the rest is small."""
+_REQUESTS = 64
+"""Requests that wait at most per connection; then the host's send waits. A session has one step under way."""
+
+_ANSWERS = 1000
+"""Answers that wait at most per peer. A worker does not wait for one host of many: for one that takes nothing any
+more, and that has not been noticed as gone, the rest is dropped."""
 
 _HANDSHAKE_MS = 5000
 """A stranger must not hold a connection for longer."""
@@ -54,7 +58,8 @@ class Wire:
         socket: Socket = context.socket(kind)
         socket.linger = 0
         socket.maxmsgsize = self._largest_part
-        socket.sndhwm = socket.rcvhwm = _QUEUED_MESSAGES
+        socket.sndhwm = _ANSWERS if kind == zmq.ROUTER else _REQUESTS
+        socket.rcvhwm = _REQUESTS
         socket.handshake_ivl = _HANDSHAKE_MS
         socket.tcp_keepalive = 1
         socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = _KEEPALIVE_S

@@ -60,7 +60,7 @@ EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
     (wire.Failed(8, b"", -1, "PlanError", "Span 4:99 is not in it.", "a span within :32", "blue", ""), []),
     (wire.Cancel(9, SESSION, 3), []),
     (wire.Close(10, SESSION), []),
-    (wire.Ping(11), []),
+    (wire.Ping(11, SESSION), []),
     (wire.Pong(11), []),
     (wire.Probe(12, 1 << 20), []),
     (wire.Probed(12), [b"\0" * 16]),

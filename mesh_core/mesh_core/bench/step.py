@@ -1,0 +1,185 @@
+"""What the mesh itself costs per step: two workers on loopback, next to bare ZeroMQ with the same bytes.
+
+The state goes host -> worker -> worker -> host, over three links. Steps of the mesh and turns of the bare ring
+alternate, so that both meet the same machine.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import torch
+
+from mesh_core import fingerprint
+from mesh_core.adapter import Conditioning
+from mesh_core.bench.processes import Child, plugins
+from mesh_core.checkpoint import read_header
+from mesh_core.config import Settings
+from mesh_core.keys import KeyStore
+from mesh_core.library import recognise
+from mesh_core.plugins import Plugins
+from mesh_core.remote import Remote
+from mesh_core.session import Identity, Session, SessionOptions
+from mesh_core.spans import BlockSpan
+from mesh_core.stats import StepStats
+from mesh_core.transport.bare import BareRing, new_keys
+from mesh_core.transport.base import Address
+
+WORKERS = 2
+LINKS = WORKERS + 1
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """``shape`` of a bfloat16 state, and whether the links are encrypted."""
+
+    shape: tuple[int, ...]
+    encrypted: bool
+
+    @property
+    def nbytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * torch.bfloat16.itemsize
+
+
+CASES = tuple(Case(shape, encrypted) for encrypted in (False, True) for shape in ((1, 128, 4096), (1, 4096, 4096), (1, 4608, 4096)))
+"""1 MB; 33.6 MB, the hidden state of a 1024x1024 picture; 37.7 MB, the same with 512 text tokens."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over the steps of one case. Milliseconds; MB/s are 10^6 bytes per second over all links.
+
+    Attributes:
+        total_ms: a step as the host program sees it.
+        compute_ms, codec_ms: at all ends together.
+        wire_ms: from sending to arriving, the workers' own time taken off.
+        overhead_ms: total less compute, codec and wire.
+        overhead_high_ms: what nine of ten steps stay under.
+        bare_ms: a turn of the bare ring.
+        beyond_bare_ms: a step's total less compute and codec, less the turn of the bare ring that followed it.
+    """
+
+    state_bytes: int
+    encrypted: bool
+    steps: int
+    total_ms: float
+    compute_ms: float
+    codec_ms: float
+    wire_ms: float
+    overhead_ms: float
+    overhead_high_ms: float
+    bare_ms: float
+    beyond_bare_ms: float
+    mesh_mb_s: float
+    bare_mb_s: float
+
+
+def measure(case: Case, steps: int) -> Measured:
+    """Start everything, run ``steps`` steps after some to warm up, and stop it again.
+
+    Raises:
+        TransportError: a process did not start.
+    """
+    state = torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    payload = state.view(torch.uint8).numpy().data.cast("B")
+    ours: list[StepStats] = []
+    bare: list[float] = []
+    with TemporaryDirectory() as folder, _session(Path(folder), case.encrypted) as session, _ring(
+        Path(folder), case.encrypted
+    ) as turn:
+        for _ in range(WARM_UP + steps):
+            out = session.run({"hidden_states": state}, Conditioning())
+            began = perf_counter()
+            back = turn(payload)
+            bare.append((perf_counter() - began) * 1e3)
+            del back
+        if not torch.equal(out["hidden_states"], state):
+            raise AssertionError("the state did not come back as it was sent")
+        ours = session.stats.steps
+    return _summary(case, ours[WARM_UP:], bare[WARM_UP:])
+
+
+def _summary(case: Case, ours: list[StepStats], bare: list[float]) -> Measured:
+    compute = [sum(h.compute_ms for h in s.hops) for s in ours]
+    codec = [s.encode_ms + s.decode_ms + sum(h.encode_ms + h.decode_ms for h in s.hops) for s in ours]
+    rest = [s.total_ms - c - e for s, c, e in zip(ours, compute, codec, strict=True)]
+    overhead = sorted(s.overhead_ms for s in ours)
+    wire, loop = median(s.wire_ms for s in ours), median(bare)
+    crossed = case.nbytes * LINKS / 1e3
+    return Measured(
+        state_bytes=case.nbytes,
+        encrypted=case.encrypted,
+        steps=len(ours),
+        total_ms=median(s.total_ms for s in ours),
+        compute_ms=median(compute),
+        codec_ms=median(codec),
+        wire_ms=wire,
+        overhead_ms=median(overhead),
+        overhead_high_ms=overhead[int(len(overhead) * 0.9)],
+        bare_ms=loop,
+        beyond_bare_ms=median(r - b for r, b in zip(rest, bare, strict=True)),
+        mesh_mb_s=crossed / wire,
+        bare_mb_s=crossed / loop,
+    )
+
+
+@contextmanager
+def _session(folder: Path, encrypted: bool) -> Iterator[Session]:
+    """A session over new workers, which do all the blocks."""
+    home, model = folder / "home", folder / "through.safetensors"
+    _write_model(model)
+    installed = plugins()
+    store = KeyStore(home / "config")
+    store.authorise(KeyStore().identity().client.public, "benchmark")
+    with ExitStack() as stack:
+        told = {"model": str(model), "insecure": not encrypted}
+        children = [
+            stack.enter_context(Child("mesh_core.bench.worker", {**told, "name": f"worker {i}"}, home))
+            for i in range(WORKERS)
+        ]
+        key = store.identity().server.public if encrypted else ""
+        addresses = [Address(child.hear()["address"], key) for child in children]
+        session = _opened(addresses, model, installed)
+        stack.callback(session.close)
+        yield session
+
+
+def _opened(addresses: list[Address], model: Path, installed: Plugins) -> Session:
+    settings = Settings()
+    checkpoint = recognise(read_header(model), installed)
+    structure = fingerprint.structure(checkpoint.spec)
+    content = fingerprint.of_tensors(checkpoint.header, checkpoint.spec)
+    hops = [(Remote(a, installed, settings), BlockSpan(i, i + 1)) for i, a in enumerate(addresses)]
+    options = SessionOptions(torch.float32, torch.device("cpu"), "lossless", settings)
+    session = Session(Identity(checkpoint.spec, structure, content), hops, options, installed)
+    session.open()
+    return session
+
+
+@contextmanager
+def _ring(folder: Path, encrypted: bool) -> Iterator[Callable[[memoryview], memoryview]]:
+    keys = new_keys() if encrypted else None
+    with ExitStack() as stack:
+        told = {"keys": keys}
+        nodes = [
+            stack.enter_context(Child("mesh_core.bench.bare_node", told, folder / "home")) for _ in range(WORKERS)
+        ]
+        ports = [int(node.hear()["port"]) for node in nodes]
+        for node, following in zip(nodes, [*ports[1:], None], strict=True):
+            node.tell({"following": following})
+        yield stack.enter_context(BareRing(ports, keys)).turn
+
+
+def _write_model(path: Path) -> None:
+    """A safetensors file of one element per block."""
+    entries = [f'"blocks.{i}.weight":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(WORKERS)]
+    header = f"{{{','.join(entries)}}}".encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * WORKERS))

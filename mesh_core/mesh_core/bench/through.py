@@ -1,0 +1,89 @@
+"""A model that only passes its state through, to measure what is left when computing costs nothing.
+
+A plugin module, given to the benchmark's own processes; it is not registered anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Piece, Stage, State
+from mesh_core.checkpoint import CheckpointHeader
+from mesh_core.hookspecs import hookimpl
+from mesh_core.spans import BlockSpan
+
+_PARAMETER = "blocks.{}.weight"
+
+
+class Copy(nn.Module):
+    """Its output is new memory, as a block's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1))
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state.clone()
+
+
+class ThroughModel(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Copy() for _ in range(blocks))
+
+
+class ThroughStage(Stage):
+    """State at every cut: ``hidden_states``, of any shape and dtype."""
+
+    def block_modules(self) -> Iterator[nn.Module]:
+        blocks: Any = self.model.blocks
+        yield from blocks[self.span.start : self.span.stop]
+
+    def forward(self, state: State, conditioning: Conditioning) -> State:
+        hidden = state["hidden_states"]
+        for block in self.block_modules():
+            hidden = block(hidden)
+        return {"hidden_states": hidden}
+
+
+class ThroughAdapter(ModelAdapter):
+    """Checkpoints that hold nothing but ``blocks.N.weight``, one element each."""
+
+    family: ClassVar[str] = "through"
+
+    def recognise(self, header: CheckpointHeader) -> ModelSpec | None:
+        names = [_PARAMETER.format(i) for i in range(len(header.tensors))]
+        if not names or set(names) != header.tensors.keys():
+            return None
+        blocks = len(names)
+        parameters = {n: ParameterSpec((1,), "F32", (Piece(n),), BlockSpan(i, i + 1)) for i, n in enumerate(names)}
+        return ModelSpec(
+            family=self.family,
+            variant=f"{blocks} blocks",
+            config={"blocks": blocks},
+            block_kinds=("copy",) * blocks,
+            states=({"hidden_states": "hidden"},) * (blocks + 1),
+            constants={},
+            parameters=parameters,
+        )
+
+    def skeleton(self, spec: ModelSpec) -> nn.Module:
+        return ThroughModel(spec.config["blocks"])
+
+    def stage(self, spec: ModelSpec, span: BlockSpan, model: nn.Module) -> Stage:
+        return ThroughStage(spec, span, model)
+
+    def begin(self, spec: ModelSpec, inputs: Mapping[str, Any]) -> tuple[State, Conditioning]:
+        return {"hidden_states": inputs["hidden_states"]}, Conditioning()
+
+    def finish(self, spec: ModelSpec, state: State) -> Tensor:
+        return state["hidden_states"]
+
+
+@hookimpl
+def mesh_register_adapters(register: Callable[[ModelAdapter], None]) -> None:
+    register(ThroughAdapter())

@@ -1,0 +1,47 @@
+"""The bytes on the wire stay what they are within a wire version, and the document tells all of them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from mesh_core import wire
+
+from .golden import EXAMPLES, FOLDER, golden
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "wire-format.md"
+
+
+def test_there_is_one_golden_message_of_each_type() -> None:
+    assert set(EXAMPLES) == set(wire.MESSAGES) == {path.stem for path in FOLDER.glob("*.bin")}
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_packing_gives_the_golden_bytes(kind: str) -> None:
+    message, buffers = EXAMPLES[kind]
+    assert wire.pack(message, buffers) == [golden(kind), *buffers]
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_the_golden_bytes_are_read_back(kind: str) -> None:
+    message, buffers = EXAMPLES[kind]
+    read, views = wire.unpack([golden(kind), *buffers])
+    assert read == message
+    assert [bytes(view) for view in views] == buffers
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_the_document_names_every_type_and_field(kind: str) -> None:
+    sections = DOCUMENT.read_text(encoding="utf-8").split("\n#### ")
+    section = next((s for s in sections if s.startswith(f"`{kind}`")), "")
+    assert section, f"no section for {kind}"
+    missing = [f.name for f in fields(wire.MESSAGES[kind]) if f.name != "id" and f"`{f.name}`" not in section]
+    assert not missing
+
+
+def test_the_document_states_the_limits_that_are_enforced() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, limit in vars(wire.LIMITS).items():
+        assert f"| {name} | {limit} |" in text
