@@ -79,6 +79,7 @@ class ModelSpec:
         parameters: every parameter of the model by its name in the model class. Names are those of diffusers,
             whatever the file calls them, so two layouts of the same weights are the same model.
         defaults: arguments of the pipeline's call that the model's authors recommend.
+        optional: names of state tensors that may be missing, as an argument of forward() may be.
     """
 
     family: str
@@ -89,6 +90,7 @@ class ModelSpec:
     constants: Mapping[str, BlockSpan]
     parameters: Mapping[str, ParameterSpec]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
 
     @property
     def blocks(self) -> int:

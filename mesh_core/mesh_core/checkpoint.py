@@ -7,6 +7,7 @@ The safetensors format is specified at https://github.com/huggingface/safetensor
 from __future__ import annotations
 
 import json
+import logging
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,8 @@ from typing import Any
 from mesh_codec.dtypes import from_safetensors
 from mesh_codec.errors import CodecUnsupported
 from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+
+log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
@@ -103,7 +106,11 @@ def _find(folder: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
     if real in seen or depth > MAX_DEPTH:
         return
     seen.add(real)
-    entries = sorted(folder.iterdir())
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        log.warning("%s is left out: %s", folder, error.strerror or error)
+        return
     names = {e.name for e in entries}
     weights = [e for e in entries if e.suffix == ".safetensors" and e.is_file()]
     if "model_index.json" in names or ("config.json" in names and weights):
@@ -118,9 +125,12 @@ def _find(folder: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
 def _weight_files(folder: Path) -> list[Path]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        names = sorted(set(_json(indices[0]).get("weight_map", {}).values()))
+        weight_map = _json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointCorrupt(f"{indices[0]} does not say which shard holds which tensor.")
+        names = sorted(set(weight_map.values()))
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+            if Path(name).name != name:
                 raise CheckpointCorrupt(f"{indices[0]} names a shard outside its folder: {name!r}.")
             if not (folder / name).is_file():
                 raise CheckpointCorrupt(
@@ -146,7 +156,7 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointCorrupt(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointCorrupt(f"{path} does not hold a JSON object.")

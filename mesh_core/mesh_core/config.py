@@ -11,6 +11,7 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -77,6 +78,7 @@ class Worker:
         constants_cache: bytes of generation constants kept for all sessions together.
         orphaned_after: seconds of silence of a host after which its running step is stopped.
         idle_after: seconds without use after which a session is forgotten; its host opens it again when it returns.
+        yields_after: seconds without use after which a session is forgotten if another needs its memory.
     """
 
     bind: str = "127.0.0.1"
@@ -85,6 +87,7 @@ class Worker:
     constants_cache: int = field(default=1 << 30, metadata={"bytes": True, "least": 0})
     orphaned_after: float = field(default=10.0, metadata={"least": 0.1})
     idle_after: float = field(default=3600.0, metadata={"least": 1.0})
+    yields_after: float = field(default=60.0, metadata={"least": 0.1})
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,8 @@ def atomic_write(path: Path, content: bytes, *, private: bool = False) -> None:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder itself may be what is wrong
+            draft.unlink()
         raise ConfigError(
             f"Could not write {path}: {error.strerror or error}.",
             hint="free some space, or set MESH_HOME to a folder that you may write to",

@@ -6,10 +6,9 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from time import perf_counter
+from dataclasses import dataclass
 
-from mesh_core.errors import Cancelled
+from mesh_core.errors import Cancelled, WireTooLarge
 
 log = logging.getLogger(__name__)
 
@@ -22,14 +21,18 @@ class Job:
     step: int
     run: Callable[[], None]
     fail: Callable[[BaseException], None]
-    submitted: float = field(default_factory=perf_counter)
     cancelled: bool = False
 
 
 class Executor:
-    """Runs jobs in one thread: first in, first out within a session, and round robin over sessions."""
+    """Runs jobs in one thread: first in, first out within a session, and round robin over sessions.
 
-    def __init__(self, name: str = "compute") -> None:
+    Args:
+        waiting: jobs of one session that may wait.
+    """
+
+    def __init__(self, waiting: int, name: str = "compute") -> None:
+        self._waiting = waiting
         self._queues: dict[bytes, deque[Job]] = {}
         self._ready = threading.Condition()
         self._current: Job | None = None
@@ -38,8 +41,16 @@ class Executor:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
+        """Queue ``job``.
+
+        Raises:
+            WireTooLarge: too many of its session wait already.
+        """
         with self._ready:
-            self._queues.setdefault(job.session, deque()).append(job)
+            queue = self._queues.setdefault(job.session, deque())
+            if len(queue) >= self._waiting:
+                raise WireTooLarge(f"{len(queue)} steps of one session wait already.", hint="wait for their results")
+            queue.append(job)
             self._ready.notify()
 
     def cancel(self, session: bytes, step: int | None = None) -> None:
@@ -98,7 +109,17 @@ class Executor:
                 self.check()
                 job.run()
             except BaseException as error:
-                job.fail(error)
+                self._tell(job, error)
             finally:
                 with self._ready:
                     self._current = None
+                # Frees the step's buffers and its session's weights now, not when the next step comes.
+                del job
+
+    @staticmethod
+    def _tell(job: Job, error: BaseException) -> None:
+        try:
+            job.fail(error)
+        except Exception:
+            # The one thread that computes must outlive a failure that cannot be told.
+            log.exception("a failed step could not be reported: %s", error)

@@ -10,6 +10,8 @@ from mesh_codec.errors import CodecError
 from mesh_core import wire
 from mesh_core.errors import MAX_RENDERED, MeshError, RemoteError, by_name
 
+_LONGEST_NAME = 256
+
 
 def describe(error: BaseException) -> dict[str, Any]:
     """``error`` as plain values of bounded size. The traceback is only that of errors nobody foresaw."""
@@ -18,12 +20,10 @@ def describe(error: BaseException) -> dict[str, Any]:
     else:
         message, hint = str(error) or type(error).__name__, ""
         trace = "".join(traceback.format_exception(error))[-MAX_RENDERED:]
-    return {
-        "error": type(error).__name__,
-        "message": message[:MAX_RENDERED],
-        "hint": hint[:MAX_RENDERED],
-        "traceback": trace,
-    }
+    texts = {"message": message[:MAX_RENDERED], "hint": hint[:MAX_RENDERED], "traceback": trace}
+    # A file name that is no UTF-8 holds surrogates, which the wire refuses: its failure would not be told to anyone.
+    readable = {name: text.encode("utf-8", "backslashreplace").decode() for name, text in texts.items()}
+    return {"error": type(error).__name__[:_LONGEST_NAME], **readable}
 
 
 def rebuild(failed: wire.Failed) -> Exception:

@@ -17,6 +17,26 @@ from mesh_core.stages import Loaded
 from mesh_core.transport.base import Channel
 
 
+@dataclass(frozen=True)
+class Quota:
+    """What one host may take of a worker, so that the others get their share.
+
+    Attributes:
+        sessions: open at once; of more, the one that was silent for longest is forgotten.
+        steps: that wait, of one session.
+        requests: to load or list checkpoints, that wait.
+        neighbours: that were admitted for one session.
+    """
+
+    sessions: int = 32
+    steps: int = 8
+    requests: int = 16
+    neighbours: int = 8
+
+
+QUOTA = Quota()
+
+
 @dataclass
 class HostedSession:
     """One host's use of one stage.
@@ -94,7 +114,10 @@ class ConstantsCache:
         with self._lock:
             missing = sorted(name for name, digest in wanted.items() if digest not in self._held)
             if missing:
-                raise ConstantsMissing(f"Constants not here: {', '.join(missing)}.")
+                raise ConstantsMissing(
+                    f"Constants not here: {', '.join(missing)}.",
+                    hint="if sending them again does not help, a larger [worker] constants_cache in its config.toml",
+                )
             for digest in wanted.values():
                 self._held.move_to_end(digest)
             return {name: self._held[digest] for name, digest in wanted.items()}

@@ -21,14 +21,14 @@ from mesh_core.adapter import Conditioning
 from mesh_core.config import Settings
 from mesh_core.constants import digest
 from mesh_core.device import synchronise
-from mesh_core.errors import PlanError, SessionUnknown, TransportTimeout, WireMalformed
+from mesh_core.errors import PlanDoesNotFit, PlanError, SessionUnknown, TransportTimeout, WireMalformed, WireTooLarge
 from mesh_core.executor import Executor, Job
-from mesh_core.hosted import ConstantsCache, HostedSession
-from mesh_core.library import Library
+from mesh_core.hosted import QUOTA, ConstantsCache, HostedSession
+from mesh_core.library import Checkpoint, Library
 from mesh_core.payload import Streams, aligned
 from mesh_core.plugins import Plugins
 from mesh_core.spans import BlockSpan
-from mesh_core.stages import StageKey, StageStore
+from mesh_core.stages import Loaded, StageKey, StageStore
 from mesh_core.transport.base import Address, Channel, Frame, Listener, Peer
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ class Hosting:
         """Load the stage and open, or reopen with another span, a session. Runs in a loading thread."""
         progress = _Reporter(lambda *p: self.send(peer.route, wire.Progress(message.id, *p), []))
         inputs, outputs = self._streams(message.inputs), self._streams(message.outputs)
-        old = self.owned(peer, message.session) if message.session in self._sessions else None
+        if message.session in self._sessions:
+            self.owned(peer, message.session)
         checkpoint = self.library.find(
             message.family, message.structure, message.fingerprint, progress.phase("checking weights")
         )
@@ -78,8 +79,17 @@ class Hosting:
                 f"Span {span} is not in {checkpoint.name}, which has {checkpoint.spec.blocks} blocks.",
                 hint=f"a span within :{checkpoint.spec.blocks}",
             )
-        key = StageKey(message.fingerprint, span, from_name(message.dtype).torch)
-        loaded = self.stages.acquire(checkpoint, key, progress.phase("loading"))
+        dtype = from_name(message.dtype)
+        if not dtype.lossy:
+            raise PlanError(f"No model computes in {dtype.name}.", hint="float32, float16 or bfloat16")
+        for cut, streams in ((span.start, inputs), (span.stop, outputs)):
+            if streams.names != checkpoint.spec.states[cut].keys():
+                wanted = ", ".join(sorted(checkpoint.spec.states[cut]))
+                raise WireMalformed(
+                    f"At block {cut} of {checkpoint.name}, {wanted} cross; other tensors were agreed on."
+                )
+        key = StageKey(message.fingerprint, span, dtype.torch)
+        loaded = self._acquire(checkpoint, key, progress.phase("loading"))
         try:
             channel, session_there = self._follow(message.next)
         except BaseException:
@@ -87,11 +97,24 @@ class Hosting:
             raise
         session = HostedSession(message.session, peer.key, peer.route, loaded, inputs, outputs, channel, session_there)
         with self._lock:
+            # Looked up only now: an earlier request for the same session may have been served meanwhile.
+            old = self._sessions.get(session.id)
             self._sessions[session.id] = session
         if old is not None:
+            self.executor.cancel(old.id)
             self._forget(old)
+        self._forget_surplus(peer.key)
         info = {"bytes_read": loaded.bytes_read, "seconds": loaded.seconds, "loaded": self.stages.nbytes}
         self.send(peer.route, wire.Opened(message.id, info), [])
+
+    def _acquire(self, checkpoint: Checkpoint, key: StageKey, progress: Callable[[int, int], None]) -> Loaded:
+        try:
+            return self.stages.acquire(checkpoint, key, progress)
+        except PlanDoesNotFit:
+            # Hosts that crashed did not close their sessions; one that is only idle opens its session again.
+            if not self._forget_silent(self.settings.worker.yields_after):
+                raise
+            return self.stages.acquire(checkpoint, key, progress)
 
     def _follow(self, following: Mapping[str, Any] | None) -> tuple[Channel | None, bytes]:
         if following is None:
@@ -133,7 +156,10 @@ class Hosting:
 
     def admit(self, peer: Peer, message: wire.Admit) -> None:
         """Let a neighbouring worker hand over states for a session."""
-        self.owned(peer, message.session).neighbours.add(message.key)
+        neighbours = self.owned(peer, message.session).neighbours
+        if len(neighbours | {message.key}) > QUOTA.neighbours:
+            raise WireTooLarge(f"{len(neighbours)} neighbours were admitted for one session already.")
+        neighbours.add(message.key)
         self.listener.admit(message.key)
         self.send(peer.route, wire.Ok(message.id), [])
 
@@ -156,23 +182,46 @@ class Hosting:
         self.executor.cancel(self.owned(peer, message.session).id, message.step)
 
     def close(self, peer: Peer, message: wire.Close) -> None:
-        session = self.owned(peer, message.session)
-        self.executor.cancel(session.id)
-        with self._lock:
-            self._sessions.pop(session.id, None)
-        self._forget(session)
+        self._drop(self.owned(peer, message.session))
 
     def close_all(self) -> None:
+        """Forget all sessions; the executor must have stopped."""
         for session in list(self._sessions.values()):
-            self._forget(session)
-        self._sessions.clear()
+            self._drop(session)
+            session.close()
 
     def _forget(self, session: HostedSession) -> None:
         self.stages.release(session.loaded.key)
         for key in session.neighbours:
-            if not any(key in s.neighbours for s in self._sessions.values()):
+            if not any(key in s.neighbours for s in list(self._sessions.values())):
                 self.listener.dismiss(key)
-        session.close()
+        if session.next is not None:
+            # Only the computing thread uses the channel, and a channel is one thread's. Under a name of its own, so
+            # that neither the session's quota nor its cancelling concerns it.
+            closing = b"close" + session.id
+            self.executor.submit(Job(closing, 0, session.close, lambda e: log.warning("a channel stays open: %s", e)))
+
+    def _forget_surplus(self, owner: str) -> None:
+        theirs = sorted((s for s in list(self._sessions.values()) if s.owner == owner), key=lambda s: s.last_seen)
+        for session in theirs[: -QUOTA.sessions]:
+            self._drop(session)
+
+    def _forget_silent(self, seconds: float) -> bool:
+        """Forget the sessions that compute nothing and were silent for so long; whether there were any."""
+        now, busy = monotonic(), self.executor.busy()
+        silent = [s for s in list(self._sessions.values()) if s.id not in busy and now - s.last_seen > seconds]
+        dropped = [session for session in silent if self._drop(session)]
+        return bool(dropped)
+
+    def _drop(self, session: HostedSession) -> bool:
+        """Forget a session unless another thread just did, or opened it anew."""
+        with self._lock:
+            if self._sessions.get(session.id) is not session:
+                return False
+            del self._sessions[session.id]
+        self.executor.cancel(session.id)
+        self._forget(session)
+        return True
 
     def stop_orphans(self) -> None:
         """Stop the steps of hosts that went silent, and forget sessions that nobody has used for long."""
@@ -183,22 +232,22 @@ class Hosting:
             if session.id in busy and silent > self.settings.worker.orphaned_after:
                 log.info("a host has been silent for %.0f s during its step; the step stops", silent)
                 self.executor.cancel(session.id)
-            elif session.id not in busy and silent > self.settings.worker.idle_after:
-                with self._lock:
-                    self._sessions.pop(session.id, None)
-                self._forget(session)
+        self._forget_silent(self.settings.worker.idle_after)
 
     def step(self, peer: Peer, message: wire.Step, buffers: list[memoryview]) -> None:
         """Queue a step; its owner sends it, or a neighbour that was admitted for the session."""
         session = self._sessions.get(message.session)
         if session is None or (peer.key != session.owner and peer.key not in session.neighbours):
             raise SessionUnknown(f"{self.name} does not hold that session.")
+        # What a neighbour hands on comes from the host too, which need not talk to this worker between steps.
+        session.last_seen = arrived = monotonic()
         if peer.key == session.owner and not message.trace:
-            session.route, session.last_seen = peer.route, monotonic()
+            session.route = peer.route
         job = Job(
             session.id,
             message.step,
-            run=lambda: self._compute(session, message, buffers, perf_counter() - job.submitted),
+            # Must not refer to the job: a cycle would keep the buffers until the garbage collector runs.
+            run=lambda: self._compute(session, message, buffers, monotonic() - arrived),
             fail=lambda error: self.fail(session.route, message, error),
         )
         self.executor.submit(job)
@@ -212,6 +261,8 @@ class Hosting:
         wanted = set(stage.spec.constants_of(stage.span))
         constants = self.constants.get({n: h for n, h in message.constants.items() if n in wanted})
         state = session.inputs.decode(message.sequence, message.tensors, buffers, self.device)
+        if missing := stage.spec.states[stage.span.start].keys() - stage.spec.optional - state.keys():
+            raise WireMalformed(f"Tensor {min(missing)!r} was agreed on but did not come.")
         decoded = perf_counter()
         with torch.no_grad():
             result = stage(state, Conditioning(constants, dict(message.options)))

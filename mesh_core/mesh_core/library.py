@@ -91,7 +91,7 @@ class Library:
         """
         if family not in self._plugins.adapters():
             self._plugins.adapter(family)
-        similar = [c for c in self.scan() if fingerprint.structure(c.spec) == structure]
+        similar = [c for c in self.scan() if (c.spec.family, fingerprint.structure(c.spec)) == (family, structure)]
         # Those whose fingerprint is remembered come first: they cost nothing to check.
         for c in sorted(similar, key=lambda c: fingerprint.known(c.header, c.spec) is None):
             if fingerprint.of_checkpoint(c.header, c.spec, progress) == wanted:

@@ -6,7 +6,7 @@ other way is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -50,6 +50,11 @@ class Streams:
         self._choices, self._codecs, self._limits = choices, codecs, limits
         self._encoders: dict[tuple[str, str], Encoder] = {}
         self._decoders: dict[tuple[str, str], Decoder] = {}
+
+    @property
+    def names(self) -> Set[str]:
+        """Of the tensors that were agreed on."""
+        return self._choices.keys()
 
     def reset(self) -> None:
         """Start all streams at a key frame again, as the other end does."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mesh_core.errors import PlanError
+from mesh_core.errors import PlanDoesNotFit, PlanError
 from mesh_core.hookspecs import hookimpl
 from mesh_core.spans import BlockSpan
 
@@ -61,6 +61,13 @@ def span_bytes(model: ModelSpec, span: BlockSpan, itemsize: int = 2) -> int:
     return sum(p.elements for p in model.parameters_of(span).values()) * itemsize
 
 
+def file_itemsize(model: ModelSpec) -> int:
+    """Bytes per weight in the checkpoint, the widest type of it: what a stage needs unless it is told to cast."""
+    from mesh_codec.dtypes import from_safetensors
+
+    return max(from_safetensors(dtype).itemsize for dtype in model.dtypes)
+
+
 def check(model: ModelSpec, hops: Sequence[Hop], workers: int) -> Plan:
     """``hops`` as a plan of ``model``.
 
@@ -90,7 +97,7 @@ def make(model: ModelSpec, local: str, spans: Sequence[str | None]) -> Plan:
     """The plan for a host span and one span per worker; spans that are None share what is left evenly, by bytes.
 
     Raises:
-        PlanError: see `check`; also when there are workers' spans to fill in on both sides of a given one.
+        PlanError: see `check`.
     """
     hops = [Hop(model.span(local), HOST)]
     given = [None if text is None else model.span(text) for text in spans]
@@ -138,7 +145,32 @@ class DefaultSplit:
         host, others = workers[0], workers[1:]
         if not others:
             return [Hop(BlockSpan(0, model.blocks), HOST)]
-        local = fitting(model, host.free) if host.free is not None else model.blocks // len(workers)
-        weights = [float(w.free or 1) for w in others]
-        spans = divide(model, BlockSpan(local, model.blocks), weights)
+        itemsize = file_itemsize(model)
+        local = fitting(model, host.free, itemsize) if host.free is not None else model.blocks // len(workers)
+        rest = BlockSpan(local, model.blocks)
+        spans = divide(model, rest, [float(w.free or 1) for w in others])
+        if not all(_fits(model, span, w, itemsize) for span, w in zip(spans, others, strict=True)):
+            spans = _packed(model, rest, others, itemsize)
         return [Hop(BlockSpan(0, local), HOST), *(Hop(s, i + 1) for i, s in enumerate(spans))]
+
+
+def _fits(model: ModelSpec, span: BlockSpan, worker: WorkerInfo, itemsize: int) -> bool:
+    return worker.free is None or span_bytes(model, span, itemsize) <= worker.free
+
+
+def _packed(model: ModelSpec, span: BlockSpan, workers: Sequence[WorkerInfo], itemsize: int) -> list[BlockSpan]:
+    """``span`` over ``workers``, each with as many blocks as it holds: if any cut fits, this one does."""
+    spans, start = [], span.start
+    for worker in workers:
+        stops = range(start, span.stop + 1)
+        stop = max(s for s in stops if _fits(model, BlockSpan(start, s), worker, itemsize))
+        spans.append(BlockSpan(start, stop))
+        start = stop
+    if start < span.stop:
+        left = BlockSpan(start, span.stop)
+        raise PlanDoesNotFit(
+            f"Blocks {left} ({span_bytes(model, left, itemsize) / 1e9:.2f} GB) fit neither on this machine nor on "
+            f"{', '.join(w.name for w in workers)}.",
+            hint="one more worker, or a larger --memory for one of them",
+        )
+    return spans

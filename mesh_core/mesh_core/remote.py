@@ -87,7 +87,11 @@ class Remote:
         self._channel = self.transport.connect(self.address, timeout)
         self._heard = self._pinged = monotonic()
         hello = wire.Hello(next_id(), [wire.VERSION], __version__, self.plugins.versions(), platform.node()[:200])
-        self._welcome = self.ask(hello, wire.Welcome, timeout=timeout)
+        try:
+            self._welcome = self.ask(hello, wire.Welcome, timeout=timeout)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Drop the connection; may be called twice."""
@@ -165,7 +169,8 @@ def await_answer(
 ) -> R:
     """Wait until ``wanted`` accepts a message of one of ``remotes``.
 
-    A ``failed`` message for request ``id_``, or one that says the session is gone, raises what it stands for.
+    A ``failed`` message for request ``id_`` or for one that was unreadable, or one that says the session is gone,
+    raises what it stands for.
     """
     end = monotonic() + timeout
     for remote in remotes:
@@ -190,7 +195,8 @@ def await_answer(
 
 
 def _concerns(failed: wire.Failed, remote: Remote, id_: int) -> bool:
-    return failed.id == id_ or (failed.session == remote.session and failed.error == "SessionUnknown")
+    # The worker could not read which request it refuses when the id is 0.
+    return failed.id in (id_, 0) or (failed.session == remote.session and failed.error == "SessionUnknown")
 
 
 def _slice(remotes: Sequence[Remote]) -> float:

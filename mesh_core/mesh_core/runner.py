@@ -15,11 +15,12 @@ from torch import Tensor
 
 from mesh_core.adapter import Conditioning, Stage, State
 from mesh_core.device import synchronise
+from mesh_core.hops import Identity
 from mesh_core.library import Checkpoint
 from mesh_core.plan import Plan, WorkerInfo, check, make
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote
-from mesh_core.session import Identity, Report, Session, SessionOptions
+from mesh_core.session import Report, Session, SessionOptions
 from mesh_core.stats import RunStats
 from mesh_core.transport.base import Address
 

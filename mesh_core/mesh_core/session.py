@@ -21,10 +21,11 @@ from mesh_codec.base import CodecChoice, Encoded, Limits, Quality
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecStateLost
 from mesh_core import wire
-from mesh_core.adapter import Conditioning, ModelSpec, Role, State
+from mesh_core.adapter import Conditioning, Role, State
 from mesh_core.config import Settings
 from mesh_core.constants import ConstantsBook
 from mesh_core.errors import (
+    Cancelled,
     ConstantsMissing,
     MeshError,
     NotAuthorised,
@@ -36,6 +37,7 @@ from mesh_core.errors import (
     Unreachable,
     WireMalformed,
 )
+from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
 from mesh_core.payload import Streams, entry
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
@@ -48,7 +50,7 @@ Report = Callable[[str, str, int, int], None]
 """Called with a worker's name, what it does, bytes done and bytes in total while stages load."""
 
 _MAX_REPAIRS = 3
-"""How often a step is sent again for reasons other than a lost worker."""
+"""How often a step is sent again before its error is the caller's."""
 
 _MAX_REMEMBERED = 256
 """Constants per worker that the host remembers to have sent."""
@@ -56,34 +58,8 @@ _MAX_REMEMBERED = 256
 _RETRY_PAUSE = 0.2
 """Seconds between two attempts to reach a lost worker."""
 
-
-@dataclass(frozen=True)
-class Identity:
-    """The model that all ends must hold."""
-
-    spec: ModelSpec
-    structure: str
-    fingerprint: str
-
-
-@dataclass
-class RemoteHop:
-    """A span on a worker, and how its state is coded on the way in."""
-
-    remote: Remote
-    span: BlockSpan
-    inputs: dict[str, CodecChoice] = field(default_factory=dict)
-    sent: set[str] = field(default_factory=set)
-
-
-@dataclass
-class Leg:
-    """Hops that hand over to each other directly; the host sends to the first and hears from the last."""
-
-    hops: list[RemoteHop]
-    outputs: dict[str, CodecChoice]
-    encoder: Streams
-    decoder: Streams
+_LEAST_CONNECT = 1.0
+"""Seconds that an attempt has, however little is left of the time to wait for a lost worker."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +107,17 @@ class Session:
         return [hop.remote for hop in self._hops]
 
     def open(self) -> None:
-        """Connect to every worker and have it load its span.
+        """Connect to every worker and have it load its span; one that goes away meanwhile is waited for.
 
         Raises:
             TransportError, CheckpointError, PlanError, PluginError: named by the worker that it concerns.
         """
         try:
-            self._open()
+            try:
+                self._open()
+            except PeerLost as error:
+                log.warning("opening starts again: %s", error)
+                self._recover(error)
         except BaseException:
             self.close()
             raise
@@ -175,6 +155,7 @@ class Session:
                 result = self._run(state, conditioning, sequence, step)
             except BaseException as error:
                 self._cancel()
+                self._restart_streams()
                 self.plugins.hook.mesh_step_failed(step=self._step, error=error)
                 raise
             step.total_ms = (perf_counter() - began) * 1e3
@@ -184,10 +165,13 @@ class Session:
 
     # Opening
 
-    def _open(self) -> None:
+    def _open(self, within: float | None = None) -> None:
+        """Args:
+        within: seconds for each connection; the deadline that is set when None.
+        """
         for hop in self._hops:
             if not hop.remote.connected:
-                hop.remote.connect()
+                hop.remote.connect(within)
             hop.sent.clear()
         self._reasons = []
         while True:
@@ -196,7 +180,7 @@ class Session:
                 for leg in reversed(self._legs):
                     self._open_leg(leg)
                 return
-            except _CannotReachNeighbour as error:
+            except CannotReachNeighbour as error:
                 log.warning("%s; its state goes through this machine instead", error)
                 self._relayed.add(error.hop)
 
@@ -243,21 +227,8 @@ class Session:
             following = hop
 
     def _open_hop(self, hop: RemoteHop, outputs: Mapping[str, CodecChoice], following: RemoteHop | None) -> None:
-        remote, spec = hop.remote, self.identity.spec
-        message = wire.Open(
-            id=next_id(),
-            session=remote.session,
-            family=spec.family,
-            structure=self.identity.structure,
-            fingerprint=self.identity.fingerprint,
-            span=[hop.span.start, hop.span.stop],
-            dtype=from_torch(self.options.dtype).name,
-            loras=[],
-            inputs=_plain(hop.inputs),
-            outputs=_plain(outputs),
-            next=None if following is None else _introduction(following.remote),
-            options={},
-        )
+        remote = hop.remote
+        message = hop.request(self.identity, from_torch(self.options.dtype).name, outputs, following)
 
         def progress(p: wire.Progress) -> None:
             if self._report is not None:
@@ -268,7 +239,7 @@ class Session:
         except (Unreachable, NotAuthorised) as error:
             if following is None:
                 raise
-            raise _CannotReachNeighbour(self._hops.index(following), error) from error
+            raise CannotReachNeighbour(self._hops.index(following), error) from error
         remote.opened = True
 
     # Steps
@@ -280,7 +251,8 @@ class Session:
                 if not self._legs:
                     self._open()
                 return self._attempt(state, conditioning, sequence, stats)
-            except (PeerLost, Unreachable, SessionUnknown, ConstantsMissing, CodecStateLost) as error:
+            except (PeerLost, Unreachable, SessionUnknown, Cancelled, ConstantsMissing, CodecStateLost) as error:
+                # Only a worker cancels here: it took this host for gone while the machine slept.
                 repairs += 1
                 if repairs > _MAX_REPAIRS:
                     raise
@@ -288,33 +260,39 @@ class Session:
                 if isinstance(error, (PeerLost, Unreachable, SessionUnknown)):
                     self._recover(error)
             stats.resent += 1
-            self._epoch += 1
             for hop in self._hops:
                 hop.sent.clear()
-            for leg in self._legs:
-                leg.encoder.reset()
-                leg.decoder.reset()
+            self._restart_streams()
+
+    def _restart_streams(self) -> None:
+        """The next message starts at a key frame, whatever arrived of the last one."""
+        self._epoch += 1
+        for leg in self._legs:
+            leg.encoder.reset()
+            leg.decoder.reset()
 
     def _recover(self, cause: MeshError) -> None:
         """Reconnect and reopen everything; workers that kept the stage answer at once."""
-        began, patience = monotonic(), self.options.settings.deadlines.reconnect
-        since = strftime("%H:%M:%S")
+        began, deadlines = monotonic(), self.options.settings.deadlines
+        since, state = strftime("%H:%M:%S"), cause.message
         self.stats.reconnects += 1
         while True:
+            waited = monotonic() - began
+            if self._report is not None:
+                self._report(state, "waiting for it to come back", int(waited), int(deadlines.reconnect))
             for remote in self.remotes:
                 remote.close()
             try:
-                self._open()
+                self._open(min(deadlines.connect, max(deadlines.reconnect - waited, _LEAST_CONNECT)))
                 return
-            except (PeerLost, Unreachable, TransportTimeout) as error:
+            except (PeerLost, Unreachable, TransportTimeout, SessionUnknown) as error:
                 waited = monotonic() - began
-                if waited > patience:
+                if waited > deadlines.reconnect:
                     raise PeerLost(
                         f"{cause.message} It has been away since {since} ({waited:.0f} s): {error.message}",
                         hint="mesh serve on that machine again, mesh doctor to test the way there, or run without it",
                     ) from error
-                if self._report is not None:
-                    self._report(error.message, "waiting for it to come back", int(waited), int(patience))
+                state = error.message
             sleep(_RETRY_PAUSE)
 
     def _attempt(self, state: State, conditioning: Conditioning, sequence: str, stats: StepStats) -> State:
@@ -388,6 +366,8 @@ class Session:
         result, buffers = await_answer(remotes, message.id, wanted, deadline, f"step {self._step}")
         arrived = perf_counter()
         decoded = leg.decoder.decode(sequence, result.tensors, buffers, self.options.device)
+        # Giving 33 MB back to the system takes milliseconds; they belong to the decoding.
+        buffers.clear()
         decode_ms = (perf_counter() - arrived) * 1e3
         if len(result.trace) != len(leg.hops):
             raise WireMalformed(f"{len(result.trace)} workers report on a step of {len(leg.hops)}.")
@@ -412,19 +392,3 @@ class Session:
 
     def _role(self, hop: RemoteHop, name: str) -> Role:
         return self.identity.spec.states[hop.span.start][name]
-
-
-class _CannotReachNeighbour(Exception):
-    """A worker cannot hand over to hop number ``hop``."""
-
-    def __init__(self, hop: int, cause: MeshError) -> None:
-        self.hop = hop
-        super().__init__(cause.message)
-
-
-def _plain(choices: Mapping[str, CodecChoice]) -> dict[str, Any]:
-    return {name: {"codec": c.codec, "settings": dict(c.settings)} for name, c in choices.items()}
-
-
-def _introduction(remote: Remote) -> dict[str, Any]:
-    return {"address": remote.address.text, "server_key": remote.address.server_key, "session": remote.session}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mesh_core.errors import PlanError
 
-_SPAN = re.compile(r"^\s*(\d*)\s*:\s*(\d*)\s*$")
+_SPAN = re.compile(r"\s*([0-9]{0,9})\s*:\s*([0-9]{0,9})\s*")
 
 
 @dataclass(frozen=True, order=True)
@@ -35,9 +35,9 @@ class BlockSpan:
         Raises:
             PlanError: the text is no span, or a bound lies outside the model.
         """
-        match = _SPAN.match(text)
+        match = _SPAN.fullmatch(text)
         if match is None:
-            raise PlanError(f"{text!r} is not a span of blocks.", hint="start:stop, for example :12, 12: or 4:20")
+            raise PlanError(f"{text[:40]!r} is not a span of blocks.", hint="start:stop, for example :12, 12: or 4:20")
         start = int(match[1]) if match[1] else 0
         stop = int(match[2]) if match[2] else blocks
         if start > blocks or stop > blocks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ import torch
 from mesh_core import __version__, wire
 from mesh_core.config import Settings
 from mesh_core.device import free_memory, label
-from mesh_core.errors import NotAuthorised, WireMalformed, WireUnsupportedVersion
+from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge, WireUnsupportedVersion
 from mesh_core.executor import Executor
 from mesh_core.failure import describe
+from mesh_core.hosted import QUOTA
 from mesh_core.hosting import Hosting
 from mesh_core.library import Library
 from mesh_core.plugins import Plugins
@@ -67,7 +69,7 @@ class Worker:
     def __init__(self, options: WorkerOptions, listener: Listener, plugins: Plugins) -> None:
         self.options, self.listener, self.plugins = options, listener, plugins
         self._device = torch.device(options.device)
-        self._executor = Executor()
+        self._executor = Executor(QUOTA.steps)
         budget = options.memory if options.memory is not None else free_memory(self._device)
         self.stages = StageStore(self._device, budget, self._executor.check)
         self.library = Library(options.roots, plugins)
@@ -84,6 +86,8 @@ class Worker:
             fail=self._fail,
         )
         self._loader = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
+        self._requests: Counter[str] = Counter()
+        self._requests_lock = threading.Lock()
         self._stopping = threading.Event()
         hosting = self.hosting
         self._handlers: dict[type[wire.Message], _Handler] = {
@@ -186,7 +190,14 @@ class Worker:
             except BaseException as error:
                 log.info("%s failed: %s", type(message).__name__, error)
                 self._fail(peer.route, message, error)
+            finally:
+                with self._requests_lock:
+                    self._requests -= Counter([peer.key])
 
+        with self._requests_lock:
+            if self._requests[peer.key] >= QUOTA.requests:
+                raise WireTooLarge(f"{QUOTA.requests} requests of one host wait already.", hint="wait for the answers")
+            self._requests[peer.key] += 1
         self._loader.submit(run)
 
     def _send(self, route: bytes, message: wire.Message, buffers: list[Frame] | None = None) -> None:

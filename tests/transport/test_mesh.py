@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import socket
@@ -17,6 +18,7 @@ from mesh_core.errors import ConfigError, NotAuthorised, PeerLost, TransportErro
 from mesh_core.keys import KnownWorker
 from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.curve import new_key_pair
+from mesh_core.transport.zeromq import ZeroMqTransport
 from mesh_core.wire import Limits
 
 from .conftest import Bench, Serving, ask
@@ -245,6 +247,7 @@ def test_a_member_that_breaks_the_limits_loses_its_connection_alone(bench: Bench
         evil.send(bytes(3 << 20))
         assert monitor.poll(10_000), "the frame was taken"
         evil.disable_monitor()
+        monitor.close()
     assert ask(good, [b"x"]) == [b"x"]
     assert len(serving.peers) == 1
 
@@ -308,6 +311,17 @@ def test_a_process_that_closes_nothing_still_ends(bench: Bench, tmp_path: object
         ask(channel, [b"x", bytearray(5 << 20)])
         channel.send([b"exit"])
         assert worker.wait(20) == 0
+
+
+def test_a_transport_that_nobody_holds_ends_its_threads(bench: Bench) -> None:
+    def use() -> None:
+        transport = ZeroMqTransport(bench.keys("owner"))
+        transport.listen(LOOPBACK).close()
+
+    before = set(threading.enumerate())
+    use()
+    gc.collect()
+    assert set(threading.enumerate()) == before
 
 
 def test_a_transport_that_is_closed_can_be_used_again(bench: Bench) -> None:

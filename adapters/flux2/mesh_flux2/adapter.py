@@ -71,6 +71,7 @@ class Flux2Adapter(ModelAdapter):
             },
             parameters=_parameters(header, config, prefix, bfl),
             defaults=defaults,
+            optional=frozenset({"guidance"}),
         )
 
     def _variant(self, config: Mapping[str, Any], header: CheckpointHeader) -> tuple[str, Mapping[str, Any]]:

@@ -133,19 +133,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
     parser.add_argument("--to", type=Path, default=EXAMPLE / "loras")
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--limit", type=int, default=0, help="use this many pictures only, to try things out")
+    parser.add_argument("--only", choices=("night", SUBJECT), help="train this one instead of both")
+    parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--limit", type=int, default=0, help="draw on about this many pictures only, evenly spread")
     parser.add_argument("--device")
     arguments = parser.parse_args()
 
     device = device_for(arguments.device)
     data = load_data(arguments.work)
     if arguments.limit:
-        data = DataSet(data.emoji[: arguments.limit], data.rgba[: arguments.limit])
+        stride = max(1, len(data.emoji) // arguments.limit)
+        data = DataSet(data.emoji[::stride], data.rgba[::stride])
     corpus = make_corpus(arguments.work, data, device, FULL_TEXT)
-    train(arguments.work, "night", night_corpus(arguments.work, data, corpus, device), arguments.steps, arguments.batch, arguments.to)
-    train(arguments.work, SUBJECT, corpus, arguments.steps, arguments.batch, arguments.to)
+    for name in ("night", SUBJECT):
+        if arguments.only in (None, name):
+            shown = night_corpus(arguments.work, data, corpus, device) if name == "night" else corpus
+            train(arguments.work, name, shown, arguments.steps, arguments.batch, arguments.to)
 
 
 if __name__ == "__main__":

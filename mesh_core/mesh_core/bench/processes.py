@@ -46,7 +46,8 @@ class Child(AbstractContextManager["Child"]):
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "MESH_HOME": str(home)},
+            # Threads that spin while they wait for each other would take the processor from the other processes.
+            env={**os.environ, "MESH_HOME": str(home), "OMP_NUM_THREADS": "1"},
         )
         self.tell(settings)
 

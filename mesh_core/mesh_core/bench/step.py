@@ -6,7 +6,6 @@ alternate, so that both meet the same machine.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,17 +15,21 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from mesh_core import fingerprint
 from mesh_core.adapter import Conditioning
 from mesh_core.bench.processes import Child, plugins
+from mesh_core.bench.through import ThroughModel
 from mesh_core.checkpoint import read_header
 from mesh_core.config import Settings
+from mesh_core.hops import Identity
 from mesh_core.keys import KeyStore
 from mesh_core.library import recognise
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote
-from mesh_core.session import Identity, Session, SessionOptions
+from mesh_core.session import Session, SessionOptions
 from mesh_core.spans import BlockSpan
 from mesh_core.stats import StepStats
 from mesh_core.transport.bare import BareRing, new_keys
@@ -49,7 +52,8 @@ class Case:
         return int(torch.Size(self.shape).numel()) * torch.bfloat16.itemsize
 
 
-CASES = tuple(Case(shape, encrypted) for encrypted in (False, True) for shape in ((1, 128, 4096), (1, 4096, 4096), (1, 4608, 4096)))
+SHAPES = ((1, 128, 4096), (1, 4096, 4096), (1, 4608, 4096))
+CASES = tuple(Case(shape, encrypted) for encrypted in (False, True) for shape in SHAPES)
 """1 MB; 33.6 MB, the hidden state of a 1024x1024 picture; 37.7 MB, the same with 512 text tokens."""
 
 
@@ -92,9 +96,10 @@ def measure(case: Case, steps: int) -> Measured:
     payload = state.view(torch.uint8).numpy().data.cast("B")
     ours: list[StepStats] = []
     bare: list[float] = []
-    with TemporaryDirectory() as folder, _session(Path(folder), case.encrypted) as session, _ring(
-        Path(folder), case.encrypted
-    ) as turn:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        session = stack.enter_context(_session(folder, case.encrypted))
+        turn = stack.enter_context(_ring(folder, case.encrypted))
         for _ in range(WARM_UP + steps):
             out = session.run({"hidden_states": state}, Conditioning())
             began = perf_counter()
@@ -135,7 +140,8 @@ def _summary(case: Case, ours: list[StepStats], bare: list[float]) -> Measured:
 def _session(folder: Path, encrypted: bool) -> Iterator[Session]:
     """A session over new workers, which do all the blocks."""
     home, model = folder / "home", folder / "through.safetensors"
-    _write_model(model)
+    whole = ThroughModel(WORKERS)
+    save_file(whole.state_dict(), model)
     installed = plugins()
     store = KeyStore(home / "config")
     store.authorise(KeyStore().identity().client.public, "benchmark")
@@ -147,19 +153,19 @@ def _session(folder: Path, encrypted: bool) -> Iterator[Session]:
         ]
         key = store.identity().server.public if encrypted else ""
         addresses = [Address(child.hear()["address"], key) for child in children]
-        session = _opened(addresses, model, installed)
+        session = _opened(addresses, model, whole, installed)
         stack.callback(session.close)
         yield session
 
 
-def _opened(addresses: list[Address], model: Path, installed: Plugins) -> Session:
+def _opened(addresses: list[Address], model: Path, whole: nn.Module, installed: Plugins) -> Session:
     settings = Settings()
     checkpoint = recognise(read_header(model), installed)
-    structure = fingerprint.structure(checkpoint.spec)
-    content = fingerprint.of_tensors(checkpoint.header, checkpoint.spec)
+    spec = checkpoint.spec
+    identity = Identity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
     hops = [(Remote(a, installed, settings), BlockSpan(i, i + 1)) for i, a in enumerate(addresses)]
     options = SessionOptions(torch.float32, torch.device("cpu"), "lossless", settings)
-    session = Session(Identity(checkpoint.spec, structure, content), hops, options, installed)
+    session = Session(identity, hops, options, installed)
     session.open()
     return session
 
@@ -169,17 +175,8 @@ def _ring(folder: Path, encrypted: bool) -> Iterator[Callable[[memoryview], memo
     keys = new_keys() if encrypted else None
     with ExitStack() as stack:
         told = {"keys": keys}
-        nodes = [
-            stack.enter_context(Child("mesh_core.bench.bare_node", told, folder / "home")) for _ in range(WORKERS)
-        ]
+        nodes = [stack.enter_context(Child("mesh_core.bench.bare_node", told, folder / "home")) for _ in range(WORKERS)]
         ports = [int(node.hear()["port"]) for node in nodes]
         for node, following in zip(nodes, [*ports[1:], None], strict=True):
             node.tell({"following": following})
         yield stack.enter_context(BareRing(ports, keys)).turn
-
-
-def _write_model(path: Path) -> None:
-    """A safetensors file of one element per block."""
-    entries = [f'"blocks.{i}.weight":{{"dtype":"F32","shape":[1],"data_offsets":[{4 * i},{4 * i + 4}]}}' for i in range(WORKERS)]
-    header = f"{{{','.join(entries)}}}".encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4 * WORKERS))

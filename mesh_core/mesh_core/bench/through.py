@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Piece, Stage, State
+from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Piece, Role, Stage, State
 from mesh_core.checkpoint import CheckpointHeader
 from mesh_core.hookspecs import hookimpl
 from mesh_core.spans import BlockSpan
@@ -24,7 +24,7 @@ class Copy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1))
+        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def forward(self, state: Tensor) -> Tensor:
         return state.clone()
@@ -61,12 +61,13 @@ class ThroughAdapter(ModelAdapter):
             return None
         blocks = len(names)
         parameters = {n: ParameterSpec((1,), "F32", (Piece(n),), BlockSpan(i, i + 1)) for i, n in enumerate(names)}
+        state: Mapping[str, Role] = {"hidden_states": "hidden"}
         return ModelSpec(
             family=self.family,
             variant=f"{blocks} blocks",
             config={"blocks": blocks},
             block_kinds=("copy",) * blocks,
-            states=({"hidden_states": "hidden"},) * (blocks + 1),
+            states=(state,) * (blocks + 1),
             constants={},
             parameters=parameters,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from mesh_core.bench.processes import plugins, read_line, say, when_input_closes
@@ -10,6 +11,8 @@ from mesh_core.worker import Worker, WorkerOptions
 
 
 def main() -> None:
+    # That a case runs without encryption is what it is for.
+    logging.basicConfig(level=logging.ERROR)
     told, installed = read_line(), plugins()
     flags = {"insecure": True} if told["insecure"] else {}
     listener = installed.transport("mesh").listen("mesh://127.0.0.1:0", **flags)

@@ -20,11 +20,12 @@ from mesh_core.checkpoint import CheckpointHeader, TensorInfo, read_header
 from mesh_core.config import Settings
 from mesh_core.device import checked_device, default_device, free_memory
 from mesh_core.errors import ConfigError, PlanDoesNotFit, PlanError
+from mesh_core.hops import Identity
 from mesh_core.hosts.split_model import SplitModel, attach, detach
 from mesh_core.library import Checkpoint, recognise
 from mesh_core.plugins import Plugins, installed_plugins
 from mesh_core.runner import SplitRunner, Workers, open_session, place
-from mesh_core.session import Identity, Report, SessionOptions
+from mesh_core.session import Report, SessionOptions
 from mesh_core.spans import BlockSpan
 from mesh_core.weights import WeightReader, assign
 

@@ -84,9 +84,7 @@ class BareRing:
         self._context.destroy(linger=200)
 
 
-def _dealer(
-    context: zmq.Context[zmq.Socket[bytes]], port: int, keys: Keys, name: bytes = b""
-) -> zmq.Socket[bytes]:
+def _dealer(context: zmq.Context[zmq.Socket[bytes]], port: int, keys: Keys, name: bytes = b"") -> zmq.Socket[bytes]:
     socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     if name:
         socket.routing_id = name

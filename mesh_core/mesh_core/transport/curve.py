@@ -24,6 +24,11 @@ Gate = Callable[[str], bool]
 _ZAP = "inproc://zeromq.zap.01"
 
 
+def available() -> bool:
+    """Whether this machine's libzmq was built with CURVE."""
+    return bool(zmq.has("curve"))
+
+
 def new_key_pair() -> tuple[str, str]:
     """A new public key and its secret key, as Z85 text."""
     public, secret = zmq.curve_keypair()
@@ -103,22 +108,21 @@ class ZapHandler:
             request = self._socket.recv_multipart()
             # RFC 27: route, "", version, request id, domain, address, identity, mechanism, credentials...
             route, request_id = request[:2], request[3]
-            user = self._user(request[4:])
-            status = (b"200", b"OK", user.encode()) if user else (b"400", b"Not authorised", b"")
-            self._socket.send_multipart([*route, b"1.0", request_id, *status, b""])
+            self._socket.send_multipart([*route, b"1.0", request_id, *self._answer(request[4:]), b""])
 
-    def _user(self, request: list[bytes]) -> str:
-        """The key that may come in, or "" for one that may not."""
+    def _answer(self, request: list[bytes]) -> tuple[bytes, bytes, bytes]:
+        """Status code, text and user id: the key that was proven."""
         try:
-            domain, address, _, mechanism, key = request
+            domain, address, _, _, key = request
             gate = self._gates.get(domain.decode())
-            if gate is None or mechanism != b"CURVE":
-                return ""
+            if gate is None:
+                # Its listener is closing: to the client that is a worker that ends, not one that refuses it.
+                return b"300", b"Closing", b""
             text = z85.encode(key).decode()
             if gate(text):
-                return text
+                return b"200", b"OK", text.encode()
             log.warning("refused the unknown key %s from %s", text, address.decode(errors="replace"))
         except Exception:
             # The handler must outlive anything: without it nobody could connect any more.
             log.exception("a handshake was refused because its key could not be checked")
-        return ""
+        return b"400", b"Not authorised", b""

@@ -28,6 +28,9 @@ def reach(place: Place, timeout: float) -> str:
         left = max(0.01, deadline - monotonic())
         try:
             with socket.create_connection((place.host, place.port), timeout=left) as connection:
+                if connection.getpeername() == connection.getsockname():
+                    # The system picked the wanted port for our own end: we reached ourselves.
+                    raise ConnectionRefusedError("nobody listens")
                 return str(connection.getpeername()[0])
         except (socket.gaierror, UnicodeError) as error:
             raise Unreachable(
@@ -51,14 +54,16 @@ def _nobody(place: Place, error: OSError) -> Unreachable:
     return Unreachable(f"{place} cannot be reached: {error.strerror or error}.", hint="mesh doctor")
 
 
-def mechanism(place: Place) -> str:
-    """What the listener at ``place`` speaks: ``"CURVE"``, ``"NULL"``, or "" if it does not speak ZMTP 3."""
+def mechanism(place: Place) -> str | None:
+    """What the listener at ``place`` speaks: ``"CURVE"``, ``"NULL"``, "" if not ZMTP 3; None if it is gone."""
     greeting = b""
     try:
         with socket.create_connection((place.host, place.port), timeout=_DIAGNOSIS) as connection:
             connection.sendall(_OPENING)
             while len(greeting) < _GREETING_LENGTH and (part := connection.recv(_GREETING_LENGTH - len(greeting))):
                 greeting += part
+    except ConnectionRefusedError:
+        return None
     except OSError:
         return ""
     if len(greeting) < _GREETING_LENGTH or greeting[0] != 0xFF or greeting[9] != 0x7F:

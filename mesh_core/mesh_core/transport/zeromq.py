@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,13 +18,13 @@ from typing import ClassVar, cast
 
 import zmq
 
-from mesh_core.errors import ConfigError
+from mesh_core.errors import ConfigError, Unreachable
 from mesh_core.keys import KeyPair, KeyStore
 from mesh_core.transport.address import Place, is_loopback, numeric, parse_place
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 from mesh_core.transport.curve import ZapHandler
 from mesh_core.transport.reach import reach
-from mesh_core.transport.zmq_channel import ZmqChannel, open_channel
+from mesh_core.transport.zmq_channel import WorkerEnded, ZmqChannel, open_channel
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_listener import Gate, ZmqListener
 from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
@@ -42,8 +43,7 @@ class ZeroMqTransport(Transport):
 
     def __init__(self, keys: KeyStore | None = None, limits: Limits = LIMITS) -> None:
         self._keys, self._limits = keys, limits
-        self._process: int | None = None
-        self._zap: ZapHandler | None = None
+        self._running: _Running | None = None
         self._lock = Lock()
 
     def resolve(self, address: Address) -> Address:
@@ -56,16 +56,23 @@ class ZeroMqTransport(Transport):
         place = parse_place(address.text)
         deadline = monotonic() + timeout
         keys = None if place.insecure else self._keys_for(place, address.server_key, client)
-        found = reach(place, timeout)
-        return open_channel(
-            self._context(),
-            place,
-            found,
-            keys,
-            timeout=max(0.1, deadline - monotonic()),
-            wire=Wire(self._limits, encrypted=keys is not None),
-            keeper=self,
-        )
+        while True:
+            found = reach(place, max(0.01, deadline - monotonic()))
+            try:
+                return open_channel(
+                    self._runs().context,
+                    place,
+                    found,
+                    keys,
+                    timeout=max(0.1, deadline - monotonic()),
+                    wire=Wire(self._limits, encrypted=keys is not None),
+                    keeper=self,
+                )
+            except WorkerEnded as ended:
+                if monotonic() > deadline:
+                    raise Unreachable(
+                        f"The worker at {place} ended while we connected.", hint="start it again"
+                    ) from ended
 
     def listen(self, address: str, **options: object) -> Listener:
         """See `Transport.listen`.
@@ -79,7 +86,7 @@ class ZeroMqTransport(Transport):
         host = numeric(place.host)
         gate = None if place.insecure else Gate(self._store())
         wire = Wire(self._limits, encrypted=gate is not None)
-        socket = wire.socket(self._context(), zmq.ROUTER)
+        socket = wire.socket(self._runs().context, zmq.ROUTER)
         try:
             with mapped_errors(f"Listening at {place}"):
                 socket.router_handover = 1
@@ -91,7 +98,7 @@ class ZeroMqTransport(Transport):
             raise
         port = int(cast(bytes, socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0").rpartition(":")[2])
         written = str(replace(place, port=port))
-        return ZmqListener(self._context(), socket, written, gate, wire, partial(self._unguard, domain))
+        return ZmqListener(self._runs().context, socket, written, gate, wire, partial(self._unguard, domain))
 
     def wait(self, channels: Sequence[Channel], timeout: float) -> list[Channel]:
         ours = cast(Sequence[ZmqChannel], channels)
@@ -111,20 +118,18 @@ class ZeroMqTransport(Transport):
     def close(self) -> None:
         """End the transport's threads. All its channels and listeners must be closed."""
         with self._lock:
-            if self._process == os.getpid():
-                self._process = None
-                if self._zap is not None:
-                    self._zap.close()
-                self._own_context.destroy(linger=0)
+            if self._running is not None:
+                self._running.close()
+            self._running = None
 
-    def _context(self) -> Context:
-        """This process's context: a fork must not use its parent's."""
+    def _runs(self) -> _Running:
+        """This process's context and its threads: a fork must not use its parent's."""
         with self._lock:
-            if self._process != os.getpid():
-                self._own_context: Context = zmq.Context()
-                self._zap = None
-                self._process = os.getpid()
-            return self._own_context
+            if self._running is None or self._running.process != os.getpid():
+                self._running = _Running()
+                # Not at exit: other threads may still use sockets then, and the process frees all of it.
+                weakref.finalize(self, self._running.close).atexit = False
+            return self._running
 
     def _store(self) -> KeyStore:
         return self._keys if self._keys is not None else KeyStore()
@@ -167,12 +172,32 @@ class ZeroMqTransport(Transport):
         socket.curve_server = 1
         socket.curve_secretkey = server.secret.encode()
         socket.zap_domain = domain.encode()
-        with self._lock:
-            if self._zap is None:
-                self._zap = ZapHandler(self._own_context)
-            self._zap.add(domain, gate.open_to)
+        self._runs().zap().add(domain, gate.open_to)
         return domain
 
     def _unguard(self, domain: str) -> None:
-        if self._zap is not None:
-            self._zap.remove(domain)
+        if domain:
+            self._runs().zap().remove(domain)
+
+
+class _Running:
+    """What one process runs for a transport: a context and, from the first listener on, its ZAP handler."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self.context: Context = zmq.Context()
+        self._zap: ZapHandler | None = None
+        self._lock = Lock()
+
+    def zap(self) -> ZapHandler:
+        with self._lock:
+            if self._zap is None:
+                self._zap = ZapHandler(self.context)
+            return self._zap
+
+    def close(self) -> None:
+        """End the threads and the context; does nothing the second time, or in a fork."""
+        if self.process == os.getpid() and not self.context.closed:
+            if self._zap is not None:
+                self._zap.close()
+            self.context.destroy(linger=0)

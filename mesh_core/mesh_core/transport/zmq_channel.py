@@ -26,6 +26,10 @@ _GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED | _GONE
 
 
+class WorkerEnded(Exception):
+    """The worker took a connection and is gone; it may be starting anew."""
+
+
 class ZmqChannel(Channel):
     """Connected once, by `open_channel`; when the connection is gone the channel is over.
 
@@ -54,7 +58,12 @@ class ZmqChannel(Channel):
         with mapped_errors(f"Sending to {self._place}"):
             if not self.socket.poll(0, zmq.POLLOUT):
                 self._wait_for_room()
-            self._wire.send(self.socket, views)
+            try:
+                self._wire.send(self.socket, views)
+            except BaseException:
+                # Ctrl-C may have left half a message, which the next one would be taken to continue.
+                self._lost = "sending was interrupted"
+                raise
 
     def receive(self, timeout: float) -> list[memoryview] | None:
         deadline = monotonic() + timeout
@@ -137,6 +146,8 @@ class ZmqChannel(Channel):
             )
         # Whatever else went wrong, libzmq only knows that it did: ask the other end what it speaks.
         found, wanted = mechanism(self._place), "NULL" if self._place.insecure else "CURVE"
+        if found is None:
+            raise WorkerEnded
         if not found:
             return Unreachable(
                 f"{self._place} takes connections, but what answers is no worker of the mesh.",
@@ -169,6 +180,10 @@ def open_channel(
     Args:
         numeric: the IP address to connect to.
         keys: our key pair and the worker's public key; None for no encryption.
+
+    Raises:
+        NotAuthorised, Unreachable: as `Transport.connect` does.
+        WorkerEnded: worth another try.
     """
     channel = ZmqChannel(context, place, wire, keeper)
     try:

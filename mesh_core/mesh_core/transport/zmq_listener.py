@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from secrets import token_hex
 from time import monotonic
+from typing import cast
 
 import zmq
 
@@ -19,6 +20,8 @@ from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
 
 log = logging.getLogger(__name__)
+
+_CLOSING_MS = 1000
 
 _REFUSED = [memoryview(b"")]
 """What a peer gets whose key was revoked while it was connected; no message of the mesh looks like it."""
@@ -127,8 +130,21 @@ class ZmqListener(Listener):
             self._closed = True
             self._ring.close(linger=0)
         self._bell.close(linger=0)
+        self._stop_listening()
         self._socket.close(linger=0)
         self._when_closed()
+
+    def _stop_listening(self) -> None:
+        """Free the port before `close` returns; closing a socket alone frees it some time later."""
+        monitor: Socket = self._socket.get_monitor_socket(zmq.EVENT_CLOSED, f"inproc://mesh.closed.{token_hex(8)}")
+        try:
+            self._socket.unbind(cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode())
+            monitor.poll(_CLOSING_MS)
+        except zmq.ZMQError as error:
+            log.warning("the port of %s is freed late: %s", self.address, error)
+        finally:
+            self._socket.disable_monitor()
+            monitor.close(linger=0)
 
     def _signal(self) -> None:
         with self._lock:

@@ -7,6 +7,7 @@ key. An unencrypted one carries frames whole.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from math import ceil
 
@@ -22,6 +23,9 @@ PIECE = 1 << 20
 
 _ENCRYPTION = 64
 """Bytes, rounded up, that encryption adds to a part (RFC 26: 33)."""
+
+_ALIGNMENT = 64
+"""Bytes; torch allocates so."""
 
 _ZERO_COPY = 64 << 10
 """Parts of at least so many bytes are sent from their own memory; for smaller ones a copy is cheaper."""
@@ -88,7 +92,7 @@ class Wire:
             if len(frames) < self.limits.buffers + 3 and size <= self.limits.message:
                 pieces.append(part.buffer)
                 if len(part) < self._piece or not part.more:
-                    frames.append(pieces[0] if len(pieces) == 1 else memoryview(bytearray().join(pieces)))
+                    frames.append(pieces[0] if len(pieces) == 1 else _joined(pieces))
                     pieces = []
             if not part.more:
                 return frames, part
@@ -97,6 +101,19 @@ class Wire:
         if frame.nbytes < self._piece:
             return [frame]
         return [frame[start : start + self._piece] for start in range(0, frame.nbytes + 1, self._piece)]
+
+
+def _joined(pieces: Sequence[memoryview]) -> memoryview:
+    """A frame from its pieces, where it lies in memory as tensors do: whoever reads one there need not copy it."""
+    size = sum(piece.nbytes for piece in pieces)
+    room = bytearray(size + _ALIGNMENT)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % _ALIGNMENT
+    frame = memoryview(room)[start : start + size]
+    position = 0
+    for piece in pieces:
+        frame[position : position + piece.nbytes] = piece
+        position += piece.nbytes
+    return frame
 
 
 def milliseconds(seconds: float) -> int:

@@ -1,0 +1,246 @@
+"""A FLUX.2 transformer of real size cut over two processes on one GPU: is it exact, and what does the cut cost?
+
+    python benchmarks/split_on_gpu.py --geometry klein-9b --save benchmarks/results/split_on_gpu.md
+
+Weights are random, in bfloat16, written to a temporary folder (18 GB for klein-9b) so that stages are read from disk as
+users read them. In one run: the uncut model's step; then, for each cut and quality, the same step with the blocks
+after the cut in worker processes on the same GPU, over encrypted loopback. The uncut step is what a GPU that holds
+the whole model would need; the difference is what the mesh adds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+GEOMETRIES = {
+    "klein-9b": {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+    "klein-4b": {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    "small": {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4, "joint_attention_dim": 512},
+}
+TEXT_TOKENS = 512
+QUALITIES = ("lossless", "transparent", "balanced", "fast")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="klein-9b")
+    parser.add_argument("--size", type=int, default=1024, help="pixels; a token is 16 x 16 of them")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--folder", default=None, help="where the temporary checkpoint goes")
+    parser.add_argument("--save", type=Path, default=None, help="markdown file; a .json goes beside it")
+    arguments = parser.parse_args()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mesh-bench-", dir=arguments.folder)))
+        os.environ["MESH_HOME"] = str(folder / "home")
+        report = run(arguments, folder, stack)
+    text = markdown(report)
+    print(text)
+    if arguments.save:
+        arguments.save.parent.mkdir(parents=True, exist_ok=True)
+        arguments.save.write_text(text + "\n", encoding="utf-8")
+        arguments.save.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, Any]:
+    import torch
+
+    from mesh_core.checkpoint import read_header
+    from mesh_core.device import label
+    from mesh_core.hosts.diffusers import identify
+    from mesh_core.library import recognise
+    from mesh_core.plugins import installed_plugins
+
+    device, notes = torch.device(arguments.device), {}
+    model = random_model(arguments.geometry, device)
+    inputs = random_inputs(model, arguments.size, device)
+    began = perf_counter()
+    model.save_pretrained(folder / "models" / arguments.geometry, max_shard_size="8GB")
+    notes["write checkpoint s"] = perf_counter() - began
+    expected, uncut_ms = timed(lambda: model(**inputs, return_dict=False)[0], arguments.steps, device)
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    checkpoint = recognise(read_header(folder / "models" / arguments.geometry), installed_plugins())
+    began = perf_counter()
+    identity = identify(checkpoint)
+    notes["fingerprint s"] = perf_counter() - began
+    notes["checkpoint GB"] = sum(f.stat().st_size for f in checkpoint.header.files) / 1e9
+    workers = [start_worker(stack, folder, f"worker-{i + 1}", arguments.device) for i in range(2)]
+    blocks, rows = checkpoint.spec.blocks, []
+    for cuts, qualities in (
+        ((blocks // 4,), QUALITIES),
+        ((0,), ("lossless",)),
+        ((blocks // 4, blocks * 5 // 8), ("lossless", "transparent")),
+    ):
+        for quality in qualities:
+            rows.append(split_row(checkpoint, identity, cuts, quality, workers, inputs, expected, arguments, device))
+    return {
+        "geometry": arguments.geometry,
+        "pixels": arguments.size,
+        "device": label(device),
+        "torch": torch.__version__,
+        "uncut_ms": uncut_ms,
+        "notes": notes,
+        "rows": rows,
+    }
+
+
+def random_model(geometry: str, device: Any) -> Any:
+    import torch
+    from diffusers import Flux2Transformer2DModel
+
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel(guidance_embeds=False, **GEOMETRIES[geometry])
+    model = model.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and parameter.ndim == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.6 / parameter.shape[-1] ** 0.5, generator=generator)
+    return model
+
+
+def random_inputs(model: Any, pixels: int, device: Any) -> dict[str, Any]:
+    import torch
+
+    side = pixels // 16
+    generator = torch.Generator("cpu").manual_seed(1)
+    img_ids = torch.zeros(side * side, 4, dtype=torch.int64)
+    img_ids[:, 1] = torch.arange(side).repeat_interleave(side)
+    img_ids[:, 2] = torch.arange(side).repeat(side)
+    txt_ids = torch.zeros(TEXT_TOKENS, 4, dtype=torch.int64)
+    txt_ids[:, 3] = torch.arange(TEXT_TOKENS)
+    inputs = {
+        "hidden_states": torch.randn(1, side * side, model.config.in_channels, generator=generator).bfloat16(),
+        "encoder_hidden_states": torch.randn(
+            1, TEXT_TOKENS, model.config.joint_attention_dim, generator=generator
+        ).bfloat16(),
+        "timestep": torch.tensor([0.7]).bfloat16(),
+        "img_ids": img_ids,
+        "txt_ids": txt_ids,
+    }
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def timed(step: Any, steps: int, device: Any) -> tuple[Any, float]:
+    """The last result, and the median milliseconds of a step after two warm-up steps."""
+    import torch
+
+    from mesh_core.device import synchronise
+
+    times = []
+    with torch.no_grad():
+        for _ in range(steps + 2):
+            synchronise(device)
+            began = perf_counter()
+            result = step()
+            synchronise(device)
+            times.append((perf_counter() - began) * 1e3)
+    return result, sorted(times[2:])[len(times[2:]) // 2]
+
+
+def start_worker(stack: ExitStack, folder: Path, name: str, device: str) -> str:
+    command = [sys.executable, "-m", "mesh_core.cli", "serve", str(folder / "models"), "--port", "0"]
+    process = stack.enter_context(
+        subprocess.Popen(
+            [*command, "--name", name, "--device", device, "--memory", "30GB"], stderr=subprocess.PIPE, text=True
+        )
+    )
+    stack.callback(process.kill)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("listening at "):
+            return line.removeprefix("listening at ").strip()
+    sys.exit(f"{name} did not start")
+
+
+def split_row(
+    checkpoint: Any,
+    identity: Any,
+    cuts: tuple[int, ...],
+    quality: Any,
+    workers: list[str],
+    inputs: dict[str, Any],
+    expected: Any,
+    arguments: argparse.Namespace,
+    device: Any,
+) -> dict[str, Any]:
+    from statistics import median
+
+    import torch
+
+    from mesh_core.plugins import installed_plugins
+    from mesh_core.runner import SplitRunner, open_session, place
+    from mesh_core.session import SessionOptions
+    from mesh_core.weights import WeightReader
+
+    bounds = [*cuts, checkpoint.spec.blocks]
+    chosen = [(w, f"{a}:{b}") for w, a, b in zip(workers, bounds, bounds[1:], strict=False)]
+    options = SessionOptions(torch.bfloat16, device, quality)
+    plugins = installed_plugins()
+    placement = place(checkpoint, f":{cuts[0]}", chosen, plugins, options, None)
+    began = perf_counter()
+    session = open_session(lambda: identity, placement, options, plugins, None)
+    opened = perf_counter() - began
+    stage = checkpoint.adapter.build_stage(
+        checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device=device, dtype=torch.bfloat16
+    )
+    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    result, ms = timed(lambda: runner(inputs), arguments.steps, device)
+    steps = runner.stats.steps[2:]
+    row = {
+        "cut": " | ".join([f":{cuts[0]}", *(span for _, span in chosen)]),
+        "quality": quality,
+        "exact": torch.equal(result, expected),
+        "step_ms": ms,
+        "local_ms": median(s.local_ms for s in steps),
+        "remote_compute_ms": median(sum(h.compute_ms for h in s.hops) for s in steps),
+        "codec_ms": median(
+            s.encode_ms + s.decode_ms + sum(h.encode_ms + h.decode_ms for h in s.hops) for s in steps
+        ),
+        "wire_ms": median(s.wire_ms for s in steps),
+        "overhead_ms": median(s.overhead_ms for s in steps),
+        "MB_per_step": median(sum(h.in_coded for h in s.hops) + s.hops[-1].out_coded for s in steps) / 1e6,
+        "open_s": opened,
+    }
+    runner.close()
+    del stage, runner
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row
+
+
+def markdown(report: dict[str, Any]) -> str:
+    names = ["cut", "quality", "exact", "step_ms", "local_ms", "remote_compute_ms", "codec_ms", "wire_ms"]
+    names += ["overhead_ms", "MB_per_step", "open_s"]
+
+    def cell(value: Any) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else ("yes" if value is True else "no" if value is False else str(value))
+
+    lines = [
+        f"# {report['geometry']}, random weights, {report['pixels']}x{report['pixels']}, {report['device']}",
+        "",
+        f"torch {report['torch']}, bfloat16. Uncut step: {report['uncut_ms']:.1f} ms. Host and workers share the GPU; "
+        "the link is loopback with CURVE. Medians.",
+        "",
+        "; ".join(f"{name}: {value:.1f}" for name, value in report["notes"].items()),
+        "",
+        "| " + " | ".join(n.replace("_", " ") for n in names) + " |",
+        "|" + "---|" * len(names),
+    ]
+    return "\n".join(lines + ["| " + " | ".join(cell(row[n]) for n in names) + " |" for row in report["rows"]])
+
+
+if __name__ == "__main__":
+    main()

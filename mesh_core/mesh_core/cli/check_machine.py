@@ -1,0 +1,124 @@
+"""What ``mesh doctor`` looks at on this machine. Each check works whatever the others find."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+
+from mesh_core import __version__
+from mesh_core.cli.checks import Check, Status, guarded
+from mesh_core.config import Settings, atomic_write, cache_dir, config_dir
+from mesh_core.errors import ConfigError
+from mesh_core.plugins import Plugins
+
+MACHINE = "this machine"
+_OLDEST_PYTHON = (3, 10)
+_PROBLEMS: dict[str, Status] = {"broken": "FAIL", "conflict": "FAIL", "incompatible": "warn"}
+
+
+def check_machine(plugins: Plugins) -> Iterator[Check]:
+    """All checks that need no worker."""
+    parts: dict[str, Callable[[], Iterator[Check]]] = {
+        "python": _python,
+        "torch": _torch,
+        "diffusers": _diffusers,
+        "encryption": _encryption,
+        "settings": _settings,
+        "keys": _keys,
+        "cache": _cache,
+        "plugins": lambda: _plugins(plugins),
+    }
+    for name, find in parts.items():
+        yield from guarded(MACHINE, name, find)
+
+
+def usable_plugins() -> Plugins:
+    """The installed plugins; all of them when the settings that switch some off cannot be read."""
+    try:
+        return Plugins.load()
+    except ConfigError:
+        return Plugins.load(disabled=())
+
+
+def _python() -> Iterator[Check]:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, comfyui-mesh {__version__}"
+    if sys.version_info[:2] < _OLDEST_PYTHON:
+        yield Check(MACHINE, "python", "FAIL", found, "Python 3.10 or newer")
+    else:
+        yield Check(MACHINE, "python", "ok", found)
+
+
+def _torch() -> Iterator[Check]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        hint = "install torch anew: https://pytorch.org/get-started/locally"
+        yield Check(MACHINE, "torch", "FAIL", f"torch cannot be imported: {error}", hint)
+        return
+    from mesh_core.device import default_device, free_memory, label
+
+    device = default_device()
+    built = torch.version.cuda or torch.version.hip or "no GPU support"
+    found = f"{torch.__version__} ({built}); {label(device)}, {free_memory(device) / 1e9:.1f} GB for weights"
+    if device.type == "cpu":
+        hint = "fine for a host that runs no blocks; else a torch built for this machine's GPU, and its driver"
+        yield Check(MACHINE, "torch", "warn", f"{found}; no GPU is usable", hint)
+    else:
+        yield Check(MACHINE, "torch", "ok", found)
+
+
+def _diffusers() -> Iterator[Check]:
+    try:
+        yield Check(MACHINE, "diffusers", "ok", version("diffusers"))
+    except PackageNotFoundError:
+        hint = 'pip install "comfyui-mesh[diffusers]"'
+        yield Check(MACHINE, "diffusers", "warn", "not installed; mesh generate and the built-in adapters use it", hint)
+
+
+def _encryption() -> Iterator[Check]:
+    from mesh_core.transport.curve import available
+
+    found = f"pyzmq {version('pyzmq')}"
+    if available():
+        yield Check(MACHINE, "encryption", "ok", f"{found} with CURVE")
+    else:
+        hint = "pip install --force-reinstall pyzmq, for its own build of libzmq"
+        yield Check(MACHINE, "encryption", "FAIL", f"{found} was built without CURVE", hint)
+
+
+def _settings() -> Iterator[Check]:
+    Settings.load()
+    file = config_dir() / "config.toml"
+    yield Check(MACHINE, "settings", "ok", str(file) if file.exists() else f"defaults; {file} does not exist")
+
+
+def _keys() -> Iterator[Check]:
+    from mesh_core.keys import KeyStore
+
+    store = KeyStore()
+    own = store.identity().client.public
+    found = f"{len(store.workers())} known workers, {len(store.clients())} authorised clients"
+    yield Check(MACHINE, "keys", "ok", f"{found}; own key {own[:8]}...")
+
+
+def _cache() -> Iterator[Check]:
+    probe = cache_dir() / "doctor"
+    atomic_write(probe, b"")
+    probe.unlink()
+    yield Check(MACHINE, "cache", "ok", f"{cache_dir()} can be written")
+
+
+def _plugins(plugins: Plugins) -> Iterator[Check]:
+    reports = plugins.report()
+    for report in reports:
+        if report.status in _PROBLEMS:
+            status = _PROBLEMS[report.status]
+            yield Check(MACHINE, f"plugin {report.name}", status, f"{report.label}: {report.detail}", report.hint)
+    families = ", ".join(f"{f} {v}" for f, v in sorted(plugins.adapter_versions().items()))
+    if families:
+        yield Check(MACHINE, "adapters", "ok", families)
+    else:
+        yield Check(MACHINE, "adapters", "warn", "none is in use", "pip install comfyui-mesh-klein; mesh plugins")
+    yield Check(MACHINE, "codecs", "ok", ", ".join(sorted(plugins.codecs())))

@@ -1,0 +1,94 @@
+"""``mesh doctor``: is this machine ready, and are the workers that it knows?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from mesh_core.cli.checks import Check
+    from mesh_core.config import Settings
+    from mesh_core.plugins import Plugins
+
+_COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
+
+
+@click.command()
+@click.argument("addresses", metavar="[ADDRESS]...", nargs=-1)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Also check that the workers hold the same weights; reads the whole model once on each machine.",
+)
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Seconds per worker.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(addresses: tuple[str, ...], model: Path | None, timeout: float, as_json: bool) -> None:
+    """Check this machine, its plugins and its connections.
+
+    ADDRESS is a worker, mesh://HOST:PORT; left out, all workers that were joined are checked. Exits with 1 if a check
+    fails.
+    """
+    from mesh_core.cli.check_machine import check_machine, usable_plugins
+
+    plugins = usable_plugins()
+    settings = _settings(timeout)
+    found: list[Check] = []
+    shown = ""
+    for check in chain(check_machine(plugins), _check_workers(addresses, model, plugins, settings)):
+        found.append(check)
+        if not as_json:
+            shown = _show(check, shown)
+    failures = sum(check.status == "FAIL" for check in found)
+    if as_json:
+        click.echo(json.dumps({"failed": failures, "checks": [asdict(check) for check in found]}, indent=2))
+    else:
+        warnings = sum(check.status == "warn" for check in found)
+        click.secho(f"\n{len(found)} checks: {failures} failed, {warnings} warnings", fg="red" if failures else None)
+    if failures:
+        click.get_current_context().exit(1)
+
+
+def _settings(timeout: float) -> Settings:
+    from mesh_core.config import Settings
+    from mesh_core.errors import ConfigError
+
+    try:
+        settings = Settings.load()
+    except ConfigError:
+        settings = Settings()
+    return replace(settings, deadlines=replace(settings.deadlines, connect=timeout))
+
+
+def _check_workers(
+    addresses: tuple[str, ...], model: Path | None, plugins: Plugins, settings: Settings
+) -> Iterator[Check]:
+    from mesh_core.cli.check_worker import check_worker
+    from mesh_core.errors import ConfigError
+    from mesh_core.keys import KeyStore
+
+    if not addresses:
+        try:
+            addresses = tuple(f"mesh://{worker.address}" for worker in KeyStore().workers())
+        except ConfigError:
+            # The check of the keys has said so.
+            return
+    for address in addresses:
+        yield from check_worker(address, model, plugins, settings)
+
+
+def _show(check: Check, subject: str) -> str:
+    """Print one check, under its subject; returns the subject."""
+    if check.subject != subject:
+        click.echo(f"{'' if not subject else chr(10)}{check.subject}")
+    mark = click.style(f"{check.status:<4}", fg=_COLOURS[check.status])
+    click.echo(f"  {mark}  {check.name:<12} {check.detail}")
+    if check.hint:
+        click.echo(f"        try: {check.hint}")
+    return check.subject

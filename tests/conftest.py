@@ -1,0 +1,21 @@
+"""For all tests: the user's own settings and keys stay untouched, and torch computes in one thread.
+
+Matrix libraries split sums over threads; with one thread, what two ends compute is equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.workers import mesh_home
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    torch.set_num_threads(1)
+    with mesh_home(tmp_path_factory.mktemp("home")) as home:
+        yield home

@@ -1,0 +1,52 @@
+"""A host for tests of sessions: splits a checkpoint on disk over workers, without a pipeline around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from mesh_codec.base import Quality
+from mesh_core.checkpoint import read_header
+from mesh_core.config import Settings
+from mesh_core.hosts.diffusers import identify
+from mesh_core.library import Checkpoint, recognise
+from mesh_core.plugins import Plugins
+from mesh_core.runner import SplitRunner, Workers, open_session, place
+from mesh_core.session import Report, SessionOptions
+from mesh_core.weights import WeightReader
+from tests.support.workers import ThreadWorker
+
+
+def checkpoint_at(path: Path, plugins: Plugins) -> Checkpoint:
+    return recognise(read_header(path), plugins)
+
+
+@contextmanager
+def split(
+    path: Path,
+    local: str | None,
+    workers: Workers | Sequence[ThreadWorker],
+    plugins: Plugins,
+    *,
+    dtype: torch.dtype = torch.float32,
+    quality: Quality = "lossless",
+    settings: Settings | None = None,
+    report: Report | None = None,
+) -> Iterator[SplitRunner]:
+    """The model at ``path``, its first span here and the others on ``workers``."""
+    checkpoint = checkpoint_at(path, plugins)
+    addresses = [w.address if isinstance(w, ThreadWorker) else w for w in workers]
+    options = SessionOptions(dtype, torch.device("cpu"), quality, settings or Settings())
+    placement = place(checkpoint, local, addresses, plugins, options, None)
+    session = open_session(lambda: identify(checkpoint), placement, options, plugins, report)
+    stage = checkpoint.adapter.build_stage(
+        checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device="cpu", dtype=dtype
+    )
+    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    try:
+        yield runner
+    finally:
+        runner.close()

@@ -1,0 +1,41 @@
+"""Nothing of ZeroMQ's own errors reaches a user."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import zmq
+import zmq.error
+
+from mesh_core.errors import PeerLost, TransportError, TransportTimeout, Unreachable
+from mesh_core.transport.zmq_errors import mapped_errors
+
+CLASSES = [c for _, c in inspect.getmembers(zmq.error, inspect.isclass) if issubclass(c, zmq.ZMQBaseError)]
+
+
+@pytest.mark.parametrize("number", sorted(zmq.Errno), ids=lambda number: number.name)
+def test_every_error_number_becomes_ours(number: zmq.Errno) -> None:
+    with pytest.raises(TransportError, match=r"Sending to blue failed: .+") as caught, mapped_errors("Sending to blue"):
+        raise zmq.ZMQError(number)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_class_becomes_ours(kind: type[zmq.ZMQBaseError]) -> None:
+    with pytest.raises(TransportError, match=r"Sending to blue failed: .+"), mapped_errors("Sending to blue"):
+        raise kind()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(zmq.EAGAIN, TransportTimeout), (zmq.ETERM, PeerLost), (zmq.ENOTSOCK, PeerLost), (zmq.ECONNREFUSED, Unreachable)],
+)
+def test_those_that_a_caller_tells_apart(number: int, kind: type[TransportError]) -> None:
+    with pytest.raises(kind), mapped_errors("x"):
+        raise zmq.ZMQError(number)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(KeyError), mapped_errors("x"):
+        raise KeyError("x")
