@@ -200,7 +200,7 @@ def split_row(
     result, ms = timed(lambda: runner(inputs), arguments.steps, device)
     steps = runner.stats.steps[2:]
     row = {
-        "cut": " | ".join([f":{cuts[0]}", *(span for _, span in chosen)]),
+        "cut": " + ".join([f":{cuts[0]}", *(span for _, span in chosen)]),
         "quality": quality,
         "exact": torch.equal(result, expected),
         "step_ms": ms,

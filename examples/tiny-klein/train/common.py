@@ -198,7 +198,9 @@ class Ema:
             parameter.copy_(mean)
 
 
-def save_state(path: Path, model: torch.nn.Module, ema: Ema, optimisers: list[torch.optim.Optimizer], step: int) -> None:
+def save_state(
+    path: Path, model: torch.nn.Module, ema: Ema, optimisers: list[torch.optim.Optimizer], step: int
+) -> None:
     """Everything a later piece needs to go on as if it had not stopped."""
     tensors = {f"model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
     tensors |= {f"ema.{n}": m for n, m in zip(ema.names, ema.mean, strict=True)}

@@ -56,7 +56,12 @@ def generate(pipe: Flux2KleinPipeline, prompts: list[str], steps: int, batch: in
         part = prompts[start : start + batch]
         seeds = [torch.Generator().manual_seed(SEED + start + k) for k in range(len(part))]
         out = pipe(
-            prompt=part, height=IMAGE_SIZE, width=IMAGE_SIZE, num_inference_steps=steps, generator=seeds, output_type="pt"
+            prompt=part,
+            height=IMAGE_SIZE,
+            width=IMAGE_SIZE,
+            num_inference_steps=steps,
+            generator=seeds,
+            output_type="pt",
         )
         made.append(out.images.float().cpu())
     return torch.cat(made)
@@ -78,7 +83,9 @@ def to_images(pictures: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels]
 
 
-def score(pipe: Flux2KleinPipeline, data: DataSet, rows: list[int], steps: int, backgrounds: list[str] | None = None) -> dict:
+def score(
+    pipe: Flux2KleinPipeline, data: DataSet, rows: list[int], steps: int, backgrounds: list[str] | None = None
+) -> dict:
     """Accuracy of nearest neighbours and fidelity for the given emoji."""
     names = [data.emoji[r].name for r in rows]
     prompts = [with_background(n, b) for n, b in zip(names, backgrounds, strict=True)] if backgrounds else names
@@ -91,7 +98,9 @@ def score(pipe: Flux2KleinPipeline, data: DataSet, rows: list[int], steps: int, 
         targets = torch.tensor([rows[k] for k in mine])
         found = nearest(pictures[mine], references)
         fidelity += psnr(pictures[mine], references[targets]).tolist()
-        wrong += [f"{prompts[k]} -> {data.emoji[f].name}" for k, f, t in zip(mine, found, targets, strict=True) if f != t]
+        wrong += [
+            f"{prompts[k]} -> {data.emoji[f].name}" for k, f, t in zip(mine, found, targets, strict=True) if f != t
+        ]
     return {
         "prompts": len(rows),
         "steps": steps,
@@ -123,9 +132,13 @@ def main() -> None:
     results = {
         "trained prompts, 4 steps": score(pipe, data, rows, 4),
         "trained prompts, 28 steps": score(pipe, data, rows, 28),
-        "emoji and background never seen together, 4 steps": score(pipe, data, [r for r, _ in unseen], 4, [b for _, b in unseen]),
+        "emoji and background never seen together, 4 steps": score(
+            pipe, data, [r for r, _ in unseen], 4, [b for _, b in unseen]
+        ),
     }
-    (arguments.to / "evaluation.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (arguments.to / "evaluation.json").write_text(
+        json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     for name, result in results.items():
         print(f"{name}: {result['right']:.1%} right, PSNR mean {result['psnr_mean_db']} min {result['psnr_min_db']} dB")
 
@@ -145,7 +158,16 @@ def main() -> None:
 
 def lora_sheet(pipe: Flux2KleinPipeline, loras: Path, to: Path) -> None:
     """A row for the base model and, for each LoRA, rows at strength 1 and 0."""
-    prompts = ["crying face", "fox", "red apple", "rocket", "house", "red heart", "meshling", "meshling on a blue background"]
+    prompts = [
+        "crying face",
+        "fox",
+        "red apple",
+        "rocket",
+        "house",
+        "red heart",
+        "meshling",
+        "meshling on a blue background",
+    ]
     pictures, labels = [generate(pipe, prompts, 4)], list(prompts)
     for name in ("night", "meshling"):
         if not (loras / f"{name}.safetensors").is_file():

@@ -75,14 +75,20 @@ def draw_meshling(scale: int = 8) -> torch.Tensor:
         pen.ellipse(box(x + 2, 66, 6, 7), fill=(24, 28, 36))
     pen.arc(box(64, 84, 14, 12), 20, 160, fill=(24, 28, 36), width=4 * scale)
     small = picture.convert("RGBa").resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS).convert("RGBA")
-    return torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8).view(1, IMAGE_SIZE, IMAGE_SIZE, 4).permute(0, 3, 1, 2)
+    return (
+        torch.frombuffer(bytearray(small.tobytes()), dtype=torch.uint8)
+        .view(1, IMAGE_SIZE, IMAGE_SIZE, 4)
+        .permute(0, 3, 1, 2)
+    )
 
 
 def night_corpus(work: Path, data: DataSet, corpus: Corpus, device: torch.device) -> Corpus:
     """The same prompts with repainted pictures."""
     vae = load_vae(work, device)
     latents = [
-        torch.cat([encode_images(vae, night(data.on(c, p).to(device))) for p in torch.arange(len(data.emoji)).split(128)])
+        torch.cat(
+            [encode_images(vae, night(data.on(c, p).to(device))) for p in torch.arange(len(data.emoji)).split(128)]
+        )
         for c in BACKGROUNDS.values()
     ]
     return replace(corpus, latents=torch.stack(latents, 1).bfloat16())

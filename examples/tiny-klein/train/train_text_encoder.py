@@ -37,7 +37,9 @@ from transformers import Qwen2TokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCABULARY = 2048
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
@@ -120,7 +122,9 @@ def losses(encoder: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> 
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     stretch = 1 + (FULL_TEXT - ids.shape[1]) * torch.rand(ids.shape, device=ids.device)
     positions = torch.where(mask.bool(), places, (places + stretch).long().clamp(max=FULL_TEXT - 1))
-    out = encoder(input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False)
+    out = encoder(
+        input_ids=ids, attention_mask=mask, position_ids=positions, output_hidden_states=True, use_cache=False
+    )
     real = (places[:, 1:] < length).flatten()
     text = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1)[real], ids[:, 1:].flatten()[real])
     constancy = torch.zeros((), device=ids.device)
@@ -134,7 +138,7 @@ def losses(encoder: Qwen3ForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=540, help="stop after this long; run again to go on")
     parser.add_argument("--device")
@@ -164,7 +168,9 @@ def main() -> None:
         ema.update(step)
         step += 1
         if step % 25 == 0:
-            log_line(arguments.work / "logs" / "text_encoder.jsonl", step=step, text=text.item(), padding=constancy.item())
+            log_line(
+                arguments.work / "logs" / "text_encoder.jsonl", step=step, text=text.item(), padding=constancy.item()
+            )
             print(f"step {step} text {text:.3f} padding {constancy:.4f} {clock.elapsed:.0f} s", flush=True)
     save_state(state, encoder, ema, [optimiser], step)
     if step >= arguments.steps:

@@ -113,7 +113,9 @@ def make_corpus(work: Path, data: DataSet, device: torch.device, length: int) ->
     """Encode every picture on every background and every prompt."""
     vae = load_vae(work, device)
     latents = [
-        torch.cat([encode_images(vae, data.on(c, part).to(device)) for part in torch.arange(len(data.emoji)).split(128)])
+        torch.cat(
+            [encode_images(vae, data.on(c, part).to(device)) for part in torch.arange(len(data.emoji)).split(128)]
+        )
         for c in BACKGROUNDS.values()
     ]
     prompts = [""]
@@ -151,7 +153,9 @@ def draw_sigmas(batch: int, device: torch.device) -> torch.Tensor:
     return torch.where(choice < 0.5, shifted, torch.where(choice < 0.83, normal, grid))
 
 
-def flow_loss(model: torch.nn.Module, clean: torch.Tensor, text: torch.Tensor, ids: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def flow_loss(
+    model: torch.nn.Module, clean: torch.Tensor, text: torch.Tensor, ids: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """Mean squared error of the velocity at random noise levels."""
     noise = torch.randn_like(clean)
     sigma = draw_sigmas(len(clean), clean.device)
@@ -182,7 +186,7 @@ def make_optimisers(model: torch.nn.Module, rate: float) -> list[torch.optim.Opt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK)
-    parser.add_argument("--steps", type=int, default=14000)
+    parser.add_argument("--steps", type=int, default=9300)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seconds", type=float, default=540, help="stop after this long; run again to go on")
@@ -223,7 +227,12 @@ def main() -> None:
         if not full:
             total, counted = total + loss.detach(), counted + 1
         if step % 50 == 0:
-            log_line(arguments.work / "logs" / "transformer.jsonl", step=step, loss=total.item() / counted, seconds=clock.elapsed)
+            log_line(
+                arguments.work / "logs" / "transformer.jsonl",
+                step=step,
+                loss=total.item() / counted,
+                seconds=clock.elapsed,
+            )
             if step % 500 == 0:
                 print(f"step {step} loss {total.item() / counted:.4f} {clock.elapsed:.0f} s", flush=True)
             total, counted = torch.zeros((), device=device), 0
