@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -61,13 +62,7 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
     from mesh_core.plugins import installed_plugins
 
     device, notes = torch.device(arguments.device), {}
-    model = random_model(arguments.geometry, device)
-    inputs = random_inputs(model, arguments.size, device)
-    began = perf_counter()
-    model.save_pretrained(folder / "models" / arguments.geometry, max_shard_size="8GB")
-    notes["write checkpoint s"] = perf_counter() - began
-    expected, uncut_ms = timed(lambda: model(**inputs, return_dict=False)[0], arguments.steps, device)
-    del model
+    inputs, expected, uncut_ms = uncut(arguments, folder, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     checkpoint = recognise(read_header(folder / "models" / arguments.geometry), installed_plugins())
@@ -93,6 +88,14 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
         "notes": notes,
         "rows": rows,
     }
+
+
+def uncut(arguments: argparse.Namespace, folder: Path, device: Any) -> tuple[dict[str, Any], Any, float]:
+    """Write the checkpoint; the inputs, the uncut model's result and the milliseconds of its step."""
+    model = random_model(arguments.geometry, device)
+    inputs = random_inputs(model, arguments.size, device)
+    model.save_pretrained(folder / "models" / arguments.geometry, max_shard_size="8GB")
+    return inputs, *timed(lambda: model(**inputs, return_dict=False)[0], arguments.steps, device)
 
 
 def random_model(geometry: str, device: Any) -> Any:
@@ -197,7 +200,7 @@ def split_row(
         checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device=device, dtype=torch.bfloat16
     )
     runner = SplitRunner(checkpoint, placement.plan, stage, session)
-    result, ms = timed(lambda: runner(inputs), arguments.steps, device)
+    result, ms = timed(partial(runner, inputs), arguments.steps, device)
     steps = runner.stats.steps[2:]
     row = {
         "cut": " + ".join([f":{cuts[0]}", *(span for _, span in chosen)]),
@@ -206,9 +209,7 @@ def split_row(
         "step_ms": ms,
         "local_ms": median(s.local_ms for s in steps),
         "remote_compute_ms": median(sum(h.compute_ms for h in s.hops) for s in steps),
-        "codec_ms": median(
-            s.encode_ms + s.decode_ms + sum(h.encode_ms + h.decode_ms for h in s.hops) for s in steps
-        ),
+        "codec_ms": median(s.encode_ms + s.decode_ms + sum(h.encode_ms + h.decode_ms for h in s.hops) for s in steps),
         "wire_ms": median(s.wire_ms for s in steps),
         "overhead_ms": median(s.overhead_ms for s in steps),
         "MB_per_step": median(sum(h.in_coded for h in s.hops) + s.hops[-1].out_coded for s in steps) / 1e6,
@@ -226,7 +227,9 @@ def markdown(report: dict[str, Any]) -> str:
     names += ["overhead_ms", "MB_per_step", "open_s"]
 
     def cell(value: Any) -> str:
-        return f"{value:.2f}" if isinstance(value, float) else ("yes" if value is True else "no" if value is False else str(value))
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
 
     lines = [
         f"# {report['geometry']}, random weights, {report['pixels']}x{report['pixels']}, {report['device']}",

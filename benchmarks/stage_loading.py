@@ -5,7 +5,7 @@ folder and as a single file in the naming of Black Forest Labs, and loads spans 
 Targets: at most 2 % more bytes read than the stage has, and a peak of host memory of at most the stage and 512 MB.
 Ratios are what counts; seconds depend on the disk.
 
-    python benchmarks/stage_loading.py [--doubles 2] [--singles 6] [--folder DIR] [--save benchmarks/results] [--label TEXT]
+    python benchmarks/stage_loading.py [--doubles 2] [--singles 6] [--folder DIR] [--save DIR] [--label TEXT]
 """
 
 from __future__ import annotations
@@ -190,7 +190,10 @@ def in_child(*arguments: str, home: Path) -> dict[str, Any]:
 def lines(layout: str, results: list[dict[str, Any]], cost: dict[str, Any]) -> Iterator[str]:
     """The results of one layout as text."""
     yield f"{layout}, {cost['bytes'] / 1e9:.2f} GB"
-    yield f"{'span':>6}{'stage MB':>10}{'read MB':>10}{'ratio':>8}{'peak MB':>9}{'over stage':>12}{'process MB':>12}{'s':>7}"
+    yield (
+        f"{'span':>6}{'stage MB':>10}{'read MB':>10}{'ratio':>8}{'peak MB':>9}{'over stage':>12}"
+        f"{'process MB':>12}{'s':>7}"
+    )
     for r in results:
         yield (
             f"{r['span']:>6}{r['stage_bytes'] / 1e6:10.1f}{r['read_bytes'] / 1e6:10.1f}"
@@ -200,7 +203,8 @@ def lines(layout: str, results: list[dict[str, Any]], cost: dict[str, Any]) -> I
     for name in ("cold", "warm"):
         if name in cost:
             rate = cost["bytes"] / cost[name]
-            yield f"fingerprint, {name}: {cost[name]:.1f} s, {rate / 1e9:.2f} GB/s; 20 GB would take {2e10 / rate:.0f} s"
+            speed = f"{cost[name]:.1f} s, {rate / 1e9:.2f} GB/s"
+            yield f"fingerprint, {name}: {speed}; 20 GB would take {2e10 / rate:.0f} s"
     yield f"fingerprint, remembered: {cost['remembered'] * 1e3:.1f} ms"
 
 

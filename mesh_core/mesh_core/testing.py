@@ -116,5 +116,3 @@ def _file_bytes(header: CheckpointHeader, spec: ModelSpec, name: str) -> int:
 
 def _tensors(output: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else (output,)
-
-

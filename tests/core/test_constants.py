@@ -6,8 +6,8 @@ import gc
 
 import pytest
 import torch
-from mesh_codec import RawCodec
 
+from mesh_codec import RawCodec
 from mesh_core.constants import ConstantsBook, digest
 from mesh_core.errors import ConstantsMissing, WireTooLarge
 from mesh_core.hosted import ConstantsCache

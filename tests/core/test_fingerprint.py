@@ -10,15 +10,15 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mesh_klein import KleinAdapter
 from safetensors.torch import save_file
+from tests.adapters import tiny
+from tests.support.workers import mesh_home
 
 from mesh_core import fingerprint
 from mesh_core.checkpoint import read_header
 from mesh_core.config import cache_dir
 from mesh_core.errors import CheckpointCorrupt
-from tests.adapters import tiny
-from tests.support.workers import mesh_home
+from mesh_klein import KleinAdapter
 
 ADAPTER = KleinAdapter()
 MODEL = tiny.transformer(guidance=False, doubles=1, singles=1)
@@ -49,7 +49,10 @@ def test_all_layouts_and_the_model_in_memory_agree(folder: Path, tmp_path: Path)
     tiny.save_single_file(MODEL, tmp_path / "fused.safetensors")
     tiny.save_single_file(MODEL, tmp_path / "comfy.safetensors", "model.diffusion_model.")
     save_file(dict(MODEL.state_dict()), tmp_path / "single.safetensors")
-    paths = [folder, *(tmp_path / n for n in ("shards", "fused.safetensors", "comfy.safetensors", "single.safetensors"))]
+    paths = [
+        folder,
+        *(tmp_path / n for n in ("shards", "fused.safetensors", "comfy.safetensors", "single.safetensors")),
+    ]
     found = {p.name: of(p) for p in paths}
     spec = ADAPTER.recognise(read_header(folder))
     assert spec is not None

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+
 from mesh_codec import EntropyCodec, RawCodec
 from mesh_codec.base import Buffer, CodecChoice, Limits
 from mesh_codec.errors import CodecCorrupt
-
 from mesh_core.errors import WireMalformed
 from mesh_core.payload import Streams, aligned
 

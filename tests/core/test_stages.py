@@ -8,6 +8,8 @@ from threading import Barrier
 
 import pytest
 import torch
+from tests.adapters import tiny
+from tests.support.splitting import checkpoint_at
 
 from mesh_core import fingerprint
 from mesh_core.errors import Cancelled, PlanDoesNotFit
@@ -16,8 +18,6 @@ from mesh_core.plan import span_bytes
 from mesh_core.plugins import Plugins
 from mesh_core.spans import BlockSpan
 from mesh_core.stages import Loaded, StageKey, StageStore
-from tests.adapters import tiny
-from tests.support.splitting import checkpoint_at
 
 CPU = torch.device("cpu")
 
@@ -84,7 +84,9 @@ def test_another_type_of_the_same_weights_is_another_stage(checkpoint: Checkpoin
     assert store.nbytes == size(checkpoint, 0, 1) * 3 // 2
 
 
-def test_what_nobody_uses_stays_until_the_memory_is_needed(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> None:
+def test_what_nobody_uses_stays_until_the_memory_is_needed(
+    checkpoint: Checkpoint, checkpoints: list[Checkpoint]
+) -> None:
     whole = size(checkpoint, 0, 5)
     store = StageStore(CPU, whole + 1000)
     store.release(acquire(store, checkpoint, 0, 5).key)

@@ -25,7 +25,10 @@ def test_overhead_is_what_is_left_after_compute_codec_and_wire() -> None:
 def test_the_table_has_a_row_per_worker_and_medians_of_all_steps() -> None:
     run = RunStats(constants_bytes=2_000_000)
     for compute in (10.0, 20.0, 900.0):
-        hops = [hop("attic", compute_ms=compute, in_raw=4000, in_coded=1000), hop("cellar", out_coded=500, in_coded=300)]
+        hops = [
+            hop("attic", compute_ms=compute, in_raw=4000, in_coded=1000),
+            hop("cellar", out_coded=500, in_coded=300),
+        ]
         run.steps.append(StepStats(len(run.steps), total_ms=100, hops=hops, codec="entropy", reason="quality fast"))
     lines = run.table().splitlines()
     attic, cellar = (next(line for line in lines if line.startswith(n)) for n in ("attic", "cellar"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mesh_klein import KleinAdapter
+from tests.adapters import tiny
 from torch import nn
 
 from mesh_core.adapter import ModelSpec, ParameterSpec, Piece
@@ -15,7 +15,7 @@ from mesh_core.checkpoint import CheckpointHeader, read_header
 from mesh_core.errors import CheckpointCorrupt
 from mesh_core.spans import BlockSpan
 from mesh_core.weights import ParameterPool, WeightReader
-from tests.adapters import tiny
+from mesh_klein import KleinAdapter
 
 ADAPTER = KleinAdapter()
 MODEL = tiny.transformer(guidance=False)

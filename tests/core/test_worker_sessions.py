@@ -10,6 +10,9 @@ from secrets import token_bytes
 
 import pytest
 import torch
+from tests.adapters import tiny
+from tests.support.splitting import checkpoint_at, split
+from tests.support.workers import ThreadWorker, mesh_home, thread_workers, wait_until
 
 from mesh_core import fingerprint, wire
 from mesh_core.config import Settings
@@ -30,9 +33,6 @@ from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
 from mesh_core.spans import BlockSpan
 from mesh_core.transport.base import Address
-from tests.adapters import tiny
-from tests.support.splitting import checkpoint_at, split
-from tests.support.workers import ThreadWorker, mesh_home, thread_workers, wait_until
 
 SETTINGS = Settings()
 RAW = {"codec": "raw", "settings": {}}
@@ -76,8 +76,8 @@ class Host:
             span=[cut.start, cut.stop],
             dtype="float32",
             loras=[],
-            inputs={name: RAW for name in spec.states[cut.start]},
-            outputs={name: RAW for name in spec.states[cut.stop]},
+            inputs=dict.fromkeys(spec.states[cut.start], RAW),
+            outputs=dict.fromkeys(spec.states[cut.stop], RAW),
             next=None,
             options={},
         )
@@ -145,7 +145,9 @@ def test_a_mismatch_says_what_is_here_instead(host: Host) -> None:
         host.ask(replace(host.opening(), fingerprint="0" * 64), wire.Opened)
 
 
-def test_a_refused_change_of_span_leaves_the_session_as_it_was(path: Path, plugins: Plugins, worker: ThreadWorker) -> None:
+def test_a_refused_change_of_span_leaves_the_session_as_it_was(
+    path: Path, plugins: Plugins, worker: ThreadWorker
+) -> None:
     inputs = tiny.inputs(guidance=False)
     with split(path, ":1", [worker], plugins) as run:
         expected = run(inputs)
