@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mesh_core
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+
+import mesh_core
 from mesh_core.errors import ConfigError, PlanError, UnsupportedInput
-from mesh_core.hosts.diffusers import is_split, stats
+from mesh_core.hosts.diffusers import stats
+from mesh_core.hosts.split_model import SplitModel
 from mesh_core.plugins import Plugins
 from tests.support.workers import thread_workers
 
@@ -79,13 +81,11 @@ def test_batches_and_reference_images(extra: dict[str, Any], addresses: list[str
 
 
 def test_cutting_anew_and_undoing(addresses: list[str], plugins: Plugins, expected: torch.Tensor) -> None:
-    pipeline = _quiet(
-        mesh_core.load_pipeline(MODEL, local=":7", workers=addresses[:1], device="cpu", plugins=plugins)
-    )
+    pipeline = _quiet(mesh_core.load_pipeline(MODEL, local=":7", workers=addresses[:1], device="cpu", plugins=plugins))
     mesh_core.split(pipeline, local=":2", workers=addresses, plugins=plugins)
-    assert torch.equal(_draw(pipeline), expected) and is_split(pipeline)
+    assert torch.equal(_draw(pipeline), expected) and isinstance(pipeline.transformer, SplitModel)
     mesh_core.unsplit(pipeline)
-    assert torch.equal(_draw(pipeline), expected) and not is_split(pipeline)
+    assert torch.equal(_draw(pipeline), expected) and not isinstance(pipeline.transformer, SplitModel)
     assert not any(p.is_meta for p in pipeline.transformer.parameters())
     with pytest.raises(PlanError, match="not split"):
         stats(pipeline)
@@ -109,9 +109,7 @@ def test_a_failed_split_changes_nothing(addresses: list[str], plugins: Plugins, 
     before.close()
 
 
-def test_fewer_bytes_cost_little_of_the_picture(
-    addresses: list[str], plugins: Plugins, expected: torch.Tensor
-) -> None:
+def test_fewer_bytes_cost_little_of_the_picture(addresses: list[str], plugins: Plugins, expected: torch.Tensor) -> None:
     crossed = []
     for quality, least in (("lossless", 100.0), ("transparent", 34.0), ("fast", 24.0)):
         pipeline = _quiet(
@@ -140,5 +138,3 @@ def test_what_a_split_model_cannot_do_is_said(addresses: list[str], plugins: Plu
 def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model_index"):
         mesh_core.load_pipeline(MODEL / "transformer")
-
-

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen2.tokenization_qwen2 import bytes_to_unicode
 
 from tests.adapters import tiny
 
@@ -69,7 +69,7 @@ def run(pipeline: Any, **changes: Any) -> torch.Tensor:
 
 
 def _tokenizer() -> Qwen2Tokenizer:
-    vocabulary = {letter: i for i, letter in enumerate(bytes_to_unicode().values())}
+    vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary |= {_PAD: 256, _END: 257}
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], pad_token=_PAD, eos_token=_END)
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}" + _END
