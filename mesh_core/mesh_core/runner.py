@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesh_core.adapter import Conditioning, Stage, State
+from mesh_core.adapter import Conditioning, ModelSpec, Stage, State
 from mesh_core.device import synchronise
+from mesh_core.errors import PlanError
 from mesh_core.hops import Identity
 from mesh_core.library import Checkpoint
 from mesh_core.plan import Plan, WorkerInfo, check, make
@@ -99,7 +100,8 @@ def place(
     """Connect to the workers and decide which span runs where.
 
     Args:
-        local: the host's span; None to have the whole cut proposed by ``mesh_propose_split``.
+        local: the host's span; None: what is before the first worker's span, or where no spans are named, the whole
+            cut as ``mesh_propose_split`` says.
         free: bytes that the host's device offers; None when it does not say.
 
     Raises:
@@ -108,6 +110,8 @@ def place(
     """
     spec = checkpoint.spec
     pairs = [(w, None) if isinstance(w, str) else w for w in workers]
+    if local is None and any(span is not None for _, span in pairs):
+        local = _before(spec, pairs[0][1])
     if local is not None:
         make(spec, local, [span for _, span in pairs])
     remotes = [Remote(Address(text), plugins, options.settings) for text, _ in pairs]
@@ -130,6 +134,15 @@ def place(
         if remote not in used:
             remote.close()
     return Placement(plan, tuple(used))
+
+
+def _before(spec: ModelSpec, first: str | None) -> str:
+    """The host's span when only the first worker's is named."""
+    if first is None:
+        raise PlanError(
+            "Where the host's blocks end cannot be told from a later worker's span.", hint="local=':4', or a first span"
+        )
+    return f":{spec.span(first).start}"
 
 
 def _offered(remote: Remote) -> int | None:

@@ -64,14 +64,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_serve_lists_what_it_serves_and_ends_when_asked(models: Path) -> None:
-    with process_worker(models, "--device", "cpu") as worker:
-        served = "\n".join(worker.log)
-        worker.process.send_signal(signal.SIGTERM)
-        code = worker.process.wait(20)
+def test_serve_lists_what_it_serves(worker: ProcessWorker) -> None:
+    served = "\n".join(worker.log)
     assert "tiny-klein: klein" in served
     assert "dev.safetensors: flux2" in served
-    assert code == (0 if sys.platform != "win32" else signal.SIGTERM)
+
+
+def test_serve_ends_when_asked(tmp_path: Path) -> None:
+    with process_worker(tmp_path, "--device", "cpu") as idle:
+        idle.process.send_signal(signal.SIGTERM)
+        # On Windows the signal ends a process at once, with this code.
+        assert idle.process.wait(20) == (1 if sys.platform == "win32" else 0)
 
 
 def test_serve_without_a_folder_says_what_to_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 from typing import Any
 
 import msgpack
@@ -85,10 +86,10 @@ class Mutator:
         elif self._random.random() < 0.2:
             del node[place]
         else:
-            node[place] = self._random.choice(_VALUES)
+            node[place] = deepcopy(self._random.choice(_VALUES))
 
     def _add(self, node: Any) -> None:
-        value = self._random.choice(_VALUES)
+        value = deepcopy(self._random.choice(_VALUES))
         if isinstance(node, dict):
             node[self._random.choice(("x", "n", "dtype", "__class__"))] = value
         else:

@@ -6,7 +6,7 @@ alternate, so that both meet the same machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from time import perf_counter
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mesh_core import fingerprint
 from mesh_core.adapter import Conditioning
@@ -24,6 +24,7 @@ from mesh_core.bench.processes import Child, plugins
 from mesh_core.bench.through import ThroughModel
 from mesh_core.checkpoint import read_header
 from mesh_core.config import Settings
+from mesh_core.errors import TransportError
 from mesh_core.hops import Identity
 from mesh_core.keys import KeyStore
 from mesh_core.library import recognise
@@ -40,21 +41,8 @@ LINKS = WORKERS + 1
 WARM_UP = 3
 
 
-@dataclass(frozen=True)
-class Case:
-    """``shape`` of a bfloat16 state, and whether the links are encrypted."""
-
-    shape: tuple[int, ...]
-    encrypted: bool
-
-    @property
-    def nbytes(self) -> int:
-        return int(torch.Size(self.shape).numel()) * torch.bfloat16.itemsize
-
-
 SHAPES = ((1, 128, 4096), (1, 4096, 4096), (1, 4608, 4096))
-CASES = tuple(Case(shape, encrypted) for encrypted in (False, True) for shape in SHAPES)
-"""1 MB; 33.6 MB, the hidden state of a 1024x1024 picture; 37.7 MB, the same with 512 text tokens."""
+"""Of bfloat16 states: 1 MB; 33.6 MB, the hidden state of a 1024x1024 picture; 37.7 MB, with 512 text tokens."""
 
 
 @dataclass(frozen=True)
@@ -86,42 +74,50 @@ class Measured:
     bare_mb_s: float
 
 
-def measure(case: Case, steps: int) -> Measured:
-    """Start everything, run ``steps`` steps after some to warm up, and stop it again.
+def measure(shapes: Sequence[tuple[int, ...]], steps: int, *, encrypted: bool) -> Iterator[Measured]:
+    """Start everything, and for each shape run ``steps`` steps after some to warm up.
 
     Raises:
         TransportError: a process did not start.
     """
-    state = torch.randn(case.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    payload = state.view(torch.uint8).numpy().data.cast("B")
-    ours: list[StepStats] = []
-    bare: list[float] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        session = stack.enter_context(_session(folder, case.encrypted))
-        turn = stack.enter_context(_ring(folder, case.encrypted))
-        for _ in range(WARM_UP + steps):
-            out = session.run({"hidden_states": state}, Conditioning())
-            began = perf_counter()
-            back = turn(payload)
-            bare.append((perf_counter() - began) * 1e3)
-            del back
-        if not torch.equal(out["hidden_states"], state):
-            raise AssertionError("the state did not come back as it was sent")
-        ours = session.stats.steps
-    return _summary(case, ours[WARM_UP:], bare[WARM_UP:])
+        session = stack.enter_context(_session(folder, encrypted))
+        turn = stack.enter_context(_ring(folder, encrypted))
+        for shape in shapes:
+            state = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+            ours, bare = _alternate(state, WARM_UP + steps, session, turn)
+            yield _summary(state.nbytes, encrypted, ours[WARM_UP:], bare[WARM_UP:])
 
 
-def _summary(case: Case, ours: list[StepStats], bare: list[float]) -> Measured:
+def _alternate(
+    state: Tensor, steps: int, session: Session, turn: Callable[[memoryview], memoryview]
+) -> tuple[list[StepStats], list[float]]:
+    """Steps of the mesh, and milliseconds of the bare turns after each."""
+    payload = state.view(torch.uint8).numpy().data.cast("B")
+    bare: list[float] = []
+    session.stats.clear()
+    for _ in range(steps):
+        out = session.run({"hidden_states": state}, Conditioning())
+        began = perf_counter()
+        back = turn(payload)
+        bare.append((perf_counter() - began) * 1e3)
+        del back
+    if not torch.equal(out["hidden_states"], state):
+        raise TransportError("The state did not come back as it was sent.", hint="mesh doctor")
+    return list(session.stats.steps), bare
+
+
+def _summary(nbytes: int, encrypted: bool, ours: list[StepStats], bare: list[float]) -> Measured:
     compute = [sum(h.compute_ms for h in s.hops) for s in ours]
     codec = [s.encode_ms + s.decode_ms + sum(h.encode_ms + h.decode_ms for h in s.hops) for s in ours]
     rest = [s.total_ms - c - e for s, c, e in zip(ours, compute, codec, strict=True)]
     overhead = sorted(s.overhead_ms for s in ours)
     wire, loop = median(s.wire_ms for s in ours), median(bare)
-    crossed = case.nbytes * LINKS / 1e3
+    crossed = nbytes * LINKS / 1e3
     return Measured(
-        state_bytes=case.nbytes,
-        encrypted=case.encrypted,
+        state_bytes=nbytes,
+        encrypted=encrypted,
         steps=len(ours),
         total_ms=median(s.total_ms for s in ours),
         compute_ms=median(compute),

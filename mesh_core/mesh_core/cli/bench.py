@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from mesh_core.bench.step import Measured
 
 
 @click.group()
@@ -29,13 +33,13 @@ def step(steps: int, small: bool, as_json: bool, folder: Path | None, label: str
     import torch
 
     from mesh_core.bench.report import plain, save, table, verdicts
-    from mesh_core.bench.step import CASES, measure
+    from mesh_core.bench.step import SHAPES, measure
 
     torch.set_num_threads(1)
-    results = []
-    for case in CASES if not small else [c for c in CASES if c.nbytes < 2 << 20]:
-        click.echo(f"{case.nbytes / 1e6:.1f} MB, {'encrypted' if case.encrypted else 'plain'} ...", err=True)
-        results.append(measure(case, steps))
+    results: list[Measured] = []
+    for encrypted in (False, True):
+        click.echo(f"{'encrypted' if encrypted else 'plain'} ...", err=True)
+        results += measure(SHAPES[:1] if small else SHAPES, steps, encrypted=encrypted)
     text = "\n".join([table(results), "", *verdicts(results)])
     click.echo(json.dumps(plain(results), indent=2) if as_json else text)
     if folder is not None:

@@ -29,6 +29,9 @@ from mesh_core.session import Report, SessionOptions
 from mesh_core.spans import BlockSpan
 from mesh_core.weights import WeightReader, assign
 
+_MEMORY = Path("(weights in memory)")
+"""Stands for the file of a model that was loaded by somebody else."""
+
 
 def load_pipeline(
     path: str | Path,
@@ -123,7 +126,11 @@ def split(
             raise
         old.close()
         session = open_session(identity, placement, options, plugins, report)
-    _hold_only(model, checkpoint, placement.plan.local, device, options.dtype)
+    try:
+        _hold_only(model, checkpoint, placement.plan.local, device, options.dtype)
+    except BaseException:
+        placement.close() if session is None else session.close()
+        raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
     attach(model, SplitRunner(checkpoint, placement.plan, stage, session), device, options.dtype)
     if old is not None:
@@ -179,13 +186,12 @@ def file_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
-    source = Path("memory")
     tensors = {
-        name: TensorInfo(name, from_torch(p.dtype).safetensors, tuple(p.shape), source, 0, p.nbytes)
+        name: TensorInfo(name, from_torch(p.dtype).safetensors, tuple(p.shape), _MEMORY, 0, p.nbytes)
         for name, p in model.named_parameters()
     }
     config = {**model.config, "_class_name": type(model).__name__}  # type: ignore[dict-item]
-    return recognise(CheckpointHeader(source, tensors, config=config), plugins)
+    return recognise(CheckpointHeader(_MEMORY, tensors, config=config), plugins)
 
 
 def _identify_loaded(checkpoint: Checkpoint, pipeline: Any, plugins: Plugins, report: Report | None) -> Identity:
@@ -193,8 +199,8 @@ def _identify_loaded(checkpoint: Checkpoint, pipeline: Any, plugins: Plugins, re
     if checkpoint.header.path.is_dir() and checkpoint.header.files[0].is_file():
         return identify(checkpoint, report)
     spec, model = checkpoint.spec, pipeline.transformer
-    source = Path(str(model.config.get("_name_or_path") or "memory"))
-    if source.exists():
+    source = str(model.config.get("_name_or_path") or "")
+    if source and Path(source).exists():
         on_disk = recognise(read_header(source), plugins)
         if on_disk.spec.dtypes != spec.dtypes:
             return identify(on_disk, report)
@@ -210,7 +216,8 @@ def _hold_only(
     missing = {name: spec for name, spec in wanted.items() if parameters[name].is_meta}
     if missing:
         WeightReader(checkpoint.header).fill(model, missing, device=device, dtype=dtype)
-    from_file = all(info.file.is_file() for info in checkpoint.header.tensors.values())
+    header = checkpoint.header
+    from_file = header.path != _MEMORY and all(file.is_file() for file in header.files)
     for name, parameter in parameters.items():
         if name in wanted and not parameter.is_meta:
             parameter.data = parameter.data.to(device)
