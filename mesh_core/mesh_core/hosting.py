@@ -142,7 +142,8 @@ class Hosting:
         found = self._sessions.get(session)
         if found is None or peer.key != found.owner or peer.trust != "member":
             raise SessionUnknown(f"{self.name} does not hold that session.")
-        found.route, found.last_seen = peer.route, monotonic()
+        # Not the route: hosts ping over a connection of its own, and results go where steps come from.
+        found.last_seen = monotonic()
         return found
 
     def seen(self, peer: Peer, session: bytes) -> None:

@@ -1,7 +1,8 @@
 """One worker as a host sees it: a connection, what the worker said of itself, and waiting for its answers.
 
 Waiting sends pings, so a worker that is slow is told from one that is gone, and from one that was restarted and
-no longer knows the session.
+no longer knows the session. Pings have a connection of their own: behind a state that takes long to cross a slow
+link, they would make a worker that is well look lost.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Remote:
         self.opened = False
         self.lost_at: float | None = None
         self._channel: Channel | None = None
+        self._pulse: Channel | None = None
         self._welcome: wire.Welcome | None = None
         self._heard = self._pinged = monotonic()
 
@@ -88,6 +90,7 @@ class Remote:
         self._heard = self._pinged = monotonic()
         hello = wire.Hello(next_id(), [wire.VERSION], __version__, self.plugins.versions(), platform.node()[:200])
         try:
+            self._pulse = self.transport.connect(self.address, timeout)
             self._welcome = self.ask(hello, wire.Welcome, timeout=timeout)
         except BaseException:
             self.close()
@@ -95,9 +98,10 @@ class Remote:
 
     def close(self) -> None:
         """Drop the connection; may be called twice."""
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = None
+        for channel in (self._channel, self._pulse):
+            if channel is not None:
+                channel.close()
+        self._channel = self._pulse = None
         self.opened = False
 
     def tell(self, message: wire.Message, buffers: Sequence[Frame] = ()) -> None:
@@ -139,18 +143,25 @@ class Remote:
         return wire.unpack(frames)
 
     def beat(self) -> None:
-        """Ping when it is time to.
+        """Ping when it is time to, and take the answers.
 
         Raises:
             PeerLost: the worker has been silent for too long.
+            SessionUnknown: it was restarted, or forgot the session.
         """
-        now = monotonic()
-        heartbeat = self.settings.heartbeat
+        if self._pulse is None:
+            raise PeerLost(f"{self.name} is not connected.")
+        while (frames := self._pulse.receive(0)) is not None:
+            self._heard = monotonic()
+            answer, _ = wire.unpack(frames)
+            if isinstance(answer, wire.Failed):
+                raise rebuild(answer)
+        now, heartbeat = monotonic(), self.settings.heartbeat
         if now - self._heard > heartbeat.lost_after:
             raise PeerLost(f"{self.name} has not answered for {now - self._heard:.1f} s.")
         if now - self._pinged > heartbeat.interval:
             self._pinged = now
-            self.tell(wire.Ping(next_id(), self.session if self.opened else b""))
+            self._pulse.send(wire.pack(wire.Ping(next_id(), self.session if self.opened else b"")))
 
     def start_waiting(self) -> None:
         """Silence counts from now: a worker need not talk while nobody asks it anything."""

@@ -209,7 +209,8 @@ class Close(Message):
 @dataclass(frozen=True)
 class Ping(Message):
     """Are you there, and do you hold this session, if one is named? Answered at once, also while a step runs, by
-    `Pong`, or by `Failed` (SessionUnknown) when a restart made the worker forget it."""
+    `Pong`, or by `Failed` (SessionUnknown) when a restart made the worker forget it. A host sends pings over a second
+    connection, on which no large message keeps them waiting."""
 
     session: Annotated[bytes, Length(0, 16)]
 
