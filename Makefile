@@ -1,6 +1,6 @@
 # Each target sets up .venv by itself. On Windows, CONTRIBUTING.md has the same commands without make.
 PYTHON ?= python3
-PROMPT ?= a red fox in the snow
+PROMPT ?= crying face
 export PROMPT
 
 BIN := .venv/bin

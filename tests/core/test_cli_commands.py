@@ -20,6 +20,7 @@ from tests.adapters import tiny
 from tests.support.workers import ProcessWorker, mesh_home, process_worker
 
 from mesh_core.cli import FAILED, cli
+from mesh_core.plugins import installed_plugins
 
 TINY_KLEIN = Path(__file__).parents[2] / "examples" / "tiny-klein" / "model"
 
@@ -46,6 +47,8 @@ def worker(models: Path, home: Path) -> Iterator[ProcessWorker]:
 
 
 def mesh(*arguments: object) -> Result:
+    # A command is a process of its own; here others may have cached the plugins of another environment.
+    installed_plugins.cache_clear()
     return CliRunner().invoke(cli, [str(a) for a in arguments])
 
 
