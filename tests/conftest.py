@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mesh_core.plugins import installed_plugins
 from tests.support.workers import mesh_home
 
 
@@ -19,3 +20,9 @@ def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.set_num_threads(1)
     with mesh_home(tmp_path_factory.mktemp("home")) as home:
         yield home
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _plugins_as_installed() -> None:
+    """A module may have cached the plugins of an environment that it made up."""
+    installed_plugins.cache_clear()
