@@ -61,7 +61,7 @@ def test_workers_without_a_span_share_what_the_host_leaves(
 
 def test_workers_without_work_are_let_go(path: Path, plugins: Plugins, workers: list[ThreadWorker]) -> None:
     found = place(checkpoint_at(path, plugins), ":4", [w.address for w in workers], plugins, OPTIONS, None)
-    assert len(found.remotes) == 1 and sum(connected(workers)) == 1
+    assert len(found.remotes) == 1 and [bool(n) for n in connected(workers)].count(True) == 1
     found.close()
 
 

@@ -179,6 +179,7 @@ LIES: dict[str, tuple[str, Callable[[dict[str, Any]], Any], type[Exception]]] = 
     "another codec": ("step", lambda m: m["tensors"][0].update(c="entropy"), WireMalformed),
     "a tensor twice": ("step", lambda m: m["tensors"][1].update(n=m["tensors"][0]["n"]), WireMalformed),
     "an unknown tensor": ("step", lambda m: m["tensors"][0].update(n="secret"), WireMalformed),
+    "a constant unnamed": ("step", lambda m: m["constants"].popitem(), WireMalformed),
     "buffers announced": ("step", lambda m: m.update(b=[1 << 40]), WireMalformed),
     "nesting": ("step", lambda m: m["options"].update(deep=[[[[[[[[[[[[]]]]]]]]]]]]), WireMalformed),
     "too many options": ("step", lambda m: m["options"].update({str(i): 0 for i in range(5000)}), WireTooLarge),

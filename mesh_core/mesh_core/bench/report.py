@@ -77,6 +77,7 @@ def environment(label: str) -> dict[str, Any]:
     return {
         "hardware": label or f"{psutil.cpu_count()}-core {platform.machine()}",
         "cores": psutil.cpu_count(),
+        "processes that wanted a core, last minute": round(psutil.getloadavg()[0], 1),
         "system": platform.system(),
         "date": datetime.now(timezone.utc).date().isoformat(),
         "python": platform.python_version(),
