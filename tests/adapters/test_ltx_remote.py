@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LTX2VideoTransformer3DModel
-from tests.adapters import tiny_ltx
-from tests.support.splitting import split
-from tests.support.workers import ThreadWorker, thread_workers
 
 from mesh_core import wire
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote
 from mesh_core.runner import SplitRunner
+from tests.adapters import tiny_ltx
+from tests.support.splitting import split
+from tests.support.workers import ThreadWorker, thread_workers
 
 HEADER_BYTES = 1600
 """What a step may spend on names: of tensors, codecs and constants."""
