@@ -24,7 +24,7 @@ from mesh_codec.errors import CodecUnsupported
 from mesh_codec.hevc.decoder import HevcDecoder
 from mesh_codec.hevc.encoder import HevcEncoder
 from mesh_codec.hevc.engines import Engines
-from mesh_codec.hevc.settings import DEFAULTS, QUALITIES, Settings
+from mesh_codec.hevc.settings import DEFAULTS, MOST_STRIPS, QUALITIES, Settings
 
 FORMAT = "hevc-444-1"
 
@@ -42,18 +42,22 @@ class HevcCodec(Codec):
     def capabilities(self) -> dict[str, Any]:
         encodes, decodes = self._engines.names()
         formats = [FORMAT] if encodes and decodes else []
-        return {"formats": formats, "encoders": list(encodes), "decoders": list(decodes)}
+        engines = self._engines.count()
+        return {"formats": formats, "encoders": list(encodes), "decoders": list(decodes), "engines": engines}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
         if quality not in QUALITIES:
             raise CodecUnsupported(f"The hevc codec has no quality {quality!r}.", hint="the raw codec is lossless")
-        for whose, formats in (("This end", self.capabilities()["formats"]), ("The other end", peer.get("formats"))):
+        own = self.capabilities()
+        for whose, formats in (("This end", own["formats"]), ("The other end", peer.get("formats"))):
             if not isinstance(formats, list | tuple) or FORMAT not in formats:
                 raise CodecUnsupported(
                     f"{whose} cannot code {FORMAT}: no HEVC engine, or another version.",
                     hint="pip install comfyui-mesh-codec[hevc] at both ends",
                 )
-        return {**DEFAULTS, **QUALITIES[quality]}
+        engines = [count for count in (own["engines"], peer.get("engines")) if type(count) is int]
+        strips = min(MOST_STRIPS, max(DEFAULTS["strips"], *engines))
+        return {**DEFAULTS, "strips": strips, **QUALITIES[quality]}
 
     def encoder(self, settings: Mapping[str, Any]) -> HevcEncoder:
         return HevcEncoder(Settings.read(settings), self._engines, self._pool)

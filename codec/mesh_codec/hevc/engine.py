@@ -73,6 +73,10 @@ class Engine(ABC):
     def probe(self) -> tuple[bool, bool]:
         """Whether it can encode, and decode, here. Found out by doing it, once; the reason for a no is logged."""
 
+    def engines(self) -> int:
+        """How many strips it works on side by side without them slowing each other down; 0 if that is not known."""
+        return 0
+
     @abstractmethod
     def encoder(self, geometry: Geometry, coding: Coding, device: torch.device) -> FrameEncoder:
         """Raises:

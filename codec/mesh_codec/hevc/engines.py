@@ -23,9 +23,14 @@ class Engines:
     @classmethod
     def installed(cls) -> Engines:
         """Hardware first, where it is there, and software."""
+        from mesh_codec.hevc.nvvideo import NvVideoEngine
         from mesh_codec.hevc.pyav import PyAvEngine
 
-        return cls([PyAvEngine()])
+        return cls([NvVideoEngine(), PyAvEngine()])
+
+    def count(self) -> int:
+        """How many strips are worth having here; 0 if that is not known."""
+        return max(engine.engines() for engine in self.engines)
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Of those that can encode, and decode."""

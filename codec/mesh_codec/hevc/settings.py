@@ -11,7 +11,9 @@ from mesh_codec.base import Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.hevc.engine import Coding
 
-_LARGEST = {"qp": 51, "tile": 64, "strips": 8}
+MOST_STRIPS = 8
+
+_LARGEST = {"qp": 51, "tile": 64, "strips": MOST_STRIPS}
 
 
 @dataclass(frozen=True)
