@@ -16,6 +16,7 @@ from mesh_codec.base import (
 from mesh_codec.dtypes import DTYPES, DType, from_name, from_safetensors, from_torch
 from mesh_codec.entropy import EntropyCodec
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported
+from mesh_codec.hevc.codec import HevcCodec
 from mesh_codec.raw import RawCodec
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "Encoded",
     "Encoder",
     "EntropyCodec",
+    "HevcCodec",
     "Limits",
     "Quality",
     "RawCodec",
