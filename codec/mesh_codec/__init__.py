@@ -10,6 +10,7 @@ from mesh_codec.base import (
     Decoder,
     Encoded,
     Encoder,
+    Estimate,
     Limits,
     Quality,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "Encoded",
     "Encoder",
     "EntropyCodec",
+    "Estimate",
     "Limits",
     "Quality",
     "RawCodec",
