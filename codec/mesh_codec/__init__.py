@@ -10,6 +10,7 @@ from mesh_codec.base import (
     Decoder,
     Encoded,
     Encoder,
+    Estimate,
     Limits,
     Quality,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "Encoded",
     "Encoder",
     "EntropyCodec",
+    "Estimate",
     "HevcCodec",
     "Limits",
     "Quality",
