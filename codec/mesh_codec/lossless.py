@@ -122,7 +122,7 @@ class LosslessDecoder(Decoder):
 
 def _code(words: NDArray[np.unsignedinteger], dtype: DType) -> list[bytes]:
     if dtype.lossy:
-        words = words << 1 | words >> (8 * dtype.itemsize - 1)
+        words = np.bitwise_or(words << 1, words >> (8 * dtype.itemsize - 1), dtype=words.dtype)
     return [squeeze((words >> 8 * place).astype(np.uint8)) for place in reversed(range(dtype.itemsize))]
 
 
