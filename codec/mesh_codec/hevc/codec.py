@@ -19,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, ClassVar
 
-from mesh_codec.base import Codec, Limits, Quality
+import torch
+
+from mesh_codec.base import Codec, Estimate, Limits, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.hevc.decoder import HevcDecoder
 from mesh_codec.hevc.encoder import HevcEncoder
@@ -58,6 +60,10 @@ class HevcCodec(Codec):
         engines = [count for count in (own["engines"], peer.get("engines")) if type(count) is int]
         strips = min(MOST_STRIPS, max(DEFAULTS["strips"], *engines))
         return {**DEFAULTS, "strips": strips, **QUALITIES[quality]}
+
+    def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
+        encodes, decodes = self._engines.names()
+        return Estimate(engine=f"{encodes[0]}+{decodes[0]}" if encodes and decodes else "")
 
     def encoder(self, settings: Mapping[str, Any]) -> HevcEncoder:
         return HevcEncoder(Settings.read(settings), self._engines, self._pool)
