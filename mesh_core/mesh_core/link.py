@@ -90,10 +90,10 @@ def plain_link(link: Link) -> dict[str, float]:
     return {"bandwidth": link.bandwidth, "latency": link.latency}
 
 
-_GAIN = 0.5
+_GAIN = 0.6
 """Share of the way from what was believed to what was seen, in orders of magnitude."""
 
-_AT_ONCE = 8.0
+_AT_ONCE = 64.0
 """Factor by which one step may seem to have changed a link."""
 
 _TELLING = 64 << 10
@@ -112,7 +112,7 @@ def updated(crossed: Sequence[tuple[Link, int]], seconds: float) -> list[Link]:
         return links
     moving = max(seconds - waiting, seconds / 8)
     factor = min(max(sum(expected) / moving, 1 / _AT_ONCE), _AT_ONCE)
-    shares = [e / sum(expected) for e in expected]
+    shares = [e / max(expected) for e in expected]
     return [
         _within(link.bandwidth * factor ** (_GAIN * share), link.latency)
         for link, share in zip(links, shares, strict=True)
