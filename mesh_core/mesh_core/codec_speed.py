@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 _CHANNELS = 1024
 _TOKENS = {"cuda": (256, 4096)}
 """Of the samples on a device. Two sizes tell what a call costs from what a byte costs."""
-_FEW_TOKENS = (32, 256)
+_FEW_TOKENS = (64, 512)
 
 _ENOUGH = 0.3
 """Seconds that the smaller sample may take for the larger one to be tried too."""
@@ -39,7 +39,7 @@ _ENOUGH = 0.3
 _CHANGE = 0.25
 """By how much the sample changes from step to step, as hidden states do over few to medium numbers of steps."""
 
-_TRIES, _TRIES_WITHIN = 6, 0.15
+_TRIES, _TRIES_WITHIN = 8, 0.2
 """How often a sample is coded, and the seconds after which it is not coded again. The best try counts: whatever else
 the machine does at the moment only makes it slower."""
 
