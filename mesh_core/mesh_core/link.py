@@ -30,8 +30,8 @@ _BANDWIDTHS, _LATENCIES = (1e3, 1e12), (0.0, 10.0)
 """What a measurement or a peer may say; anything beyond is taken for the nearest."""
 
 _NOMINAL = {12.5e6: "100 Mbit", 125e6: "1 GbE", 312.5e6: "2.5 GbE", 625e6: "5 GbE", 1250e6: "10 GbE"}
-_NEAR = (0.7, 1.0)
-"""What a link of a nominal rate carries after all headers, as a share of it."""
+_NEAR = (0.7, 1.1)
+"""What a link of a nominal rate is measured at, as a share of it: headers make it less, bursts more."""
 
 
 @dataclass(frozen=True)

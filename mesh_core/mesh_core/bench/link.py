@@ -112,9 +112,9 @@ _COLUMNS = (
 )
 
 LEGEND = """\
-Medians of a step as the host program sees it, without the host's own blocks; the first two steps do not count. MB
-there: the state from host to worker; MB back: the prediction. against raw: raw's step over this one's, same rate and run.
-auto: the codec was left open. Encrypted with CURVE, as by default."""
+Medians of a step as the host program sees it, without the host's own blocks; the first two steps do not count.
+MB there: the state from host to worker. MB back: the prediction. against raw: raw's step over this one's, same rate
+and run. auto: the codec was left open. Encrypted with CURVE, as by default."""
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
