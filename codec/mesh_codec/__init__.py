@@ -17,6 +17,8 @@ from mesh_codec.base import (
 from mesh_codec.dtypes import DTYPES, DType, from_name, from_safetensors, from_torch
 from mesh_codec.entropy import EntropyCodec
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported
+from mesh_codec.hevc.codec import HevcCodec
+from mesh_codec.lossless import LosslessCodec
 from mesh_codec.raw import RawCodec
 
 __all__ = [
@@ -35,7 +37,9 @@ __all__ = [
     "Encoder",
     "EntropyCodec",
     "Estimate",
+    "HevcCodec",
     "Limits",
+    "LosslessCodec",
     "Quality",
     "RawCodec",
     "from_name",

@@ -289,7 +289,7 @@ class Hosting:
         session.restart_streams(message.attempt)
         stage = session.loaded.stage
         wanted = set(stage.spec.constants_of(stage.span))
-        if unnamed := sorted(wanted - message.constants.keys()):
+        if unnamed := sorted(wanted - stage.spec.optional - message.constants.keys()):
             raise WireMalformed(f"Step {message.step} does not name the constant {unnamed[0]!r}.")
         constants = self.constants.get({n: h for n, h in message.constants.items() if n in wanted})
         state = session.inputs.decode(message.sequence, message.tensors, buffers, self.device)

@@ -317,26 +317,28 @@ class Session:
         names: dict[str, str] = {}
         coded: dict[str, Encoded | None] = {}
         for hop in self._hops:
-            missing = []
+            missing: dict[str, Encoded] = {}
             for name in self.identity.spec.constants_of(hop.span):
+                if name not in constants and name in self.identity.spec.optional:
+                    continue
                 if name not in names:
                     names[name], coded[name] = self._book.name(constants[name])
-                if names[name] not in hop.sent:
-                    missing.append((names[name], coded[name] or self._book.encode(constants[name])))
+                if names[name] not in hop.sent and names[name] not in missing:
+                    missing[names[name]] = coded[name] or self._book.encode(constants[name])
             if missing:
                 self._send_to(hop, missing)
         return names
 
-    def _send_to(self, hop: RemoteHop, missing: Sequence[tuple[str, Encoded]]) -> None:
+    def _send_to(self, hop: RemoteHop, missing: Mapping[str, Encoded]) -> None:
         if len(hop.sent) > _MAX_REMEMBERED:
             hop.sent.clear()
         exact = CodecChoice("raw")
-        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing]
-        buffers = [b for _, e in missing for b in e.buffers]
+        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing.items()]
+        buffers = [b for e in missing.values() for b in e.buffers]
         message = wire.Constants(next_id(), hop.remote.session, items)
         hop.remote.ask(message, wire.Ok, buffers=buffers, timeout=self.options.settings.deadlines.step)
-        hop.sent.update(name for name, _ in missing)
-        self.stats.constants_bytes += sum(e.nbytes for _, e in missing)
+        hop.sent.update(missing)
+        self.stats.constants_bytes += sum(e.nbytes for e in missing.values())
 
     def _run_leg(
         self,

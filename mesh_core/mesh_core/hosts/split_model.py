@@ -31,11 +31,9 @@ class SplitModel(nn.Module):
         inputs.pop("self")
         return_dict = inputs.pop("return_dict", True)
         output = self.mesh(inputs, self._mesh_sequence)
-        if not return_dict:
-            return output if isinstance(output, tuple) else (output,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=cast(Any, output))
+        if return_dict:
+            return self.mesh.checkpoint.adapter.output(output)
+        return output if isinstance(output, tuple) else (output,)
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
