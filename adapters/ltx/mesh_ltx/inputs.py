@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh_core.adapter import Conditioning, ModelSpec, State
+from mesh_core.adapting import unusual_strides
 from mesh_core.errors import UnsupportedInput
 from mesh_ltx.times import SUFFIX, compact
 
@@ -66,6 +67,7 @@ def begin(spec: ModelSpec, inputs: Mapping[str, Any]) -> tuple[State, Conditioni
         if coordinates not in given:
             options |= {"fps": 24.0} if "fps" in names else {}
             options |= {name: given[name] for name in names if name in given}
+    options |= unusual_strides({name: state[name] for name in ("hidden_states", "audio_hidden_states")})
     options |= {f"{name}_dtype": dtype for name, dtype in types.items()}
     return state, Conditioning({**constants, **indices}, options)
 
