@@ -102,7 +102,7 @@ def pieces_of(parameter: str, prefix: str, original: bool) -> tuple[Piece, ...]:
 
 
 def original_name(parameter: str) -> str:
-    """A parameter, or a module, as Lightricks and ComfyUI call it."""
+    """A parameter as Lightricks and ComfyUI call it."""
     top, dot, rest = parameter.partition(".")
     if top == "transformer_blocks":
         return ".".join(_IN_BLOCK.get(part, part) for part in parameter.split("."))
