@@ -20,6 +20,8 @@ CONSTANTS: Mapping[str, bool] = {
     f"audio_timestep{SUFFIX}": False,
     f"sigma{SUFFIX}": False,
     f"audio_sigma{SUFFIX}": False,
+    f"video_gate{SUFFIX}": False,
+    f"audio_gate{SUFFIX}": False,
     "encoder_attention_mask": False,
     "audio_encoder_attention_mask": False,
     "video_coords": False,
@@ -28,7 +30,8 @@ CONSTANTS: Mapping[str, bool] = {
     "video_keyframes_mask": False,
     "perturbation_mask": False,
 }
-"""Constants of a generation, and whether each must be there."""
+"""Constants of a generation, and whether each must be there. The gates' times are other hosts': diffusers takes those
+of the scales and shifts."""
 
 _AS_THEY_ARE = tuple(name for name in CONSTANTS if not name.endswith(SUFFIX))
 _TIMES = ("timestep", "audio_timestep", "sigma", "audio_sigma")
