@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,11 @@ from mesh_codec.base import CodecChoice
 from mesh_core import wire
 from mesh_core.adapter import ModelSpec
 from mesh_core.errors import MeshError
-from mesh_core.payload import Streams
+from mesh_core.negotiation import Crossed, Way
+from mesh_core.payload import Payload, Streams
 from mesh_core.remote import Remote, next_id
 from mesh_core.spans import BlockSpan
+from mesh_core.stats import HopStats
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,27 @@ class Identity:
 
 @dataclass
 class RemoteHop:
-    """A span on a worker, how its state is coded on the way in, and the constants that it was sent."""
+    """A span on a worker, and the constants that it was sent."""
 
     remote: Remote
     span: BlockSpan
-    inputs: dict[str, CodecChoice] = field(default_factory=dict)
     sent: set[str] = field(default_factory=set)
 
     def request(
-        self, identity: Identity, dtype: str, outputs: Mapping[str, CodecChoice], following: RemoteHop | None
+        self,
+        identity: Identity,
+        dtype: str,
+        inputs: Mapping[str, CodecChoice],
+        outputs: Mapping[str, CodecChoice],
+        following: RemoteHop | None,
+        *,
+        measure: bool,
     ) -> wire.Open:
-        """The message that has the worker hold the span ready, and hand over to ``following``."""
+        """The message that has the worker hold the span ready, and hand over to ``following``.
+
+        Args:
+            measure: whether it is to measure the way there.
+        """
         return wire.Open(
             id=next_id(),
             session=self.remote.session,
@@ -46,21 +58,34 @@ class RemoteHop:
             span=[self.span.start, self.span.stop],
             dtype=dtype,
             loras=[],
-            inputs=_plain(self.inputs),
+            inputs=_plain(inputs),
             outputs=_plain(outputs),
             next=None if following is None else _introduction(following.remote),
-            options={},
+            options={"measure": True} if measure else {},
         )
 
 
 @dataclass
 class Leg:
-    """Hops that hand over to each other directly; the host sends to the first and hears from the last."""
+    """Hops that hand over to each other directly; the host sends to the first and hears from the last.
+
+    Attributes:
+        ways: how the state gets into each hop, and out of the last one.
+    """
 
     hops: list[RemoteHop]
-    outputs: dict[str, CodecChoice]
+    ways: list[Way]
     encoder: Streams
     decoder: Streams
+
+    def crossed(self, payload: Payload, hops: Sequence[HopStats], decode_ms: float) -> list[Crossed]:
+        """What a step cost on each way: what the host did at both ends of the leg, and the workers in between."""
+        raw, coded = (
+            [payload.raw_bytes, *(h.out_raw for h in hops)],
+            [payload.coded_bytes, *(h.out_coded for h in hops)],
+        )
+        encode, decode = [payload.ms, *(h.encode_ms for h in hops)], [*(h.decode_ms for h in hops), decode_ms]
+        return [Crossed(*c) for c in zip(self.ways, raw, coded, encode, decode, strict=True)]
 
 
 class CannotReachNeighbour(Exception):

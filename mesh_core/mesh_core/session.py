@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mesh_codec.base import CodecChoice, Encoded, Limits, Quality
 from mesh_codec.dtypes import from_torch
-from mesh_codec.errors import CodecStateLost
+from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
-from mesh_core.adapter import Conditioning, Role, State
+from mesh_core.adapter import Conditioning, State
 from mesh_core.config import Settings
 from mesh_core.constants import ConstantsBook
 from mesh_core.errors import (
@@ -30,7 +30,6 @@ from mesh_core.errors import (
     MeshError,
     NotAuthorised,
     PeerLost,
-    PlanError,
     SessionUnknown,
     TransportError,
     TransportTimeout,
@@ -38,6 +37,7 @@ from mesh_core.errors import (
     WireMalformed,
 )
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
+from mesh_core.negotiation import Negotiation, Way
 from mesh_core.payload import Streams, entry
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
@@ -64,12 +64,14 @@ _LEAST_CONNECT = 1.0
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """``dtype``: in which stages compute. ``device``: where the host wants the result."""
+    """``dtype``: in which stages compute. ``device``: where the host wants the result. ``codec``: by name, for the
+    hidden state; None for the one that is fastest."""
 
     dtype: torch.dtype
     device: torch.device
     quality: Quality = "lossless"
     settings: Settings = field(default_factory=Settings)
+    codec: str | None = None
 
 
 class Session:
@@ -96,7 +98,14 @@ class Session:
         self._relayed: set[int] = set()
         self._report = report
         self._legs: list[Leg] = []
-        self._reasons: list[str] = []
+        self._codecs = Negotiation(
+            identity.spec,
+            plugins,
+            dtype=options.dtype,
+            device=options.device,
+            quality=options.quality,
+            codec=options.codec,
+        )
         self._book = ConstantsBook(plugins.codec("raw"))
         self._step = 0
         self._epoch = 0
@@ -147,8 +156,7 @@ class Session:
         """
         with self._lock:
             self._step += 1
-            reason = "; ".join(self._reasons)
-            step = StepStats(self._step, local_ms=local_ms, codec=self._codec_name(), reason=reason)
+            step = StepStats(self._step, local_ms=local_ms)
             self.plugins.hook.mesh_step_started(step=self._step)
             began = perf_counter()
             try:
@@ -159,6 +167,7 @@ class Session:
                 self.plugins.hook.mesh_step_failed(step=self._step, error=error)
                 raise
             step.total_ms = (perf_counter() - began) * 1e3
+            step.codec, step.reason = self._codecs.codec_name, self._codecs.reason
             self.stats.steps.append(step)
             self.plugins.hook.mesh_step_finished(step=self._step, stats=step)
             return result
@@ -173,7 +182,13 @@ class Session:
             if not hop.remote.connected:
                 hop.remote.connect(within)
             hop.sent.clear()
-        self._reasons = []
+        for remote in {id(r): r for r in self.remotes if not r.measured}.values():
+            self._codecs.connected(remote)
+            remote.measured = True
+        self._agree()
+
+    def _agree(self) -> None:
+        """Have every worker hold its span ready, with the codecs that pay now."""
         while True:
             self._legs = self._arrange()
             try:
@@ -189,57 +204,43 @@ class Session:
         groups = [self._hops[a:b] for a, b in zip(starts, [*starts[1:], len(self._hops)], strict=True)]
         codecs, limits = self.plugins.codecs(), Limits()
         legs = []
+        self._codecs.begin()
         for group in groups:
-            previous: Remote | None = None
-            for hop in group:
-                hop.inputs = self._choose(hop.span.start, previous, hop.remote)
-                previous = hop.remote
-            outputs = self._choose(group[-1].span.stop, group[-1].remote, None)
-            legs.append(Leg(group, outputs, Streams(group[0].inputs, codecs, limits), Streams(outputs, codecs, limits)))
+            ends = [None, *(hop.remote for hop in group), None]
+            cuts = [*(hop.span.start for hop in group), group[-1].span.stop]
+            ways = [self._codecs.choose(cut, a, b) for cut, a, b in zip(cuts, ends, ends[1:], strict=False)]
+            streams = [Streams(way.choices, codecs, limits) for way in (ways[0], ways[-1])]
+            legs.append(Leg(group, ways, *streams))
         return legs
-
-    def _choose(self, cut: int, source: Remote | None, target: Remote | None) -> dict[str, CodecChoice]:
-        """Codec and settings for each tensor at ``cut``; None stands for this host."""
-        ends = [r.welcome.codecs for r in (source, target) if r is not None]
-        mine = self.plugins.codecs()
-        common = [c for name, c in mine.items() if all(name in end for end in ends)]
-        peer = dict(ends[-1])
-        choices: dict[str, CodecChoice] = {}
-        for name, role in self.identity.spec.states[cut].items():
-            choice = self.plugins.hook.mesh_choose_codec(
-                role=role, link=None, quality=self.options.quality, codecs=common, peer=peer
-            )
-            if choice is None:
-                raise PlanError(f"No codec for {name!r} that all ends have.", hint="mesh plugins on both machines")
-            if role == "hidden" and choice.reason not in self._reasons:
-                self._reasons.append(choice.reason)
-            choices[name] = choice
-        return choices
 
     def _open_leg(self, leg: Leg) -> None:
         following: RemoteHop | None = None
-        for hop in reversed(leg.hops):
-            outputs = following.inputs if following is not None else leg.outputs
+        for hop, inputs, outputs in reversed(list(zip(leg.hops, leg.ways, leg.ways[1:], strict=False))):
             if following is not None:
                 admit = wire.Admit(next_id(), following.remote.session, hop.remote.welcome.client_key)
                 following.remote.ask(admit, wire.Ok, timeout=self.options.settings.deadlines.connect)
-            self._open_hop(hop, outputs, following)
+            self._open_hop(hop, inputs, outputs, following)
             following = hop
 
-    def _open_hop(self, hop: RemoteHop, outputs: Mapping[str, CodecChoice], following: RemoteHop | None) -> None:
-        remote = hop.remote
-        message = hop.request(self.identity, from_torch(self.options.dtype).name, outputs, following)
+    def _open_hop(self, hop: RemoteHop, inputs: Way, outputs: Way, following: RemoteHop | None) -> None:
+        remote, target = hop.remote, following.remote if following is not None else None
+        measure = target is not None and not self._codecs.knows(remote, target)
+        dtype = from_torch(self.options.dtype).name
+        message = hop.request(self.identity, dtype, inputs.choices, outputs.choices, following, measure=measure)
 
         def progress(p: wire.Progress) -> None:
             if self._report is not None:
                 self._report(remote.name, p.phase, p.done, p.total)
 
         try:
-            remote.ask(message, wire.Opened, timeout=self.options.settings.deadlines.load, on_progress=progress)
+            answer = remote.ask(
+                message, wire.Opened, timeout=self.options.settings.deadlines.load, on_progress=progress
+            )
         except (Unreachable, NotAuthorised) as error:
             if following is None:
                 raise
             raise CannotReachNeighbour(self._hops.index(following), error) from error
+        self._codecs.opened(remote, target, answer.info)
         remote.opened = True
 
     # Steps
@@ -250,7 +251,14 @@ class Session:
             try:
                 if not self._legs:
                     self._open()
+                if self._codecs.outdated(state):
+                    self._agree()
                 return self._attempt(state, conditioning, sequence, stats)
+            except CodecUnsupported as error:
+                if not self._codecs.retreat():
+                    raise
+                log.warning("step %d is sent again, and all is sent uncoded from here on: %s", self._step, error)
+                self._legs.clear()
             except (PeerLost, Unreachable, SessionUnknown, Cancelled, ConstantsMissing, CodecStateLost) as error:
                 # Only a worker cancels here: it took this host for gone while the machine slept.
                 repairs += 1
@@ -374,10 +382,12 @@ class Session:
         if len(result.trace) != len(leg.hops):
             raise WireMalformed(f"{len(result.trace)} workers report on a step of {len(leg.hops)}.")
         hops = [HopStats.from_trace(report) for report in result.trace]
+        wire_ms = (arrived - sent) * 1e3 - sum(h.busy_ms for h in hops)
         stats.hops += hops
         stats.encode_ms += payload.ms
         stats.decode_ms += decode_ms
-        stats.wire_ms += (arrived - sent) * 1e3 - sum(h.busy_ms for h in hops)
+        stats.wire_ms += wire_ms
+        self._codecs.observe(leg.crossed(payload, hops, decode_ms), wire_ms)
         return decoded
 
     def _cancel(self) -> None:
@@ -387,10 +397,3 @@ class Session:
                     remote.tell(wire.Cancel(next_id(), remote.session, self._step))
                 except TransportError as error:
                     log.debug("%s was gone when its step was cancelled: %s", remote.name, error)
-
-    def _codec_name(self) -> str:
-        used = {c.codec for hop in self._hops for n, c in hop.inputs.items() if self._role(hop, n) == "hidden"}
-        return "+".join(sorted(used)) or "raw"
-
-    def _role(self, hop: RemoteHop, name: str) -> Role:
-        return self.identity.spec.states[hop.span.start][name]

@@ -40,6 +40,7 @@ def load_pipeline(
     local: str | None = None,
     workers: Workers = (),
     quality: Quality = "lossless",
+    codec: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     plugins: Plugins | None = None,
@@ -55,6 +56,7 @@ def load_pipeline(
             cut proposed from what the machines have free.
         workers: addresses in execution order; ``(address, span)`` to say what one runs.
         quality: ``lossless`` (bit-exact), ``transparent``, ``balanced`` or ``fast``.
+        codec: by name, for the state between machines; None for the one that is fastest at that quality.
         device: for the whole pipeline; by default CUDA where there is one.
         dtype: in which the pipeline computes, here and on the workers; by default that of the transformer's file.
         report: called with (worker, what it does, done, total) while stages load.
@@ -69,7 +71,7 @@ def load_pipeline(
     header = _pipeline_header(path)
     checkpoint = recognise(header, plugins)
     target = checked_device(str(device)) if device is not None else default_device()
-    options = SessionOptions(dtype or file_dtype(checkpoint), target, quality, settings)
+    options = SessionOptions(dtype or file_dtype(checkpoint), target, quality, settings, codec)
     placement = place(checkpoint, local, workers, plugins, options, free_memory(target))
     session = open_session(lambda: identify(checkpoint, report), placement, options, plugins, report)
     try:
@@ -127,6 +129,7 @@ def split(
     local: str | None = None,
     workers: Workers = (),
     quality: Quality = "lossless",
+    codec: str | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
     report: Report | None = None,
@@ -142,7 +145,7 @@ def split(
     old = model.mesh if isinstance(model, SplitModel) else None
     checkpoint = old.checkpoint if old is not None else _checkpoint_in_memory(model, plugins)
     device = torch.device(model.device)
-    options = SessionOptions(model.dtype, device, quality, settings)
+    options = SessionOptions(model.dtype, device, quality, settings, codec)
     placement = place(checkpoint, local, workers, plugins, options, free_memory(device))
 
     def identity() -> Identity:

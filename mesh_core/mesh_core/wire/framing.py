@@ -142,12 +142,12 @@ def _check_fields(kind: type[Message], fields: dict[str, Any], where: str) -> No
 
 
 def _check_count(message: Message, buffers: int) -> None:
-    """The buffers must be those that the message's tensors account for; a ``probed`` message has one of its own."""
+    """The buffers must be those that the message's tensors account for; probes may have one of their own."""
     entries = getattr(message, "tensors", ())
     wanted = sum(entry["k"] for entry in entries)
     if "tensors" in vars(message) and wanted != buffers:
         raise WireMalformed(f"The tensors account for {wanted} buffers, {buffers} came.")
-    if "tensors" not in vars(message) and buffers > int(type(message).__name__ == "Probed"):
+    if "tensors" not in vars(message) and buffers > int(type(message).__name__ in ("Probe", "Probed")):
         raise WireMalformed(f"A {type(message).__name__.lower()} message has no buffers, {buffers} came.")
 
 
