@@ -30,7 +30,7 @@ _ASSUMED: Mapping[Role, int] = {
     "prediction": 4096 * 128,
     "exact": 4096,
 }
-"""Elements of a picture of 1024x1024 in Klein's geometry: what is expected until the first step."""
+"""Elements of a picture of 1024x1024 in a model 4096 wide: what is expected until the first step."""
 
 _NOTICEABLE = 1e-3
 """Seconds under which a duration says nothing of a codec's speed."""
