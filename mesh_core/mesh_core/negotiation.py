@@ -30,7 +30,7 @@ _ASSUMED: Mapping[Role, int] = {
     "prediction": 4096 * 128,
     "exact": 4096,
 }
-"""Elements of a picture of 1024x1024 in Klein's geometry: what is expected until the first step."""
+"""Elements of a picture of 1024x1024 in a model 4096 wide: what is expected until the first step."""
 
 _CONTRADICTION, _PATIENCE = 3.0, 4
 """Factor between what a link was measured at and what steps say of it that has it measured again, and the steps that
