@@ -140,6 +140,7 @@ class Session:
                 except TransportError as error:
                     log.debug("%s was gone when its session was closed: %s", hop.remote.name, error)
             hop.remote.close()
+        self._codecs.close()
         self._legs.clear()
 
     def run(self, state: State, conditioning: Conditioning, *, sequence: str = "", local_ms: float = 0.0) -> State:
@@ -175,16 +176,13 @@ class Session:
     # Opening
 
     def _open(self, within: float | None = None) -> None:
-        """Args:
-        within: seconds for each connection; the deadline that is set when None.
-        """
+        """``within``: seconds for each connection; the deadline that is set when None."""
         for hop in self._hops:
             if not hop.remote.connected:
                 hop.remote.connect(within)
+            if not hop.remote.measured:
+                self._codecs.connected(hop.remote)
             hop.sent.clear()
-        for remote in {id(r): r for r in self.remotes if not r.measured}.values():
-            self._codecs.connected(remote)
-            remote.measured = True
         self._agree()
 
     def _agree(self) -> None:

@@ -120,6 +120,7 @@ class Worker:
         self._loader.shutdown(wait=True, cancel_futures=True)
         self.hosting.close_all()
         self.listener.close()
+        self.speeds.close()
         survey.join()
 
     def stop(self) -> None:
