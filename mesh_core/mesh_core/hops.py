@@ -24,14 +24,16 @@ class Identity:
     fingerprint: str
 
 
-@dataclass
+@dataclass(eq=False)
 class RemoteHop:
-    """A span on a worker, how its state is coded on the way in, and the constants that it was sent."""
+    """A span on a worker, how its state is coded on the way in, the constants that it was sent, and the LoRAs that it
+    has, as they are named on the wire."""
 
     remote: Remote
     span: BlockSpan
     inputs: dict[str, CodecChoice] = field(default_factory=dict)
     sent: set[str] = field(default_factory=set)
+    loras: list[dict[str, Any]] = field(default_factory=list)
 
     def request(
         self, identity: Identity, dtype: str, outputs: Mapping[str, CodecChoice], following: RemoteHop | None
@@ -45,7 +47,7 @@ class RemoteHop:
             fingerprint=identity.fingerprint,
             span=[self.span.start, self.span.stop],
             dtype=dtype,
-            loras=[],
+            loras=self.loras,
             inputs=_plain(self.inputs),
             outputs=_plain(outputs),
             next=None if following is None else _introduction(following.remote),

@@ -27,6 +27,7 @@ from mesh_core.constants import ConstantsBook
 from mesh_core.errors import (
     Cancelled,
     ConstantsMissing,
+    LoraMissing,
     MeshError,
     NotAuthorised,
     PeerLost,
@@ -38,6 +39,7 @@ from mesh_core.errors import (
     WireMalformed,
 )
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
+from mesh_core.loras.desk import AnyLora, LoraDesk
 from mesh_core.payload import Streams, entry
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
@@ -101,6 +103,8 @@ class Session:
         self._step = 0
         self._epoch = 0
         self._lock = threading.Lock()
+        self._loras: tuple[AnyLora, ...] = ()
+        self._desk = LoraDesk(identity, plugins, options.settings, report)
 
     @property
     def remotes(self) -> list[Remote]:
@@ -121,6 +125,33 @@ class Session:
         except BaseException:
             self.close()
             raise
+
+    def set_loras(self, loras: Sequence[AnyLora]) -> None:
+        """Run the remote spans with exactly ``loras`` from the next step on. Before `open`, or between steps.
+
+        Raises:
+            LoraError and its kinds: the policy refuses one, or one cannot be sent or applied. What the workers have
+                is not certain then; the next `set_loras` makes it so.
+            TransportError: see `Remote.ask`.
+        """
+        with self._lock:
+            self._loras = tuple(loras)
+            if not self._legs:
+                return
+            try:
+                self._adjust()
+            except (PeerLost, Unreachable, SessionUnknown) as error:
+                log.warning("LoRAs are set again: %s", error)
+                self._recover(error)
+            except BaseException:
+                # Nothing of the wrong set is ever used: the next step opens the session anew.
+                self._legs.clear()
+                raise
+
+    def drop_loras(self) -> None:
+        """Have none from the next step on, without talking to a worker now."""
+        self._loras = ()
+        self._legs.clear()
 
     def close(self) -> None:
         """Let the workers forget the session; they keep the weights while they have room. May be called twice."""
@@ -173,6 +204,8 @@ class Session:
             if not hop.remote.connected:
                 hop.remote.connect(within)
             hop.sent.clear()
+            self._desk.forget(hop)
+            hop.loras = self._place(hop)
         self._reasons = []
         while True:
             self._legs = self._arrange()
@@ -241,6 +274,29 @@ class Session:
                 raise
             raise CannotReachNeighbour(self._hops.index(following), error) from error
         remote.opened = True
+
+    def _adjust(self) -> None:
+        timeout = self.options.settings.deadlines.load
+        for hop in self._hops:
+            before, again = hop.loras, False
+            while True:
+                hop.loras = self._place(hop)
+                if hop.loras == before:
+                    break
+                try:
+                    hop.remote.ask(wire.Adjust(next_id(), hop.remote.session, hop.loras), wire.Opened, timeout=timeout)
+                    break
+                except LoraMissing:
+                    # It made room for others since it was asked.
+                    if again:
+                        raise
+                    again = True
+                    self._desk.forget(hop)
+
+    def _place(self, hop: RemoteHop) -> list[dict[str, Any]]:
+        placed = self._desk.place(hop, self._loras) if self._loras else []
+        self.stats.loras = [p.plain() for p in self._desk.placed]
+        return placed
 
     # Steps
 
