@@ -118,6 +118,7 @@ class Loras:
         largest_sent: bytes of one LoRA that a host sends without being told to.
         policy: what a host does with a LoRA for a worker's blocks, see `mesh_core.loras.placement`: ``default``,
             ``always-send``, ``never-send``, ``worker-only`` or ``local-only``.
+        folders: of the user's own LoRAs on this machine, which are then known by name.
     """
 
     library: int = field(default=8 << 30, metadata={"bytes": True, "least": 0})
@@ -125,6 +126,7 @@ class Loras:
     policy: str = field(
         default="default", metadata={"one_of": ("default", "always-send", "never-send", "worker-only", "local-only")}
     )
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ def _add(
     if "magnitude" in t:
         merged = weight + delta * (scale * strength)
         norm = merged.flatten(1).norm(dim=1)
-        factor = (t["magnitude"].reshape(-1) / norm).reshape(-1, *[1] * (weight.dim() - 1))
+        factor: Tensor = (t["magnitude"].reshape(-1) / norm).reshape(-1, *[1] * (weight.dim() - 1))
         return factor * merged
     weight += (strength * (scale if plain is None else plain)) * delta
     return weight
