@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("diffusers")
-pytest.importorskip("peft")
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 

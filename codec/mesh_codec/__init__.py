@@ -10,12 +10,14 @@ from mesh_codec.base import (
     Decoder,
     Encoded,
     Encoder,
+    Estimate,
     Limits,
     Quality,
 )
 from mesh_codec.dtypes import DTYPES, DType, from_name, from_safetensors, from_torch
 from mesh_codec.entropy import EntropyCodec
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported
+from mesh_codec.hevc.codec import HevcCodec
 from mesh_codec.raw import RawCodec
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "Encoded",
     "Encoder",
     "EntropyCodec",
+    "Estimate",
+    "HevcCodec",
     "Limits",
     "Quality",
     "RawCodec",

@@ -81,6 +81,22 @@ class Decoder(ABC):
         """Forget all references."""
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a codec expects of its settings before anything was coded. Everything may be left out.
+
+    Attributes:
+        bits: per element of a model's hidden state, all included; None: tell by coding a sample.
+        engine: what codes here with these settings, for example ``"nvcomp"``. Settings of one engine run at about the
+            same speed. The other end is known by this name too.
+        label: what people read, for example ``"entropy+temporal"``; the codec's name if empty.
+    """
+
+    bits: float | None = None
+    engine: str = ""
+    label: str = ""
+
+
 class Codec(ABC):
     """A way to code tensors. Stateless; streams hold the state."""
 
@@ -88,7 +104,11 @@ class Codec(ABC):
 
     @abstractmethod
     def capabilities(self) -> dict[str, Any]:
-        """Plain values that the other end needs to know (engines, formats); compared when ends negotiate."""
+        """Plain values that the other end needs to know (engines, formats); compared when ends negotiate.
+
+        Lists are options and numbers are limits: where a third end chooses for two others, it gives `settings` the
+        options that both have and the lower limits.
+        """
 
     @abstractmethod
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +117,10 @@ class Codec(ABC):
         Raises:
             CodecUnsupported: this codec cannot give that quality, or shares no format with the peer.
         """
+
+    def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
+        """What ``settings`` will cost for tensors of ``dtype``; by default nothing is known beforehand."""
+        return Estimate()
 
     @abstractmethod
     def encoder(self, settings: Mapping[str, Any]) -> Encoder:

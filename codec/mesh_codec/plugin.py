@@ -14,7 +14,9 @@ hookimpl = pluggy.HookimplMarker("mesh")
 @hookimpl
 def mesh_register_codecs(register: Callable[[Codec], None]) -> None:
     from mesh_codec.entropy import EntropyCodec
+    from mesh_codec.hevc import HevcCodec
     from mesh_codec.raw import RawCodec
 
     register(RawCodec())
     register(EntropyCodec())
+    register(HevcCodec())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Limits, Quality
+from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, Quality
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
 from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form, tensor_over
 
@@ -27,6 +27,9 @@ class RawCodec(Codec):
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
         return {}
+
+    def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
+        return Estimate(bits=8.0 * dtype.itemsize)
 
     def encoder(self, settings: Mapping[str, Any]) -> RawEncoder:
         _no_settings(settings)

@@ -71,7 +71,7 @@ class ModelSpec:
 
     Attributes:
         family: of the adapter that recognised it.
-        variant: for people, for example ``"klein-9b"``.
+        variant: for people, for example ``"9b"``.
         config: the arguments of the model class; plain data.
         block_kinds: one word per block in execution order (``"double"``, ``"single"``); their number is N.
         states: N + 1 mappings: names and roles of the state at cut 0 (the model's input) to cut N (its output).
@@ -79,7 +79,9 @@ class ModelSpec:
         parameters: every parameter of the model by its name in the model class. Names are those of diffusers,
             whatever the file calls them, so two layouts of the same weights are the same model.
         defaults: arguments of the pipeline's call that the model's authors recommend.
-        optional: names of state tensors that may be missing, as an argument of forward() may be.
+        optional: names of state tensors and constants that may be missing, as an argument of forward() may be.
+        invisible: arguments of the model class that change what it computes and show in no parameter's name or shape
+            (a base of rotary frequencies, a number of heads); plain data. Part of the model's identity.
     """
 
     family: str
@@ -91,6 +93,7 @@ class ModelSpec:
     parameters: Mapping[str, ParameterSpec]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    invisible: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def blocks(self) -> int:
@@ -122,7 +125,8 @@ class Conditioning:
     Attributes:
         constants: constant for a generation (ids, masks, text). Each crosses once, named by the hash of its
             whole content.
-        options: small plain values (None, bool, int, float, str) that change how blocks compute.
+        options: small plain values (None, bool, int, float, str, or lists of them) that change how blocks compute.
+            They cross with every step; a stage must not trust them, since they come over the network.
     """
 
     constants: dict[str, Tensor] = field(default_factory=dict)
@@ -190,6 +194,22 @@ class ModelAdapter(ABC):
     @abstractmethod
     def finish(self, spec: ModelSpec, state: State) -> Tensor | tuple[Tensor, ...]:
         """The state at cut N as the tensors that the model class's forward returns."""
+
+    def check_call(self, spec: ModelSpec, header: CheckpointHeader, arguments: Mapping[str, Any]) -> None:  # noqa: B027
+        """Refuse arguments of the pipeline's call that this model cannot do; called before any weight is read.
+
+        Args:
+            arguments: those that the user set, by their names in the pipeline's call.
+
+        Raises:
+            ConfigError: names the argument, and values that are accepted.
+        """
+
+    def output(self, result: Tensor | tuple[Tensor, ...]) -> Any:
+        """What `finish` gives, in the type that the model class returns for ``return_dict=True``."""
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=result)
 
     def build_stage(
         self,

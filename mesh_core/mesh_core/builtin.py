@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from mesh_core.codec_choice import DefaultCodecChoice
 from mesh_core.hookspecs import hookimpl
-from mesh_core.link import DefaultCodecChoice
 from mesh_core.loras.placement import DefaultLoraPlacement
 from mesh_core.plan import DefaultSplit
 

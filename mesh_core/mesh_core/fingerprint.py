@@ -26,9 +26,11 @@ _CHUNK = 16 << 20
 
 
 def structure(spec: ModelSpec) -> str:
-    """Hash of the family and of all parameters' names, shapes and dtypes: equal structure is a precondition for an
-    equal fingerprint, and costs nothing."""
+    """Hash of the family, of all parameters' names, shapes and dtypes and of what shows in none of them: equal
+    structure is a precondition for computing the same, and costs nothing."""
     digest = blake3(_VERSION + spec.family.encode())
+    if spec.invisible:
+        digest.update(json.dumps(spec.invisible, sort_keys=True).encode())
     for name, p in sorted(spec.parameters.items()):
         digest.update(_label(name, p.dtype, p.shape))
     return digest.hexdigest()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mesh_codec.base import Codec, CodecChoice, Quality
     from mesh_core.adapter import ModelAdapter, ModelSpec, Role
+    from mesh_core.crossing import Crossing
     from mesh_core.link import Link
     from mesh_core.loras.placement import LoraFacts, LoraPlacement
     from mesh_core.plan import Hop, WorkerInfo
@@ -63,11 +64,20 @@ def mesh_propose_split(
 
 @hookspec(firstresult=True)
 def mesh_choose_codec(
-    role: Role, link: Link | None, quality: Quality, codecs: Sequence[Codec], peer: dict[str, Any]
+    role: Role,
+    link: Link | None,
+    quality: Quality,
+    codecs: Sequence[Codec],
+    peer: dict[str, Any],
+    crossing: Crossing,
 ) -> CodecChoice | None:
-    """Called for each kind of tensor that crosses a cut. Return a choice, or None to pass.
+    """Called for each role of tensors that cross a cut, when a session opens and before each step. Return a choice,
+    or None to pass.
 
-    ``codecs`` are those that this end has; ``peer`` maps a codec's name to the other end's capabilities.
+    ``link`` is the way that they take, None if nobody could measure it. ``codecs`` are those that all ends have;
+    ``peer`` maps a codec's name to the other end's capabilities. ``crossing`` knows the size of the tensors, what is
+    in use now, and what each codec would cost: ``crossing.cost(codec, settings)``. Where the answer is another codec
+    or other settings than before, both ends start new streams before the step.
     """
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh_codec.base import CodecChoice
+from mesh_codec.base import CodecChoice, Encoded
 from mesh_core import wire
 from mesh_core.adapter import ModelSpec
 from mesh_core.errors import MeshError
-from mesh_core.payload import Streams
+from mesh_core.negotiation import Crossed, Way
+from mesh_core.payload import Payload, Streams, entry
 from mesh_core.remote import Remote, next_id
 from mesh_core.spans import BlockSpan
+from mesh_core.stats import HopStats
+
+_MAX_REMEMBERED = 256
+"""Constants per worker that the host remembers to have sent."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,40 @@ class Identity:
 
 @dataclass(eq=False)
 class RemoteHop:
-    """A span on a worker, how its state is coded on the way in, the constants that it was sent, and the LoRAs that it
-    has, as they are named on the wire."""
+    """A span on a worker, the constants that it was sent, and the LoRAs that it has as the wire names them."""
 
     remote: Remote
     span: BlockSpan
-    inputs: dict[str, CodecChoice] = field(default_factory=dict)
     sent: set[str] = field(default_factory=set)
     loras: list[dict[str, Any]] = field(default_factory=list)
 
+    def send_constants(self, missing: Mapping[str, Encoded], timeout: float) -> int:
+        """Send constants of a generation, by the hash of each; returns their bytes."""
+        if len(self.sent) > _MAX_REMEMBERED:
+            self.sent.clear()
+        exact = CodecChoice("raw")
+        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing.items()]
+        buffers = [b for e in missing.values() for b in e.buffers]
+        message = wire.Constants(next_id(), self.remote.session, items)
+        self.remote.ask(message, wire.Ok, buffers=buffers, timeout=timeout)
+        self.sent.update(missing)
+        return sum(e.nbytes for e in missing.values())
+
     def request(
-        self, identity: Identity, dtype: str, outputs: Mapping[str, CodecChoice], following: RemoteHop | None
+        self,
+        identity: Identity,
+        dtype: str,
+        inputs: Mapping[str, CodecChoice],
+        outputs: Mapping[str, CodecChoice],
+        following: RemoteHop | None,
+        *,
+        measure: bool,
     ) -> wire.Open:
-        """The message that has the worker hold the span ready, and hand over to ``following``."""
+        """The message that has the worker hold the span ready, and hand over to ``following``.
+
+        Args:
+            measure: whether it is to measure the way there.
+        """
         return wire.Open(
             id=next_id(),
             session=self.remote.session,
@@ -48,21 +74,34 @@ class RemoteHop:
             span=[self.span.start, self.span.stop],
             dtype=dtype,
             loras=self.loras,
-            inputs=_plain(self.inputs),
+            inputs=_plain(inputs),
             outputs=_plain(outputs),
             next=None if following is None else _introduction(following.remote),
-            options={},
+            options={"measure": True} if measure else {},
         )
 
 
 @dataclass
 class Leg:
-    """Hops that hand over to each other directly; the host sends to the first and hears from the last."""
+    """Hops that hand over to each other directly; the host sends to the first and hears from the last.
+
+    Attributes:
+        ways: how the state gets into each hop, and out of the last one.
+    """
 
     hops: list[RemoteHop]
-    outputs: dict[str, CodecChoice]
+    ways: list[Way]
     encoder: Streams
     decoder: Streams
+
+    def crossed(self, payload: Payload, hops: Sequence[HopStats], decode_ms: float) -> list[Crossed]:
+        """What a step cost on each way: what the host did at both ends of the leg, and the workers in between."""
+        raw, coded = (
+            [payload.raw_bytes, *(h.out_raw for h in hops)],
+            [payload.coded_bytes, *(h.out_coded for h in hops)],
+        )
+        encode, decode = [payload.ms, *(h.encode_ms for h in hops)], [*(h.decode_ms for h in hops), decode_ms]
+        return [Crossed(*c) for c in zip(self.ways, raw, coded, encode, decode, strict=True)]
 
 
 class CannotReachNeighbour(Exception):

@@ -18,18 +18,22 @@ from mesh_codec.base import CodecChoice, Encoded, Limits
 from mesh_codec.dtypes import from_name
 from mesh_core import wire
 from mesh_core.adapter import Conditioning
+from mesh_core.codec_speed import SpeedBook
 from mesh_core.config import Settings
 from mesh_core.constants import digest
 from mesh_core.device import synchronise
 from mesh_core.errors import PlanDoesNotFit, PlanError, SessionUnknown, TransportTimeout, WireMalformed, WireTooLarge
 from mesh_core.executor import Executor, Job
+from mesh_core.failure import rebuild
 from mesh_core.hosted import QUOTA, ConstantsCache, HostedSession
 from mesh_core.library import Checkpoint, Library
+from mesh_core.link import measure_one_way, plain_link
 from mesh_core.loras.hosting import LoraHosting
 from mesh_core.loras.patch import Applied, set_key
 from mesh_core.loras.shelf import Shelf
 from mesh_core.payload import Streams, aligned
 from mesh_core.plugins import Plugins
+from mesh_core.remote import next_id
 from mesh_core.spans import BlockSpan
 from mesh_core.stages import Loaded, StageKey, StageStore
 from mesh_core.transport.base import Address, Channel, Frame, Listener, Peer
@@ -55,6 +59,7 @@ class Hosting:
     stages: StageStore
     executor: Executor
     listener: Listener
+    speeds: SpeedBook
     send: Send
     fail: Fail
     shelf: Shelf
@@ -101,6 +106,7 @@ class Hosting:
         loaded = self._acquire(checkpoint, key, progress.phase("loading"), loras)
         try:
             channel, session_there = self._follow(message.next)
+            link = self._measured(channel) if message.options.get("measure") is True else {}
         except BaseException:
             self.stages.release(key)
             raise
@@ -124,7 +130,12 @@ class Hosting:
             self._forget(old)
         self.loras.keep(session, loras)
         self._forget_surplus(peer.key)
-        info = {"bytes_read": loaded.bytes_read, "seconds": loaded.seconds, "loaded": self.stages.nbytes}
+        info: dict[str, Any] = {
+            "bytes_read": loaded.bytes_read,
+            "seconds": loaded.seconds,
+            "loaded": self.stages.nbytes,
+        }
+        info |= {"speeds": self.speeds.plain(), **link}
         self.send(peer.route, wire.Opened(message.id, info), [])
 
     def _acquire(
@@ -151,6 +162,24 @@ class Hosting:
             raise WireMalformed(f"The next worker of a chain came without {error}.") from error
         transport = self.plugins.transport(address.scheme)
         return transport.connect(address, self.settings.deadlines.connect), session
+
+    def _measured(self, channel: Channel | None) -> dict[str, Any]:
+        """What this worker says of its way to the next one."""
+        if channel is None:
+            return {}
+
+        def send(nbytes: int) -> None:
+            probe = wire.Probe(next_id(), 0)
+            channel.send(wire.pack(probe, [bytes(nbytes)] if nbytes else []))
+            while (frames := channel.receive(self.settings.deadlines.connect)) is not None:
+                answer, _ = wire.unpack(frames)
+                if isinstance(answer, wire.Failed):
+                    raise rebuild(answer)
+                if answer.id == probe.id:
+                    return
+            raise TransportTimeout("The next worker does not answer a probe.", hint="mesh doctor on this machine")
+
+        return {"link": plain_link(measure_one_way(send))}
 
     def _streams(self, choices: Mapping[str, Any]) -> Streams:
         try:
@@ -287,7 +316,7 @@ class Hosting:
         session.restart_streams(message.attempt)
         stage = session.loaded.stage
         wanted = set(stage.spec.constants_of(stage.span))
-        if unnamed := sorted(wanted - message.constants.keys()):
+        if unnamed := sorted(wanted - stage.spec.optional - message.constants.keys()):
             raise WireMalformed(f"Step {message.step} does not name the constant {unnamed[0]!r}.")
         constants = self.constants.get({n: h for n, h in message.constants.items() if n in wanted})
         state = session.inputs.decode(message.sequence, message.tensors, buffers, self.device)

@@ -34,13 +34,22 @@ def recognise(header: CheckpointHeader, plugins: Plugins) -> Checkpoint:
     """The checkpoint with the first adapter that recognises it.
 
     Raises:
-        CheckpointUnrecognised: no installed adapter does.
+        CheckpointUnrecognised: no installed adapter does; with the reason of the first one that gave any.
+        CheckpointCorrupt: an adapter knows it, and it is damaged.
     """
     adapters = plugins.adapters()
+    reasons: list[CheckpointUnrecognised] = []
     for adapter in adapters.values():
-        spec = adapter.recognise(header)
+        try:
+            spec = adapter.recognise(header)
+        except CheckpointUnrecognised as reason:
+            # A near relative of one family may be another adapter's own.
+            reasons.append(reason)
+            continue
         if spec is not None:
             return Checkpoint(header, spec, adapter)
+    if reasons:
+        raise reasons[0]
     families = ", ".join(sorted(adapters)) or "none"
     raise CheckpointUnrecognised(
         f"No installed adapter recognises {header.path}. Installed: {families}.",

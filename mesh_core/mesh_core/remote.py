@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TypeVar
 
-from mesh_core import __version__, wire
+from mesh_core import __version__, link, wire
 from mesh_core.config import Settings
 from mesh_core.errors import PeerLost, TransportTimeout
 from mesh_core.failure import rebuild
+from mesh_core.link import Link
 from mesh_core.plugins import Plugins
 from mesh_core.transport.base import Address, Channel, Frame, Transport
 
@@ -39,6 +40,7 @@ class Remote:
     Args:
         address: where it listens, and its key.
         session: 16 random bytes; empty when no session is held, so that pings ask for none.
+        measured: whether somebody measured this connection.
     """
 
     def __init__(self, address: Address, plugins: Plugins, settings: Settings) -> None:
@@ -46,7 +48,7 @@ class Remote:
         self.transport: Transport = plugins.transport(address.scheme)
         self.address = self.transport.resolve(address)
         self.session = secrets.token_bytes(16)
-        self.opened = False
+        self.opened = self.measured = False
         self.lost_at: float | None = None
         self._channel: Channel | None = None
         self._pulse: Channel | None = None
@@ -102,7 +104,7 @@ class Remote:
             if channel is not None:
                 channel.close()
         self._channel = self._pulse = None
-        self.opened = False
+        self.opened = self.measured = False
 
     def tell(self, message: wire.Message, buffers: Sequence[Frame] = ()) -> None:
         """Send without waiting for an answer."""
@@ -226,14 +228,11 @@ def _wait(remotes: Sequence[Remote], timeout: float) -> list[Remote]:
     return ready
 
 
-def measure(remote: Remote, size: int = 8 << 20) -> tuple[float, float]:
-    """(bytes per second from the worker, seconds for a small message there and back), measured now."""
-    times = []
-    for _ in range(5):
-        began = monotonic()
-        remote.ask(wire.Ping(next_id(), b""), wire.Pong, timeout=remote.settings.deadlines.connect)
-        times.append(monotonic() - began)
-    latency = sorted(times)[len(times) // 2]
-    began = monotonic()
-    remote.ask(wire.Probe(next_id(), size), wire.Probed, timeout=remote.settings.deadlines.step)
-    return size / max(monotonic() - began - latency, 1e-6), latency
+def measure(remote: Remote) -> tuple[Link, Link]:
+    """The ways to the worker and back, measured now."""
+
+    def exchange(there: int, back: int) -> None:
+        buffers = [bytes(there)] if there else []
+        remote.ask(wire.Probe(next_id(), back), wire.Probed, timeout=remote.settings.deadlines.step, buffers=buffers)
+
+    return link.measure(exchange)

@@ -90,8 +90,13 @@ class SplitRunner:
         except BaseException:
             self._patched.apply(())
             if self.session is not None:
-                self.session.drop_loras()
+                self.session.set_loras(())
             raise
+
+    def restore_local(self) -> None:
+        """Take the LoRAs off this machine's blocks, before they are moved or given to another runner."""
+        if self._patched is not None:
+            self._patched.apply(())
 
     def _run_local(self, state: State, conditioning: Conditioning) -> State:
         if not len(self.plan.local):

@@ -17,21 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesh_codec.base import CodecChoice, Encoded, Limits, Quality
+from mesh_codec.base import Encoded, Limits, Quality
 from mesh_codec.dtypes import from_torch
-from mesh_codec.errors import CodecStateLost
+from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
-from mesh_core.adapter import Conditioning, Role, State
+from mesh_core.adapter import Conditioning, State
 from mesh_core.config import Settings
 from mesh_core.constants import ConstantsBook
 from mesh_core.errors import (
     Cancelled,
     ConstantsMissing,
-    LoraMissing,
     MeshError,
     NotAuthorised,
     PeerLost,
-    PlanError,
     SessionUnknown,
     TransportError,
     TransportTimeout,
@@ -40,7 +38,8 @@ from mesh_core.errors import (
 )
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
 from mesh_core.loras.desk import AnyLora, LoraDesk
-from mesh_core.payload import Streams, entry
+from mesh_core.negotiation import Negotiation, Way
+from mesh_core.payload import Streams
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
 from mesh_core.spans import BlockSpan
@@ -54,9 +53,6 @@ Report = Callable[[str, str, int, int], None]
 _MAX_REPAIRS = 3
 """How often a step is sent again before its error is the caller's."""
 
-_MAX_REMEMBERED = 256
-"""Constants per worker that the host remembers to have sent."""
-
 _RETRY_PAUSE = 0.2
 """Seconds between two attempts to reach a lost worker."""
 
@@ -66,12 +62,14 @@ _LEAST_CONNECT = 1.0
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """``dtype``: in which stages compute. ``device``: where the host wants the result."""
+    """``dtype``: in which stages compute. ``device``: where the host wants the result. ``codec``: by name, for the
+    hidden state; None for the one that is fastest."""
 
     dtype: torch.dtype
     device: torch.device
     quality: Quality = "lossless"
     settings: Settings = field(default_factory=Settings)
+    codec: str | None = None
 
 
 class Session:
@@ -98,13 +96,19 @@ class Session:
         self._relayed: set[int] = set()
         self._report = report
         self._legs: list[Leg] = []
-        self._reasons: list[str] = []
+        self._codecs = Negotiation(
+            identity.spec,
+            plugins,
+            dtype=options.dtype,
+            device=options.device,
+            quality=options.quality,
+            codec=options.codec,
+        )
         self._book = ConstantsBook(plugins.codec("raw"))
         self._step = 0
         self._epoch = 0
         self._lock = threading.Lock()
-        self._loras: tuple[AnyLora, ...] = ()
-        self._desk = LoraDesk(identity, plugins, options.settings, report)
+        self._loras = LoraDesk(identity, plugins, options.settings, self.stats, report)
 
     @property
     def remotes(self) -> list[Remote]:
@@ -127,31 +131,16 @@ class Session:
             raise
 
     def set_loras(self, loras: Sequence[AnyLora]) -> None:
-        """Run the remote spans with exactly ``loras`` from the next step on. Before `open`, or between steps.
-
-        Raises:
-            LoraError and its kinds: the policy refuses one, or one cannot be sent or applied. What the workers have
-                is not certain then; the next `set_loras` makes it so.
-            TransportError: see `Remote.ask`.
-        """
+        """Run the remote spans with exactly ``loras`` from the next step on. Raises as `LoraDesk.adjust` does."""
         with self._lock:
-            self._loras = tuple(loras)
-            if not self._legs:
-                return
+            self._loras.wanted = tuple(loras)
             try:
-                self._adjust()
+                self._loras.adjust(self._hops if self._legs else ())
             except (PeerLost, Unreachable, SessionUnknown) as error:
-                log.warning("LoRAs are set again: %s", error)
                 self._recover(error)
             except BaseException:
-                # Nothing of the wrong set is ever used: the next step opens the session anew.
                 self._legs.clear()
                 raise
-
-    def drop_loras(self) -> None:
-        """Have none from the next step on, without talking to a worker now."""
-        self._loras = ()
-        self._legs.clear()
 
     def close(self) -> None:
         """Let the workers forget the session; they keep the weights while they have room. May be called twice."""
@@ -178,8 +167,7 @@ class Session:
         """
         with self._lock:
             self._step += 1
-            reason = "; ".join(self._reasons)
-            step = StepStats(self._step, local_ms=local_ms, codec=self._codec_name(), reason=reason)
+            step = StepStats(self._step, local_ms=local_ms)
             self.plugins.hook.mesh_step_started(step=self._step)
             began = perf_counter()
             try:
@@ -190,6 +178,7 @@ class Session:
                 self.plugins.hook.mesh_step_failed(step=self._step, error=error)
                 raise
             step.total_ms = (perf_counter() - began) * 1e3
+            step.codec, step.reason = self._codecs.codec_name, self._codecs.reason
             self.stats.steps.append(step)
             self.plugins.hook.mesh_step_finished(step=self._step, stats=step)
             return result
@@ -204,9 +193,14 @@ class Session:
             if not hop.remote.connected:
                 hop.remote.connect(within)
             hop.sent.clear()
-            self._desk.forget(hop)
-            hop.loras = self._place(hop)
-        self._reasons = []
+            self._loras.connected(hop)
+        for remote in {id(r): r for r in self.remotes if not r.measured}.values():
+            self._codecs.connected(remote)
+            remote.measured = True
+        self._agree()
+
+    def _agree(self) -> None:
+        """Have every worker hold its span ready, with the codecs that pay now."""
         while True:
             self._legs = self._arrange()
             try:
@@ -222,81 +216,44 @@ class Session:
         groups = [self._hops[a:b] for a, b in zip(starts, [*starts[1:], len(self._hops)], strict=True)]
         codecs, limits = self.plugins.codecs(), Limits()
         legs = []
+        self._codecs.begin()
         for group in groups:
-            previous: Remote | None = None
-            for hop in group:
-                hop.inputs = self._choose(hop.span.start, previous, hop.remote)
-                previous = hop.remote
-            outputs = self._choose(group[-1].span.stop, group[-1].remote, None)
-            legs.append(Leg(group, outputs, Streams(group[0].inputs, codecs, limits), Streams(outputs, codecs, limits)))
+            ends = [None, *(hop.remote for hop in group), None]
+            cuts = [*(hop.span.start for hop in group), group[-1].span.stop]
+            ways = [self._codecs.choose(cut, a, b) for cut, a, b in zip(cuts, ends, ends[1:], strict=False)]
+            streams = [Streams(way.choices, codecs, limits) for way in (ways[0], ways[-1])]
+            legs.append(Leg(group, ways, *streams))
         return legs
-
-    def _choose(self, cut: int, source: Remote | None, target: Remote | None) -> dict[str, CodecChoice]:
-        """Codec and settings for each tensor at ``cut``; None stands for this host."""
-        ends = [r.welcome.codecs for r in (source, target) if r is not None]
-        mine = self.plugins.codecs()
-        common = [c for name, c in mine.items() if all(name in end for end in ends)]
-        peer = dict(ends[-1])
-        choices: dict[str, CodecChoice] = {}
-        for name, role in self.identity.spec.states[cut].items():
-            choice = self.plugins.hook.mesh_choose_codec(
-                role=role, link=None, quality=self.options.quality, codecs=common, peer=peer
-            )
-            if choice is None:
-                raise PlanError(f"No codec for {name!r} that all ends have.", hint="mesh plugins on both machines")
-            if role == "hidden" and choice.reason not in self._reasons:
-                self._reasons.append(choice.reason)
-            choices[name] = choice
-        return choices
 
     def _open_leg(self, leg: Leg) -> None:
         following: RemoteHop | None = None
-        for hop in reversed(leg.hops):
-            outputs = following.inputs if following is not None else leg.outputs
+        for hop, inputs, outputs in reversed(list(zip(leg.hops, leg.ways, leg.ways[1:], strict=False))):
             if following is not None:
                 admit = wire.Admit(next_id(), following.remote.session, hop.remote.welcome.client_key)
                 following.remote.ask(admit, wire.Ok, timeout=self.options.settings.deadlines.connect)
-            self._open_hop(hop, outputs, following)
+            self._open_hop(hop, inputs, outputs, following)
             following = hop
 
-    def _open_hop(self, hop: RemoteHop, outputs: Mapping[str, CodecChoice], following: RemoteHop | None) -> None:
-        remote = hop.remote
-        message = hop.request(self.identity, from_torch(self.options.dtype).name, outputs, following)
+    def _open_hop(self, hop: RemoteHop, inputs: Way, outputs: Way, following: RemoteHop | None) -> None:
+        remote, target = hop.remote, following.remote if following is not None else None
+        measure = target is not None and not self._codecs.knows(remote, target)
+        dtype = from_torch(self.options.dtype).name
+        message = hop.request(self.identity, dtype, inputs.choices, outputs.choices, following, measure=measure)
 
         def progress(p: wire.Progress) -> None:
             if self._report is not None:
                 self._report(remote.name, p.phase, p.done, p.total)
 
         try:
-            remote.ask(message, wire.Opened, timeout=self.options.settings.deadlines.load, on_progress=progress)
+            answer = remote.ask(
+                message, wire.Opened, timeout=self.options.settings.deadlines.load, on_progress=progress
+            )
         except (Unreachable, NotAuthorised) as error:
             if following is None:
                 raise
             raise CannotReachNeighbour(self._hops.index(following), error) from error
+        self._codecs.opened(remote, target, answer.info)
         remote.opened = True
-
-    def _adjust(self) -> None:
-        timeout = self.options.settings.deadlines.load
-        for hop in self._hops:
-            before, again = hop.loras, False
-            while True:
-                hop.loras = self._place(hop)
-                if hop.loras == before:
-                    break
-                try:
-                    hop.remote.ask(wire.Adjust(next_id(), hop.remote.session, hop.loras), wire.Opened, timeout=timeout)
-                    break
-                except LoraMissing:
-                    # It made room for others since it was asked.
-                    if again:
-                        raise
-                    again = True
-                    self._desk.forget(hop)
-
-    def _place(self, hop: RemoteHop) -> list[dict[str, Any]]:
-        placed = self._desk.place(hop, self._loras) if self._loras else []
-        self.stats.loras = [p.plain() for p in self._desk.placed]
-        return placed
 
     # Steps
 
@@ -306,7 +263,14 @@ class Session:
             try:
                 if not self._legs:
                     self._open()
+                if self._codecs.outdated(state):
+                    self._agree()
                 return self._attempt(state, conditioning, sequence, stats)
+            except CodecUnsupported as error:
+                if not self._codecs.retreat():
+                    raise
+                log.warning("step %d is sent again, and all is sent uncoded from here on: %s", self._step, error)
+                self._legs.clear()
             except (PeerLost, Unreachable, SessionUnknown, Cancelled, ConstantsMissing, CodecStateLost) as error:
                 # Only a worker cancels here: it took this host for gone while the machine slept.
                 repairs += 1
@@ -363,26 +327,17 @@ class Session:
         names: dict[str, str] = {}
         coded: dict[str, Encoded | None] = {}
         for hop in self._hops:
-            missing = []
+            missing: dict[str, Encoded] = {}
             for name in self.identity.spec.constants_of(hop.span):
+                if name not in constants and name in self.identity.spec.optional:
+                    continue
                 if name not in names:
                     names[name], coded[name] = self._book.name(constants[name])
-                if names[name] not in hop.sent:
-                    missing.append((names[name], coded[name] or self._book.encode(constants[name])))
+                if names[name] not in hop.sent and names[name] not in missing:
+                    missing[names[name]] = coded[name] or self._book.encode(constants[name])
             if missing:
-                self._send_to(hop, missing)
+                self.stats.constants_bytes += hop.send_constants(missing, self.options.settings.deadlines.step)
         return names
-
-    def _send_to(self, hop: RemoteHop, missing: Sequence[tuple[str, Encoded]]) -> None:
-        if len(hop.sent) > _MAX_REMEMBERED:
-            hop.sent.clear()
-        exact = CodecChoice("raw")
-        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing]
-        buffers = [b for _, e in missing for b in e.buffers]
-        message = wire.Constants(next_id(), hop.remote.session, items)
-        hop.remote.ask(message, wire.Ok, buffers=buffers, timeout=self.options.settings.deadlines.step)
-        hop.sent.update(name for name, _ in missing)
-        self.stats.constants_bytes += sum(e.nbytes for _, e in missing)
 
     def _run_leg(
         self,
@@ -428,10 +383,12 @@ class Session:
         if len(result.trace) != len(leg.hops):
             raise WireMalformed(f"{len(result.trace)} workers report on a step of {len(leg.hops)}.")
         hops = [HopStats.from_trace(report) for report in result.trace]
+        wire_ms = (arrived - sent) * 1e3 - sum(h.busy_ms for h in hops)
         stats.hops += hops
         stats.encode_ms += payload.ms
         stats.decode_ms += decode_ms
-        stats.wire_ms += (arrived - sent) * 1e3 - sum(h.busy_ms for h in hops)
+        stats.wire_ms += wire_ms
+        self._codecs.observe(leg.crossed(payload, hops, decode_ms), wire_ms)
         return decoded
 
     def _cancel(self) -> None:
@@ -441,10 +398,3 @@ class Session:
                     remote.tell(wire.Cancel(next_id(), remote.session, self._step))
                 except TransportError as error:
                     log.debug("%s was gone when its step was cancelled: %s", remote.name, error)
-
-    def _codec_name(self) -> str:
-        used = {c.codec for hop in self._hops for n, c in hop.inputs.items() if self._role(hop, n) == "hidden"}
-        return "+".join(sorted(used)) or "raw"
-
-    def _role(self, hop: RemoteHop, name: str) -> Role:
-        return self.identity.spec.states[hop.span.start][name]

@@ -6,7 +6,8 @@ every bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mesh_core.adapter import ModelAdapter, ModelSpec
+from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, Stage
 from mesh_core.checkpoint import CheckpointHeader, read_header
 from mesh_core.spans import BlockSpan
 from mesh_core.weights import WeightReader
@@ -24,8 +25,7 @@ def check_every_cut(
     adapter: ModelAdapter,
     header: CheckpointHeader,
     reference: nn.Module,
-    inputs: Mapping[str, Any],
-    *,
+    *inputs: Mapping[str, Any],
     device: torch.device | str = "cpu",
 ) -> int:
     """Stages loaded from ``header`` and composed equal ``reference(**inputs)``: for every single cut, and for one
@@ -33,35 +33,53 @@ def check_every_cut(
 
     Args:
         reference: the whole model with the same weights, on ``device``, in the dtype to test.
-        inputs: arguments of its forward, without ``return_dict``; on ``device``.
+        inputs: one or several sets of arguments of its forward, without ``return_dict``; on ``device``. All are run
+            through the same stages, as sessions share them.
 
-    Returns the number of compositions that were compared.
+    Returns the number of compositions that were compared for each.
     """
     spec = _recognised(adapter, header)
     dtype = next(reference.parameters()).dtype
-    with torch.no_grad():
-        expected = _tensors(reference(**inputs, return_dict=False))
+
+    @cache
+    def stage_of(span: BlockSpan) -> Stage:
+        return adapter.build_stage(spec, span, WeightReader(header), device=device, dtype=dtype)
+
     compositions = [(k,) for k in range(spec.blocks + 1)] + [tuple(range(1, spec.blocks))]
-    for cuts in compositions:
-        state, conditioning = adapter.begin(spec, inputs)
-        for start, stop in zip((0, *cuts), (*cuts, spec.blocks), strict=True):
-            span = BlockSpan(start, stop)
-            assert state.keys() <= spec.states[start].keys(), f"undeclared state at cut {start}: {sorted(state)}"
-            stage = adapter.build_stage(spec, span, WeightReader(header), device=device, dtype=dtype)
-            needed = set(spec.constants_of(span))
-            before = {name: tensor.clone() for name, tensor in state.items()}
-            part = type(conditioning)(
-                {n: t for n, t in conditioning.constants.items() if n in needed}, conditioning.options
-            )
-            with torch.no_grad():
-                following = stage(state, part)
-            for name, tensor in before.items():
-                assert torch.equal(tensor, state[name]), f"the stage {span} changed its input {name!r} in place"
-            state = following
-        found = _tensors(adapter.finish(spec, state))
-        for e, f in zip(expected, found, strict=True):
-            assert torch.equal(e, f), f"cut at {cuts}: differs by up to {(e - f).abs().max().item():g}"
+    for given in inputs:
+        with torch.no_grad():
+            expected = _tensors(reference(**given, return_dict=False))
+        for cuts in compositions:
+            found = _tensors(_composed(adapter, spec, given, cuts, stage_of))
+            for e, f in zip(expected, found, strict=True):
+                assert torch.equal(e, f), f"cut at {cuts}: differs by up to {(e - f).abs().max().item():g}"
     return len(compositions)
+
+
+def _composed(
+    adapter: ModelAdapter,
+    spec: ModelSpec,
+    inputs: Mapping[str, Any],
+    cuts: tuple[int, ...],
+    stage_of: Callable[[BlockSpan], Stage],
+) -> Tensor | tuple[Tensor, ...]:
+    state, conditioning = adapter.begin(spec, inputs)
+    undeclared = conditioning.constants.keys() - spec.constants.keys()
+    assert not undeclared, f"undeclared constants: {sorted(undeclared)}"
+    for start, stop in zip((0, *cuts), (*cuts, spec.blocks), strict=True):
+        span = BlockSpan(start, stop)
+        assert state.keys() <= spec.states[start].keys(), f"undeclared state at cut {start}: {sorted(state)}"
+        missing = spec.states[start].keys() - spec.optional - state.keys()
+        assert not missing, f"state missing at cut {start}: {sorted(missing)}"
+        needed = set(spec.constants_of(span))
+        part = Conditioning({n: t for n, t in conditioning.constants.items() if n in needed}, conditioning.options)
+        held = {**state, **part.constants}
+        before = {name: tensor.clone() for name, tensor in held.items()}
+        with torch.no_grad():
+            state = stage_of(span)(state, part)
+        for name, tensor in before.items():
+            assert torch.equal(tensor, held[name]), f"the stage {span} changed its input {name!r} in place"
+    return adapter.finish(spec, state)
 
 
 def check_reads_only_its_own(adapter: ModelAdapter, header: CheckpointHeader) -> None:

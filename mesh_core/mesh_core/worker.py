@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mesh_core import __version__, wire
+from mesh_core.codec_speed import SpeedBook
 from mesh_core.config import Settings, data_dir
 from mesh_core.device import free_memory, label
 from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge, WireUnsupportedVersion
@@ -79,6 +80,7 @@ class Worker:
         budget = options.memory if options.memory is not None else free_memory(self._device)
         self.stages = StageStore(self._device, budget, self._executor.check)
         self.library = Library(options.roots, plugins)
+        self.speeds = SpeedBook(self._device)
         self.hosting = Hosting(
             name=options.name,
             device=self._device,
@@ -88,6 +90,7 @@ class Worker:
             stages=self.stages,
             executor=self._executor,
             listener=listener,
+            speeds=self.speeds,
             send=self._send,
             fail=self._fail,
             shelf=Shelf(data_dir() / "loras", options.settings.loras.library, options.loras),
@@ -117,11 +120,13 @@ class Worker:
             wire.Offer: lambda p, m, b: self._load(p, m, lambda: loras.offer(p, m), self._receiver),
             wire.Chunk: lambda p, m, b: self._load(p, m, lambda: loras.chunk(p, m, b), self._receiver),
             wire.Adjust: lambda p, m, b: self._load(p, m, lambda: loras.adjust(p, m)),
-            wire.Probe: lambda p, m, b: self._send(p.route, wire.Probed(m.id), [bytes(m.size)]),
+            wire.Probe: self._probe,
         }
 
     def serve(self) -> None:
         """Answer messages until `stop`; returns when everything is closed."""
+        survey = threading.Thread(target=self._survey, name="codec-speed", daemon=True)
+        survey.start()
         while not self._stopping.is_set():
             got = self.listener.receive(_TICK)
             if got is not None:
@@ -132,11 +137,18 @@ class Worker:
             threads.shutdown(wait=True, cancel_futures=True)
         self.hosting.close_all()
         self.listener.close()
+        survey.join()
 
     def stop(self) -> None:
         """Make `serve` return soon. Any thread may call it."""
         self._stopping.set()
         self.listener.wake()
+
+    def _survey(self) -> None:
+        """Find out how fast codecs are here, so that hosts can be told."""
+        for codec in self.plugins.codecs().values():
+            if not self._stopping.is_set():
+                self.speeds.survey([codec])
 
     def _dispatch(self, peer: Peer, frames: list[memoryview]) -> None:
         message: wire.Message | None = None
@@ -154,7 +166,7 @@ class Worker:
     def _check_trust(self, peer: Peer, message: wire.Message) -> None:
         if peer.trust == "member":
             return
-        allowed = (wire.Enrol,) if peer.trust == "enrolling" else (wire.Step,)
+        allowed = (wire.Enrol,) if peer.trust == "enrolling" else (wire.Step, wire.Probe)
         if not isinstance(message, (wire.Hello, wire.Ping, *allowed)):
             raise NotAuthorised(
                 f"A key that is only {peer.trust} here may not send {type(message).__name__}.", hint="mesh join INVITE"
@@ -187,6 +199,7 @@ class Worker:
             "budget": self.stages.budget,
             "loaded": self.stages.nbytes,
             "sessions": len(self.hosting),
+            "speeds": self.speeds.plain(),
         }
 
     def _enrol(self, peer: Peer, message: wire.Enrol) -> None:
@@ -199,6 +212,13 @@ class Worker:
     def _ping(self, peer: Peer, message: wire.Ping) -> None:
         self.hosting.seen(peer, message.session)
         self._send(peer.route, wire.Pong(message.id))
+
+    def _probe(self, peer: Peer, message: wire.Probe, buffers: list[memoryview]) -> None:
+        if message.size and peer.trust != "member":
+            raise NotAuthorised("Only a member may ask for bytes back.", hint="mesh join INVITE")
+        if sum(b.nbytes for b in buffers) > wire.PROBE_BYTES:
+            raise WireTooLarge(f"A probe carries more than {wire.PROBE_BYTES} bytes.")
+        self._send(peer.route, wire.Probed(message.id), [bytes(message.size)])
 
     def _load(
         self, peer: Peer, message: wire.Message, work: Callable[[], None], threads: ThreadPoolExecutor | None = None

@@ -36,8 +36,8 @@ def registered() -> list[mesh_codec.Codec]:
     return found
 
 
-def test_the_plugin_registers_both_codecs():
-    assert [codec.name for codec in registered()] == ["raw", "entropy"]
+def test_the_plugin_registers_all_codecs():
+    assert [codec.name for codec in registered()] == ["raw", "entropy", "hevc"]
 
 
 @pytest.mark.parametrize("codec", registered(), ids=lambda c: c.name)

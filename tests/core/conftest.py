@@ -42,7 +42,7 @@ def environment(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             "PYTHONPATH": str(home / "site"),
             "MESH_HOME": str(home),
             "MESH_TEST_CALLS": str(home / "calls"),
-            "MESH_DISABLE_PLUGINS": "flux2,klein",
+            "MESH_DISABLE_PLUGINS": "flux2,klein,ltx",
         }
 
     return make

@@ -26,7 +26,13 @@ def call_hooks(plugins: Plugins) -> dict[str, Any]:
     hook.mesh_step_started(step=3)
     hook.mesh_step_finished(step=3, stats=StepStats(3, total_ms=7.5))
     hook.mesh_step_failed(step=4, error=ValueError("too hot"))
-    choice = {"role": "hidden", "link": None, "codecs": list(plugins.codecs().values()), "peer": {"raw": {}}}
+    choice = {
+        "role": "hidden",
+        "link": None,
+        "crossing": None,
+        "codecs": list(plugins.codecs().values()),
+        "peer": {"raw": {}},
+    }
     return {
         "split": [str(hop.span) for hop in hook.mesh_propose_split(model=None, workers=two, links=[None])],
         "codec": hook.mesh_choose_codec(quality="fast", **choice).codec,

@@ -100,7 +100,7 @@ def test_a_damaged_settings_file_is_an_error_not_a_traceback(tmp_path: Path) -> 
 
 
 def test_the_table_of_plugins_names_what_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MESH_DISABLE_PLUGINS", "flux2,klein")
+    monkeypatch.setenv("MESH_DISABLE_PLUGINS", "flux2,klein,ltx")
     result = CliRunner().invoke(cli, ["plugins"])
     assert result.exit_code == 0
     assert "core.split" in result.output

@@ -68,6 +68,15 @@ def test_all_distributions_are_of_one_version() -> None:
     assert {version(name) for name in DISTRIBUTIONS} == {mesh_core.__version__}
 
 
+def test_the_core_names_no_model_family() -> None:
+    words = re.compile(r"flux|klein|ltx|lightricks", re.IGNORECASE)
+    for folder in (ROOT / "adapters").iterdir():
+        assert words.search(folder.name), f"the adapter {folder.name} is looked for too"
+    sources = sorted((ROOT / "mesh_core" / "mesh_core").rglob("*.py"))
+    assert sources
+    assert [str(p) for p in sources if words.search(p.read_text(encoding="utf-8"))] == []
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'splitt'"):
         mesh_core.splitt  # noqa: B018

@@ -19,6 +19,7 @@ from mesh_core.config import Settings
 from mesh_core.config import Worker as WorkerSettings
 from mesh_core.errors import (
     CheckpointMismatch,
+    ConstantsMissing,
     MeshError,
     NotAuthorised,
     PlanDoesNotFit,
@@ -178,8 +179,16 @@ def test_a_session_that_does_not_exist_is_named(host: Host, kind: str) -> None:
 
 def test_a_worker_that_was_asked_for_a_step_without_its_constants_asks_for_them(host: Host) -> None:
     host.open()
+    named = dict.fromkeys(host.checkpoint.spec.constants, "0" * 64)
+    step = wire.Step(next_id(), host.remote.session, 1, 0, "", named, {}, [], [], 1000)
+    with pytest.raises(ConstantsMissing, match="img_ids, txt_ids"):
+        host.ask(step, wire.Result)
+
+
+def test_a_step_that_names_no_hash_for_a_constant_is_refused(host: Host) -> None:
+    host.open()
     step = wire.Step(next_id(), host.remote.session, 1, 0, "", {"img_ids": "0" * 64}, {}, [], [], 1000)
-    with pytest.raises(MeshError, match="img_ids"):
+    with pytest.raises(WireMalformed, match="txt_ids"):
         host.ask(step, wire.Result)
 
 
@@ -240,9 +249,10 @@ def test_a_neighbour_may_send_steps_for_its_session_and_nothing_else(
     with mesh_home(home):
         neighbour = Host(worker, plugins, path, server_key)
     session = host.remote.session
-    step = wire.Step(next_id(), session, 1, 0, "", {"img_ids": "0" * 64}, {}, [], [{}], 1000)
+    named = dict.fromkeys(host.checkpoint.spec.constants, "0" * 64)
+    step = wire.Step(next_id(), session, 1, 0, "", named, {}, [], [{}], 1000)
     neighbour.remote.tell(step)
-    with pytest.raises(MeshError, match="img_ids"):  # the answer to its step goes to the host
+    with pytest.raises(ConstantsMissing, match="img_ids"):  # the answer to its step goes to the host
         await_answer([host.remote], step.id, lambda *_: None, 10, "step")
     with pytest.raises(SessionUnknown):
         neighbour.ask(replace(step, id=next_id(), session=b"o" * 16), wire.Result)

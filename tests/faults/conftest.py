@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from tests.adapters import tiny
 from tests.faults.processes import FastWorker, slow_model, workers
 
 IMPATIENT = Settings(
-    worker=Worker(orphaned_after=1.0),
+    worker=Worker(orphaned_after=2.0),
     heartbeat=Heartbeat(interval=0.2, lost_after=1.0),
     deadlines=Deadlines(connect=5.0, load=30.0, step=60.0, reconnect=20.0),
 )
 """For hosts and workers in one machine, so that tests need not wait for long."""
+
+TALKATIVE = replace(IMPATIENT, heartbeat=Heartbeat(interval=0.2, lost_after=20.0))
+"""For hosts that are to be disturbed by nothing: heard often by a worker, and in no hurry when it is busy."""
 
 
 @dataclass(frozen=True)

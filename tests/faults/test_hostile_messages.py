@@ -28,7 +28,7 @@ from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, next_id
 from mesh_core.transport.base import Address
 from mesh_core.transport.zeromq import ZeroMqTransport
-from tests.faults.conftest import IMPATIENT, Case
+from tests.faults.conftest import IMPATIENT, TALKATIVE, Case
 from tests.faults.mutations import Mutator
 from tests.faults.processes import FastWorker
 from tests.support.splitting import split
@@ -81,7 +81,7 @@ def undisturbed(case: Case, steady: FastWorker, plugins: Plugins) -> Iterator[li
     enough = threading.Event()
 
     def generate() -> None:
-        with split(case.path, ":1", [steady.address], plugins) as runner:
+        with split(case.path, ":1", [steady.address], plugins, settings=TALKATIVE) as runner:
             while not enough.is_set():
                 exact.append(torch.equal(runner(case.inputs), case.expected))
             assert runner.stats.reconnects == 0 and not any(s.resent for s in runner.stats.steps)
@@ -261,7 +261,7 @@ def test_eight_hosts_of_which_one_takes_all_it_can(
             transport.close()
 
     def generate(_: int) -> list[bool]:
-        with split(quick.path, ":1", [steady.address], plugins) as runner:
+        with split(quick.path, ":1", [steady.address], plugins, settings=TALKATIVE) as runner:
             exact = [torch.equal(runner(quick.inputs), quick.expected) for _ in range(4)]
             assert runner.stats.reconnects == 0
             return exact

@@ -33,13 +33,14 @@ def split(
     *,
     dtype: torch.dtype = torch.float32,
     quality: Quality = "lossless",
+    codec: str | None = None,
     settings: Settings | None = None,
     report: Report | None = None,
 ) -> Iterator[SplitRunner]:
     """The model at ``path``, its first span here and the others on ``workers``."""
     checkpoint = checkpoint_at(path, plugins)
     addresses = [w.address if isinstance(w, ThreadWorker) else w for w in workers]
-    options = SessionOptions(dtype, torch.device("cpu"), quality, settings or Settings())
+    options = SessionOptions(dtype, torch.device("cpu"), quality, settings or Settings(), codec)
     placement = place(checkpoint, local, addresses, plugins, options, None)
     session = open_session(lambda: identify(checkpoint), placement, options, plugins, report)
     stage = checkpoint.adapter.build_stage(

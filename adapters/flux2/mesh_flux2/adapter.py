@@ -6,23 +6,21 @@ subclass with other data.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Piece, Role, State
+from mesh_core.adapting import describe_parameters, full_config
 from mesh_core.checkpoint import CheckpointHeader, TensorInfo
-from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, UnsupportedInput
+from mesh_core.errors import CheckpointCorrupt, UnsupportedInput
 from mesh_core.spans import BlockSpan
 from mesh_flux2.layout import find_mark, layouts, pieces_of
 from mesh_flux2.stage import Flux2Stage
 
 MODEL_CLASS = "Flux2Transformer2DModel"
-DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -136,28 +134,12 @@ def _model(config: Mapping[str, Any]) -> nn.Module:
 def _parameters(
     header: CheckpointHeader, config: Mapping[str, Any], prefix: str, bfl: bool
 ) -> dict[str, ParameterSpec]:
-    with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in _model(config).named_parameters()}
-    found: dict[str, ParameterSpec] = {}
-    for name, shape in wanted.items():
-        pieces = pieces_of(name, shape[0], header.tensors, prefix, bfl)
-        infos = [header.tensors.get(p.tensor) for p in pieces]
-        missing = [p.tensor for p, info in zip(pieces, infos, strict=True) if info is None]
-        if missing:
-            raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.", hint="copy or download it again")
-        dtypes = {info.dtype for info in infos if info is not None}
-        if not dtypes <= set(DTYPES):
-            raise CheckpointUnrecognised(
-                f"{header.path} stores {pieces[0].tensor} as {min(dtypes)}; this version computes with "
-                f"{', '.join(DTYPES)} only.",
-                hint="a bfloat16 copy of the model",
-            )
-        for piece, info in zip(pieces, infos, strict=True):
-            rows = piece.stop if piece.stop is not None else shape[0]
-            if info is None or info.shape[1:] != shape[1:] or rows > info.shape[0]:
-                raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
-        found[name] = ParameterSpec(shape, dtypes.pop(), pieces, _scope(name, config))
-    return found
+    return describe_parameters(
+        header,
+        skeleton=lambda: _model(config),
+        pieces=lambda name, rows: pieces_of(name, rows, header.tensors, prefix, bfl),
+        scope=lambda name: _scope(name, config),
+    )
 
 
 def _scope(name: str, config: Mapping[str, Any]) -> BlockSpan:
@@ -179,9 +161,7 @@ def _scope(name: str, config: Mapping[str, Any]) -> BlockSpan:
 def _config(header: CheckpointHeader) -> dict[str, Any]:
     from diffusers import Flux2Transformer2DModel
 
-    known = inspect.signature(Flux2Transformer2DModel.__init__).parameters
-    defaults = {k: p.default for k, p in known.items() if p.default is not inspect.Parameter.empty}
-    return {**defaults, **{k: v for k, v in header.config.items() if k in known}}
+    return full_config(Flux2Transformer2DModel, header.config)
 
 
 def _config_from_shapes(tensors: Mapping[str, TensorInfo], prefix: str, bfl: bool) -> dict[str, Any]:

@@ -120,5 +120,11 @@ def _plugins(plugins: Plugins) -> Iterator[Check]:
     if families:
         yield Check(MACHINE, "adapters", "ok", families)
     else:
-        yield Check(MACHINE, "adapters", "warn", "none is in use", "pip install comfyui-mesh-klein; mesh plugins")
+        yield Check(
+            MACHINE,
+            "adapters",
+            "warn",
+            "none is in use",
+            "pip install comfyui-mesh-FAMILY for your model; mesh plugins",
+        )
     yield Check(MACHINE, "codecs", "ok", ", ".join(sorted(plugins.codecs())))

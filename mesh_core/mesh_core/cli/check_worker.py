@@ -135,9 +135,10 @@ def _device(report: Mapping[str, Any]) -> str:
 def _link(text: str, remote: Remote) -> Check:
     from mesh_core.remote import measure
 
-    bandwidth, latency = measure(remote)
-    detail = f"{bandwidth / 1e6:.0f} MB/s from there, {latency * 1e3:.1f} ms there and back"
-    if bandwidth < _SLOW:
+    there, back = measure(remote)
+    rates = f"{there.bandwidth / 1e6:.0f} MB/s to there, {back.bandwidth / 1e6:.0f} MB/s from there"
+    detail = f"{rates}, {there.latency * 1e3:.1f} ms there and back"
+    if min(there.bandwidth, back.bandwidth) < _SLOW:
         return Check(text, "link", "warn", detail, "a cable in place of wireless, or --quality balanced")
     return Check(text, "link", "ok", detail)
 

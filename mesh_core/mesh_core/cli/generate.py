@@ -32,6 +32,7 @@ _QUALITIES = ("lossless", "transparent", "balanced", "fast")
     show_default=True,
     help="How exact the state crosses; lossless is bit for bit.",
 )
+@click.option("--codec", default=None, help="For example raw; left out: the fastest one for the link and the quality.")
 @click.option("--steps", type=click.IntRange(min=1), default=None, help="Left out: what the model's authors recommend.")
 @click.option("--guidance", type=float, default=None, help="Guidance scale; left out: as the authors recommend.")
 @click.option("--width", type=click.IntRange(min=16), default=None, help="Pixels.")
@@ -52,6 +53,7 @@ def generate(
     workers: tuple[str, ...],
     output: Path,
     quality: Any,
+    codec: str | None,
     steps: int | None,
     guidance: float | None,
     width: int | None,
@@ -74,6 +76,7 @@ def generate(
         local=local,
         workers=[parse_worker(w) for w in workers],
         quality=quality,
+        codec=codec,
         device=device,
         dtype=getattr(torch, dtype) if dtype else None,
         report=LoadingLine(),

@@ -87,9 +87,7 @@ class Adapters:
         self.active = [name]
         return name
 
-    def _read(
-        self, source: Any, name: str, options: Mapping[str, Any]
-    ) -> tuple[Lora, dict[str, Tensor] | str]:
+    def _read(self, source: Any, name: str, options: Mapping[str, Any]) -> tuple[Lora, dict[str, Tensor] | str]:
         if isinstance(source, (str, Path)) and Path(source).is_file():
             return read_lora(source, self.checkpoint, name), str(source)
         if not isinstance(source, Mapping):
@@ -151,13 +149,21 @@ class LoraCalls(nn.Module):
         return bool(self._mesh_adapters.loaded)
 
     def load_lora_adapter(
-        self, pretrained_model_name_or_path_or_dict: Any, prefix: str | None = PREFIX, hotswap: bool = False, **kwargs: Any
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = PREFIX,
+        hotswap: bool = False,
+        **kwargs: Any,
     ) -> None:
         """As diffusers': the LoRA becomes the active one."""
         kwargs.pop("_pipeline", None)
         name = kwargs.pop("adapter_name", None)
         source, options = pretrained_model_name_or_path_or_dict, {**kwargs, "prefix": prefix}
-        self._mesh_change(lambda a: a.load(source, name, options, hotswap=hotswap) and None)
+
+        def change(adapters: Adapters) -> None:
+            adapters.load(source, name, options, hotswap=hotswap)
+
+        self._mesh_change(change)
 
     def set_adapters(self, adapter_names: str | list[str], weights: Any = None) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -226,9 +232,9 @@ class LoraCalls(nn.Module):
 
         self._mesh_change(change)
 
-    def modules(self) -> Iterator[nn.Module]:
+    def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
         """Also one that stands for all PEFT layers: pipelines look for those to learn what is active and fused."""
-        yield from super().modules()
+        yield from super().modules(*args, **kwargs)
         if self._mesh_adapters.loaded:
             yield _stand_in()(self)
 
@@ -240,24 +246,23 @@ class LoraCalls(nn.Module):
 
 @cache
 def _stand_in() -> Any:
+    """The class of what answers for all PEFT layers that the model would have."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    class StandIn(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-        """Answers for all PEFT layers that the model would have."""
+    def active(self: Any) -> list[str]:
+        return list(self.__dict__["_model"].active_adapters())
 
-        def __init__(self, model: LoraCalls) -> None:
-            super().__init__()
-            self.__dict__["_model"] = model
+    def merged(self: Any) -> list[str]:
+        return [name for name, _ in self.__dict__["_model"]._mesh_adapters.fused]
 
-        @property
-        def active_adapters(self) -> list[str]:
-            return cast(LoraCalls, self.__dict__["_model"]).active_adapters()
+    def make(self: Any, model: LoraCalls) -> None:
+        nn.Module.__init__(self)
+        self.__dict__["_model"] = model
 
-        @property
-        def merged_adapters(self) -> list[str]:
-            return [name for name, _ in self.__dict__["_model"]._mesh_adapters.fused]
-
-        def unmerge(self) -> None:
-            self.__dict__["_model"].unfuse_lora()
-
-    return StandIn
+    answers = {
+        "__init__": make,
+        "active_adapters": property(active),
+        "merged_adapters": property(merged),
+        "unmerge": lambda self: self.__dict__["_model"].unfuse_lora(),
+    }
+    return type("StandIn", (nn.Module, BaseTunerLayer), answers)

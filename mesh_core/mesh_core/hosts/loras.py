@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from mesh_core.config import Settings, data_dir
 from mesh_core.errors import LoraMissing, PlanError
-from mesh_core.hosts.adapters import Adapter, Adapters
+from mesh_core.hosts.adapters import PREFIX, Adapter, Adapters
 from mesh_core.hosts.split_model import SplitModel
 from mesh_core.library import Checkpoint
 from mesh_core.loras.desk import AnyLora, Borrowed
@@ -69,8 +70,18 @@ def set_loras(pipeline: Any, loras: Sequence[LoraChoice]) -> Any:
     return pipeline
 
 
-def take_off(pipeline: Any) -> list[tuple[str, dict[str, Any], dict[str, Any], float]]:
-    """Unload the PEFT adapters of a whole pipeline; what `put_on` needs to load them again, the active ones last.
+@dataclass(frozen=True)
+class Taken:
+    """A PEFT adapter that was unloaded, and what it takes to load it again. ``weight``: None if it was not active."""
+
+    name: str
+    state: dict[str, Tensor]
+    options: dict[str, Any]
+    weight: float | None
+
+
+def take_off(pipeline: Any) -> list[Taken]:
+    """Unload the PEFT adapters of a whole pipeline.
 
     Raises:
         PlanError: some are fused: they cannot be told from the model.
@@ -81,19 +92,40 @@ def take_off(pipeline: Any) -> list[tuple[str, dict[str, Any], dict[str, Any], f
     from peft import get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [m for m in nn.Module.modules(model) if isinstance(m, BaseTunerLayer)]
+    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if any(layer.merged_adapters for layer in layers):
         raise PlanError("A pipeline with fused LoRAs cannot be split.", hint="pipe.unfuse_lora() first")
     active = list(layers[0].active_adapters) if layers else []
     taken = []
-    for name, config in sorted(model.peft_config.items(), key=lambda item: item[0] in active):
+    for name, config in model.peft_config.items():
         state = get_peft_model_state_dict(model, adapter_name=name)
-        options = {"metadata": _plain(config.to_dict())}
+        options = {"metadata": _plain(config.to_dict()), "prefix": PREFIX}
         layer = next((x for x in layers if name in getattr(x, "scaling", {})), None)
         weight = _weight(layer, name) if layer is not None else 1.0
-        taken.append((name, {f"transformer.{k}": v for k, v in state.items()}, options, weight if name in active else 0.0))
+        named = {f"{PREFIX}.{k}": v for k, v in state.items()}
+        taken.append(Taken(name, named, options, weight if name in active else None))
     pipeline.unload_lora_weights()
     return taken
+
+
+def put_back(pipeline: Any, taken: Sequence[Taken]) -> None:
+    """Undo `take_off`."""
+    model = pipeline.transformer
+    for adapter in taken:
+        model.load_lora_adapter(dict(adapter.state), adapter_name=adapter.name, **adapter.options)
+    active = {a.name: a.weight for a in taken if a.weight is not None}
+    if active:
+        model.set_adapters(list(active), list(active.values()))
+
+
+def adapters_of(taken: Sequence[Taken], checkpoint: Checkpoint) -> Adapters:
+    """What a split model has instead."""
+    adapters = Adapters(checkpoint)
+    for adapter in taken:
+        adapters.load(adapter.state, adapter.name, adapter.options, hotswap=False)
+        adapters.loaded[adapter.name].weight = 1.0 if adapter.weight is None else adapter.weight
+    adapters.active = [a.name for a in taken if a.weight is not None]
+    return adapters
 
 
 def _weight(layer: Any, name: str) -> float:
@@ -104,9 +136,7 @@ def _weight(layer: Any, name: str) -> float:
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     kept = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "lora_bias")
-    return {
-        f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items() if k in kept
-    }
+    return {f"{PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items() if k in kept}
 
 
 def put_on(model: nn.Module, adapters: Adapters) -> None:
@@ -116,7 +146,7 @@ def put_on(model: nn.Module, adapters: Adapters) -> None:
     def load(name: str, adapter: Adapter) -> None:
         options = {k: v for k, v in adapter.options.items() if k != "prefix"}
         target.load_lora_adapter(
-            adapter.state, prefix=adapter.options.get("prefix", "transformer"), adapter_name=name, **options
+            adapter.state, prefix=adapter.options.get("prefix", PREFIX), adapter_name=name, **options
         )
 
     for i, (adapter, strength) in enumerate(adapters.kept):
@@ -132,5 +162,3 @@ def put_on(model: nn.Module, adapters: Adapters) -> None:
         target.fuse_lora(adapter_names=[name for name, _ in adapters.fused])
     if not adapters.on:
         target.disable_lora()
-
-

@@ -19,7 +19,8 @@ from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.placement import LoraFacts, LoraPlacement
 from mesh_core.plan import WorkerInfo
 from mesh_core.plugins import Plugins
-from mesh_core.remote import next_id
+from mesh_core.remote import Remote, next_id
+from mesh_core.stats import RunStats
 
 log = logging.getLogger(__name__)
 
@@ -53,35 +54,62 @@ class Placed:
     reason: str
     bytes_sent: int = 0
 
-    def plain(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class LoraDesk:
     """Places LoRAs on the workers of one session. Used from one thread.
 
     Args:
+        stats: told what was decided.
         report: told how far a transfer is; what it raises ends the transfer, which goes on from there next time.
+
+    ``wanted``: the LoRAs that the session is to have.
     """
 
-    def __init__(self, identity: Identity, plugins: Plugins, settings: Settings, report: Report | None) -> None:
-        self.identity, self.plugins, self.settings = identity, plugins, settings
-        self.placed: list[Placed] = []
+    def __init__(
+        self, identity: Identity, plugins: Plugins, settings: Settings, stats: RunStats, report: Report | None
+    ) -> None:
+        self.identity, self.plugins, self.settings, self.stats = identity, plugins, settings, stats
+        self.wanted: tuple[AnyLora, ...] = ()
         self._report = report
         self._known: dict[RemoteHop, set[str]] = {}
+        self._placed: dict[tuple[RemoteHop, str], Placed] = {}
 
-    def forget(self, hop: RemoteHop) -> None:
-        """What the worker has is asked again: it was restarted, or made room for others."""
+    def connected(self, hop: RemoteHop) -> None:
+        """The worker is about to open the session: it may have been restarted, so what it has is asked again."""
         self._known.pop(hop, None)
+        hop.loras = self.place(hop)
 
-    def place(self, hop: RemoteHop, loras: Sequence[AnyLora]) -> list[dict[str, Any]]:
-        """The LoRAs of the hop's span as its worker is told of them; afterwards it has all of them.
+    def adjust(self, hops: Sequence[RemoteHop]) -> None:
+        """Have the workers of an open session use what is wanted now; nothing crosses for those with no change.
+
+        Raises:
+            LoraError and its kinds, TransportError: see `place`.
+        """
+        for hop in hops:
+            wanted = self.place(hop)
+            if wanted == hop.loras:
+                continue
+            try:
+                self._tell(hop, wanted)
+            except LoraMissing:
+                # It made room for others since it was asked.
+                self._known.pop(hop, None)
+                self._tell(hop, self.place(hop))
+
+    def _tell(self, hop: RemoteHop, wanted: list[dict[str, Any]]) -> None:
+        message = wire.Adjust(next_id(), hop.remote.session, wanted)
+        hop.remote.ask(message, wire.Opened, timeout=self.settings.deadlines.load)
+        hop.loras = wanted
+
+    def place(self, hop: RemoteHop) -> list[dict[str, Any]]:
+        """The wanted LoRAs of the hop's span as its worker is told of them; afterwards it has all of them.
 
         Raises:
             LoraTooLarge, LoraMissing: the policy refuses one.
             LoraError: one cannot be sent.
             TransportError: see `Remote.ask`.
         """
+        loras = self.wanted
         parameters = self.identity.spec.parameters_of(hop.span).keys()
         uses: list[tuple[dict[str, Any], Applied | None]] = []
         for lora in loras:
@@ -92,6 +120,8 @@ class LoraDesk:
             if part:
                 use = _use(part.id, part.outline, lora.lora.name, lora.strength, lora.strength_model)
                 uses.append((use, Applied(part, lora.strength, lora.strength_model)))
+        names = {use["name"] for use, _ in uses}
+        self._placed = {k: p for k, p in self._placed.items() if k[0] is not hop or p.lora in names}
         held = self._held(hop, [use for use, applied in uses if applied is not None])
         wanted = []
         totals = {a.lora.name: a.lora.nbytes for a in loras if isinstance(a, Applied)}
@@ -113,6 +143,7 @@ class LoraDesk:
             )
             if self._settle(hop, facts, use, applied.lora):
                 wanted.append(use)
+        self.stats.loras = [asdict(p) for p in self._placed.values()]
         return wanted
 
     def _held(self, hop: RemoteHop, uses: Sequence[dict[str, Any]]) -> set[str]:
@@ -141,7 +172,7 @@ class LoraDesk:
                 hint="another [loras] policy in config.toml",
             )
         if placement.action == "send" and not facts.held:
-            sent = self._send(hop, part)
+            sent = send(hop.remote, part, self.identity.structure, self.settings, self._report)
             self._known[hop].add(use["id"])
         if placement.action == "leave-out":
             log.warning("%s runs without the LoRA %s: %s", worker.name, facts.name, placement.reason)
@@ -149,19 +180,15 @@ class LoraDesk:
         return placement.action != "leave-out"
 
     def _note(self, hop: RemoteHop, use: dict[str, Any], placement: LoraPlacement, sent: int = 0) -> None:
-        placed = Placed(
+        before = self._placed.get((hop, use["name"]))
+        sent += before.bytes_sent if before is not None and before.id == use["id"] else 0
+        self._placed[hop, use["name"]] = Placed(
             hop.remote.name, str(hop.span), use["name"], use["id"], placement.action, placement.reason, sent
         )
-        same = (placed.worker, placed.span, placed.lora)
-        self.placed = [p for p in self.placed if (p.worker, p.span, p.lora) != same]
-        self.placed.append(placed)
-
-    def _send(self, hop: RemoteHop, lora: Lora) -> int:
-        """Returns the bytes that crossed."""
-        return send(hop.remote, lora, self.identity.structure, self.settings, self._report)
+        self.stats.loras = [asdict(p) for p in self._placed.values()]
 
 
-def send(remote: Any, lora: Lora, structure: str, settings: Settings, report: Report | None) -> int:
+def send(remote: Remote, lora: Lora, structure: str, settings: Settings, report: Report | None) -> int:
     """Send a LoRA to a worker's library, from where a broken transfer stopped; returns the bytes that crossed.
 
     Raises:

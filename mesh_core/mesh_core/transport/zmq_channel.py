@@ -16,7 +16,7 @@ from mesh_core.transport.base import Channel, Frame
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.reach import mechanism
 from mesh_core.transport.zmq_errors import mapped_errors
-from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
+from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
 
 _FULL = 5.0
 """Seconds that a send waits for a queue that is full."""
@@ -48,6 +48,7 @@ class ZmqChannel(Channel):
         self.monitor: Socket = context.socket(zmq.PAIR)
         self.monitor.linger = 0
         self.monitor.connect(watch)
+        close_with(self, self.socket, self.monitor)
         self._poller = zmq.Poller()
         self._poller.register(self.socket, zmq.POLLIN)
         self._poller.register(self.monitor, zmq.POLLIN)

@@ -17,7 +17,7 @@ from mesh_core.keys import KeyStore
 from mesh_core.transport.base import Frame, Listener, Peer, Trust
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.zmq_errors import mapped_errors
-from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
+from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ class ZmqListener(Listener):
         self._bell.bind(pipe)
         self._ring: Socket = context.socket(zmq.PAIR)
         self._ring.connect(pipe)
+        close_with(self, socket, self._bell, self._ring)
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(self._bell, zmq.POLLIN)

@@ -8,8 +8,10 @@ key. An unencrypted one carries frames whole.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import zmq
 
@@ -114,6 +116,20 @@ def _joined(pieces: Sequence[memoryview]) -> memoryview:
         frame[position : position + piece.nbytes] = piece
         position += piece.nbytes
     return frame
+
+
+def close_with(owner: Any, *sockets: Socket) -> None:
+    """Close ``sockets`` at the latest when ``owner``, which must not be what they refer to, is garbage.
+
+    Ending a context waits for ever for a socket that nobody can close any more.
+    """
+    # Not at exit: other threads may still use sockets then, and the process frees all of it.
+    weakref.finalize(owner, _close, sockets).atexit = False
+
+
+def _close(sockets: Sequence[Socket]) -> None:
+    for socket in sockets:
+        socket.close(linger=0)
 
 
 def milliseconds(seconds: float) -> int:

@@ -21,7 +21,7 @@ VERSION = 1
 
 Frame = bytes | bytearray | memoryview
 
-_WITH_ONE_BUFFER = frozenset({"Probed", "Chunk"})
+_WITH_ONE_BUFFER = frozenset({"Probe", "Probed", "Chunk"})
 _ENVELOPE = frozenset({"v", "t", "b"})
 _CHECKS = {kind: fields_of(kind) for kind in MESSAGES.values()}
 

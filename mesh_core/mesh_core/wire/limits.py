@@ -30,4 +30,4 @@ class Limits:
 
 LIMITS = Limits()
 PROBE_BYTES = 64 << 20
-"""Largest answer that a ``probe`` may ask for."""
+"""Largest buffer that a ``probe`` may carry or ask for."""

@@ -231,7 +231,8 @@ class Pong(Message):
 
 @dataclass(frozen=True)
 class Probe(Message):
-    """Host to worker: answer with one buffer of ``size`` bytes, to measure the link."""
+    """To a worker, to measure the link: answer with one buffer of ``size`` bytes. May carry a buffer of its own, which
+    is dropped. A neighbour asks for nothing back: states go one way."""
 
     size: Annotated[int, Size(PROBE_BYTES)]
 

@@ -1,0 +1,15 @@
+"""Entry point: registers the LTX adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mesh_core.adapter import ModelAdapter
+from mesh_core.hookspecs import hookimpl
+
+
+@hookimpl
+def mesh_register_adapters(register: Callable[[ModelAdapter], None]) -> None:
+    from mesh_ltx.adapter import LtxAdapter
+
+    register(LtxAdapter())

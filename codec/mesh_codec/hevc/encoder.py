@@ -1,0 +1,150 @@
+"""The encoding end of a stream: tensors to pixels, frames and access units."""
+
+from __future__ import annotations
+
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mesh_codec.base import Encoded, Encoder
+from mesh_codec.errors import CodecError, CodecUnsupported
+from mesh_codec.hevc.bitstream import check_unit, is_key
+from mesh_codec.hevc.engine import FrameEncoder
+from mesh_codec.hevc.engines import Engines
+from mesh_codec.hevc.geometry import Geometry
+from mesh_codec.hevc.pixels import Calibration
+from mesh_codec.hevc.settings import Settings
+from mesh_codec.outliers import MAX_ELEMENTS, Outliers
+from mesh_codec.payload import Form, form_of
+from mesh_codec.quantiser import Grid, bits_of
+from mesh_codec.symbols import squeeze
+
+_MOST_OUTLIERS = 1 / 64
+"""Share of the elements above which prediction is given up for a fresh calibration."""
+
+
+@dataclass
+class _Chain:
+    """Open sessions and what their next frames may be predicted from."""
+
+    geometry: Geometry
+    calibration: Calibration
+    sessions: list[FrameEncoder]
+    name: int = field(default_factory=lambda: secrets.randbits(62))
+    index: int = 0
+
+
+class HevcEncoder(Encoder):
+    def __init__(self, settings: Settings, engines: Engines, pool: ThreadPoolExecutor) -> None:
+        self._settings, self._engines, self._pool = settings, engines, pool
+        self._chain: _Chain | None = None
+        self._fresh = True
+
+    def encode(self, tensor: Tensor) -> Encoded:
+        form = form_of(tensor)
+        _check_form(form)
+        if not form.elements:
+            return Encoded(
+                form.header() | {"step": 0.0, "outliers": 0, "key": False, "chain": 0, "index": 0, "crc": 0}, ()
+            )
+        grid = Grid.of(form)
+        flat = tensor.detach().reshape(grid.tokens, grid.channels)
+        chain, pixels, outside = self._quantised(flat.t(), grid)
+        key = chain.index == 0
+        frames = chain.geometry.pack(pixels)
+        try:
+            units = self._coded(chain, frames, key=key)
+        except CodecError:
+            self.close()
+            raise
+        exact = _outliers(flat, outside)
+        table = np.array([len(unit) for unit in units], dtype="<u4").tobytes()
+        buffers = (table, _channels(chain.calibration) if key else b"", b"".join(units), exact.to_bytes())
+        header = form.header() | {
+            "step": chain.calibration.step,
+            "outliers": len(exact.positions),
+            "key": key,
+            "chain": chain.name,
+            "index": chain.index,
+            "crc": checksum(buffers),
+        }
+        chain.index += 1
+        return Encoded(header, buffers)
+
+    def reset(self) -> None:
+        self._fresh = True
+
+    def close(self) -> None:
+        """Let go of the sessions; the next tensor opens new ones."""
+        if self._chain:
+            for session in self._chain.sessions:
+                session.close()
+        self._chain = None
+
+    def _quantised(self, channels: Tensor, grid: Grid) -> tuple[_Chain, Tensor, Tensor]:
+        """The chain that these ``channels`` [channels, tokens] belong to, new if need be; pixels; those outside."""
+        settings = self._settings
+        geometry = Geometry.of(grid, bits=settings.bits, tile=settings.tile, strips=settings.strips)
+        measured = Calibration.measured(channels, settings.bits)
+        chain = self._chain
+        going_on = chain and settings.temporal and not self._fresh and chain.geometry == geometry
+        if chain and going_on and chain.calibration.fits(measured):
+            pixels, outside = chain.calibration.to_pixels(channels)
+            if int(outside.sum()) <= _MOST_OUTLIERS * outside.numel():
+                return chain, pixels, outside
+        chain = self._opened(geometry, measured, channels.device)
+        return chain, *measured.to_pixels(channels)
+
+    def _opened(self, geometry: Geometry, calibration: Calibration, device: torch.device) -> _Chain:
+        """A new chain, in the open sessions if they are of its geometry: their next frame is an IDR picture."""
+        if self._chain and self._chain.geometry == geometry:
+            sessions = self._chain.sessions
+        else:
+            self.close()
+            sessions = self._engines.encoders(geometry, self._settings.coding, device)
+        self._chain, self._fresh = _Chain(geometry, calibration, sessions), False
+        return self._chain
+
+    def _coded(self, chain: _Chain, frames: Tensor, *, key: bool) -> list[bytes]:
+        """The access units of all strips, each looked at as the decoder will."""
+        strips = self._pool.map(lambda pair: pair[0].encode(pair[1], key=key), zip(chain.sessions, frames, strict=True))
+        units: list[bytes] = []
+        for strip in strips:
+            for place, unit in enumerate(strip):
+                check_unit(memoryview(unit), chain.geometry, key=place == 0 and (key or is_key(unit)))
+            if len(strip) != chain.geometry.frames:
+                raise CodecUnsupported(f"An HEVC engine made {len(strip)} packets of {chain.geometry.frames} frames.")
+            units += strip
+        return units
+
+
+def checksum(buffers: tuple[bytes | memoryview, ...]) -> int:
+    """CRC-32 of ``buffers`` one after the other."""
+    value = 0
+    for buffer in buffers:
+        value = crc32(buffer, value)
+    return value
+
+
+def _channels(calibration: Calibration) -> bytes:
+    means = bits_of(calibration.means).astype("<u2").view(np.uint8)
+    return squeeze(np.concatenate([calibration.ranks.numpy(), means]))
+
+
+def _outliers(flat: Tensor, outside: Tensor) -> Outliers:
+    """The elements of ``flat`` [tokens, channels] that are marked in ``outside`` [channels, tokens], by position."""
+    places = outside.t().reshape(-1).nonzero().reshape(-1)
+    token, channel = places // flat.shape[1], places % flat.shape[1]
+    return Outliers(places.cpu().numpy(), bits_of(flat[token, channel].cpu()))
+
+
+def _check_form(form: Form) -> None:
+    if not form.dtype.lossy:
+        raise CodecUnsupported(f"The hevc codec does not carry {form.dtype.name}.", hint="the raw codec")
+    if form.elements > MAX_ELEMENTS:
+        raise CodecUnsupported(f"A tensor of {form.elements} elements is too large to code.", hint="the raw codec")

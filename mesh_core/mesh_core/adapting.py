@@ -1,0 +1,70 @@
+"""What adapters of diffusers' model classes share when they describe a checkpoint. Knows no family.
+
+An adapter says which rows of which file tensors make a parameter, and which blocks need it; that every tensor is
+there, in a shape and type that can be used, is checked here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mesh_core.adapter import ParameterSpec, Piece
+from mesh_core.checkpoint import CheckpointHeader
+from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.spans import BlockSpan
+
+DTYPES = ("BF16", "F16", "F32")
+"""The types of weights that stages compute with, as safetensors names them."""
+
+
+def full_config(model_class: type[nn.Module], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``model_class``: those of ``given`` that it knows, and its defaults."""
+    known = inspect.signature(model_class.__init__).parameters
+    defaults = {k: p.default for k, p in known.items() if p.default is not inspect.Parameter.empty}
+    return {**defaults, **{k: v for k, v in given.items() if k in known}}
+
+
+def describe_parameters(
+    header: CheckpointHeader,
+    skeleton: Callable[[], nn.Module],
+    pieces: Callable[[str, int], tuple[Piece, ...]],
+    scope: Callable[[str], BlockSpan],
+) -> dict[str, ParameterSpec]:
+    """Every parameter of a model by its name in the model class.
+
+    Args:
+        skeleton: makes the model; called on the meta device.
+        pieces: (parameter, its number of rows) -> the rows of file tensors that make it. The tensors may not exist.
+        scope: the blocks that need a parameter.
+
+    Raises:
+        CheckpointCorrupt: a tensor is missing, or does not have the shape that the model needs.
+        CheckpointUnrecognised: weights of a type that stages do not compute with.
+    """
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in skeleton().named_parameters()}
+    found: dict[str, ParameterSpec] = {}
+    for name, shape in wanted.items():
+        parts = pieces(name, shape[0])
+        infos = [header.tensors.get(p.tensor) for p in parts]
+        missing = [p.tensor for p, info in zip(parts, infos, strict=True) if info is None]
+        if missing:
+            raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.", hint="copy or download it again")
+        dtypes = {info.dtype for info in infos if info is not None}
+        if not dtypes <= set(DTYPES):
+            raise CheckpointUnrecognised(
+                f"{header.path} stores {parts[0].tensor} as {min(dtypes)}; this version computes with "
+                f"{', '.join(DTYPES)} only.",
+                hint="a bfloat16 copy of the model",
+            )
+        for piece, info in zip(parts, infos, strict=True):
+            rows = piece.stop if piece.stop is not None else shape[0]
+            if info is None or info.shape[1:] != shape[1:] or rows > info.shape[0]:
+                raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
+        found[name] = ParameterSpec(shape, dtypes.pop(), parts, scope(name))
+    return found

@@ -1,0 +1,91 @@
+"""The built-in ``mesh_choose_codec``: the codec with which a step takes the least time at the quality asked for.
+
+Decides on what `mesh_core.crossing` says and keeps nothing of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mesh_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from mesh_codec.base import Codec, CodecChoice, Quality
+    from mesh_core.adapter import Role
+    from mesh_core.crossing import Cost, Crossing
+    from mesh_core.link import Link
+
+_WORTH_CODING = 0.9
+"""Share of the time uncoded that a codec must stay under: what is as fast exact stays exact."""
+
+_WORTH_CHANGING = 0.8
+_WORTH_CHANGING_BY = 2e-3
+"""Share of the present time, and seconds less, that a change of codec in a running generation must be good for."""
+
+_PLAIN = "raw"
+
+
+class DefaultCodecChoice:
+    """Hidden state at the quality asked for, the model's input and output exact, small tensors as they are."""
+
+    @hookimpl(trylast=True)
+    def mesh_choose_codec(
+        self,
+        role: Role,
+        link: Link | None,
+        quality: Quality,
+        codecs: Sequence[Codec],
+        peer: dict[str, Any],
+        crossing: Crossing,
+    ) -> CodecChoice | None:
+        from mesh_codec.base import CodecChoice
+
+        if role == "exact":
+            return CodecChoice(_PLAIN, {}, "exact") if any(c.name == _PLAIN for c in codecs) else None
+        wanted: Quality = quality if role == "hidden" else "lossless"
+        costs = list(_costs(wanted, codecs, peer, crossing))
+        if not costs:
+            return None
+        codec, settings, cost = min(costs, key=lambda c: _rank(c[0], c[2]))
+        present = _present(costs, crossing)
+        if present is not None and not _worth_changing(cost, present[2]):
+            codec, settings, cost = present
+        measured = str(link) if link is not None else "link not measured"
+        return CodecChoice(codec, settings, f"{measured}: {cost.label}, {cost.bits:.{1 if cost.bits < 10 else 0}f} bit")
+
+
+_Candidate = tuple[str, dict[str, Any], "Cost"]
+
+
+def _costs(quality: Quality, codecs: Sequence[Codec], peer: dict[str, Any], crossing: Crossing) -> Iterator[_Candidate]:
+    """The codecs that meet the quality, and what they cost."""
+    from mesh_codec.errors import CodecError
+
+    for codec in codecs:
+        if codec.name not in peer:
+            continue
+        try:
+            settings = codec.settings(quality, peer[codec.name])
+        except CodecError:
+            continue
+        cost = crossing.cost(codec, settings)
+        if cost is not None and (cost.exact or quality != "lossless"):
+            yield codec.name, settings, cost
+
+
+def _rank(codec: str, cost: Cost) -> float:
+    return cost.total * (_WORTH_CODING if codec == _PLAIN else 1.0)
+
+
+def _present(costs: list[_Candidate], crossing: Crossing) -> _Candidate | None:
+    """The candidate that is in use."""
+    current = crossing.current
+    if current is None:
+        return None
+    return next((c for c in costs if c[0] == current.codec and c[1] == dict(current.settings)), None)
+
+
+def _worth_changing(cost: Cost, present: Cost) -> bool:
+    gain = present.total - cost.total
+    return cost.total < _WORTH_CHANGING * present.total and gain > _WORTH_CHANGING_BY

@@ -1,0 +1,258 @@
+"""How fast codecs run on this machine: measured once, on a small sample that looks like a hidden state, and kept.
+
+Knows no links and no sessions. What another machine says of its own speeds is read here too, within reason.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+from time import perf_counter, time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mesh_codec.base import Codec, Quality
+from mesh_codec.errors import CodecError
+from mesh_core import __version__
+from mesh_core.config import atomic_write, cache_dir
+from mesh_core.device import label, synchronise
+from mesh_core.errors import ConfigError
+from mesh_core.link import positive
+
+log = logging.getLogger(__name__)
+
+_CHANNELS = 1024
+_TOKENS = {"cuda": (256, 4096)}
+"""Of the samples on a device. Two sizes tell what a call costs from what a byte costs."""
+_FEW_TOKENS = (32, 256)
+
+_ENOUGH = 0.05
+"""Seconds that the smaller sample may take for the larger one to be tried too."""
+
+_CHANGE = 0.25
+"""By how much the sample changes from step to step, as hidden states do over few to medium numbers of steps."""
+
+_KEPT = 30 * 86400
+"""Seconds after which a measurement is made again."""
+
+_MOST_FIXED, _RATES = 10.0, (1e4, 1e13)
+"""Seconds per call and bytes per second that a machine may claim; anything beyond is taken for the nearest."""
+
+_REPRESENTATIVE: tuple[Quality, ...] = ("balanced", "lossless")
+"""The qualities at which a machine tells others its speeds."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """``fixed`` seconds per call, and ``rate`` bytes of tensor per second beyond."""
+
+    fixed: float
+    rate: float
+
+    def seconds(self, nbytes: float) -> float:
+        return self.fixed + nbytes / self.rate
+
+
+@dataclass(frozen=True)
+class CodecSpeed:
+    """One codec with one kind of settings on one machine.
+
+    Attributes:
+        bits: per element of the sample.
+        exact: the sample came back bit for bit.
+    """
+
+    encode: Speed
+    decode: Speed
+    bits: float = 0.0
+    exact: bool = False
+
+
+class SpeedBook:
+    """The speeds of this machine's codecs on one device. Any thread may use it.
+
+    Args:
+        folder: where measurements are kept; by default in the cache folder.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None) -> None:
+        self._device = device
+        self._folder = folder or cache_dir() / "codec-speed"
+        self._known: dict[str, CodecSpeed | None] = {}
+        self._told: dict[tuple[str, str], CodecSpeed] = {}
+        self._measuring, self._telling = Lock(), Lock()
+
+    def find(self, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> CodecSpeed | None:
+        """The speed of ``codec``, measured if it is not known yet; None if it cannot code at all here."""
+        key = _key(codec, settings, dtype, self._device)
+        with self._measuring:
+            if key not in self._known:
+                self._known[key] = self._read(key) or self._measure(key, codec, settings, dtype)
+            return self._known[key]
+
+    def survey(self, codecs: Iterable[Codec], dtype: torch.dtype = torch.bfloat16) -> None:
+        """Measure what this machine tells others, as far as it is not known."""
+        for codec in codecs:
+            for quality in _REPRESENTATIVE:
+                try:
+                    settings = codec.settings(quality, codec.capabilities())
+                except CodecError:
+                    continue
+                found = self.find(codec, settings, dtype)
+                if found is not None:
+                    with self._telling:
+                        self._told.setdefault((codec.name, codec.estimate(settings, dtype).engine), found)
+
+    def plain(self) -> list[dict[str, Any]]:
+        """What `survey` has found so far, as `read_speeds` reads it. Does not wait for a measurement."""
+        with self._telling:
+            return [
+                {
+                    "codec": codec,
+                    "engine": engine,
+                    "encode": [speed.encode.fixed, speed.encode.rate],
+                    "decode": [speed.decode.fixed, speed.decode.rate],
+                }
+                for (codec, engine), speed in self._told.items()
+            ]
+
+    def _measure(self, key: str, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> CodecSpeed | None:
+        try:
+            found = time_codec(codec, settings, dtype, self._device)
+        except Exception as error:
+            # Whatever somebody's codec raises, the others can still be chosen.
+            log.warning("codec %r cannot be used on %s: %s", codec.name, self._device, error)
+            return None
+        try:
+            kept = {"at": time(), **asdict(found)}
+            atomic_write(self._folder / f"{key}.json", json.dumps(kept).encode())
+        except ConfigError as error:
+            log.debug("the speed of codec %r is not remembered: %s", codec.name, error)
+        return found
+
+    def _read(self, key: str) -> CodecSpeed | None:
+        try:
+            kept = json.loads((self._folder / f"{key}.json").read_text("utf-8"))
+            if not 0 <= time() - kept["at"] < _KEPT:
+                return None
+            encode, decode = (read_speed([kept[way]["fixed"], kept[way]["rate"]]) for way in ("encode", "decode"))
+            bits = float(kept["bits"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return CodecSpeed(encode, decode, bits, kept.get("exact") is True) if encode and decode else None
+
+
+def time_codec(codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> CodecSpeed:
+    """Code samples of one or two sizes there and back."""
+    runs: list[_Run] = []
+    for tokens in _TOKENS.get(device.type, _FEW_TOKENS):
+        runs.append(_run(codec, settings, sample(tokens, dtype, device)))
+        if runs[-1].encode + runs[-1].decode > _ENOUGH:
+            break
+    last = runs[-1]
+    sizes = [r.nbytes for r in runs]
+    return CodecSpeed(
+        _fit(sizes, [r.encode for r in runs]), _fit(sizes, [r.decode for r in runs]), last.bits, last.exact
+    )
+
+
+def read_speed(said: object) -> Speed | None:
+    """``[fixed, rate]`` as a peer says it, within reason; None when it says nothing that can be used."""
+    if not isinstance(said, list | tuple) or len(said) != 2:
+        return None
+    fixed, rate = positive(said[0]), positive(said[1])
+    if rate is None or (fixed is None and said[0] != 0):
+        return None
+    return Speed(min(fixed or 0.0, _MOST_FIXED), min(max(rate, _RATES[0]), _RATES[1]))
+
+
+def read_speeds(said: object) -> dict[tuple[str, str], CodecSpeed]:
+    """The speeds by codec and engine that a peer tells; what cannot be used is left out."""
+    found: dict[tuple[str, str], CodecSpeed] = {}
+    for entry in said if isinstance(said, list | tuple) else ():
+        if isinstance(entry, Mapping):
+            codec, engine = entry.get("codec"), entry.get("engine")
+            encode, decode = read_speed(entry.get("encode")), read_speed(entry.get("decode"))
+            if isinstance(codec, str) and isinstance(engine, str) and encode and decode:
+                found[codec, engine] = CodecSpeed(encode, decode)
+    return found
+
+
+def sample(tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two neighbouring steps of something like a hidden state [tokens, channels]: unlike deviations, a few massive
+    channels, a change that is small beside the state."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    deviations = (noise(_CHANNELS) * 0.5).exp()
+    deviations[:: _CHANNELS // 4] *= 40
+    first = noise(tokens, _CHANNELS)
+    second = first * (1 - _CHANGE**2) ** 0.5 + noise(tokens, _CHANNELS) * _CHANGE
+    return (first * deviations).to(device, dtype), (second * deviations).to(device, dtype)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The better of two tries: seconds, and what came of it."""
+
+    nbytes: int
+    encode: float
+    decode: float
+    bits: float
+    exact: bool
+
+
+def _run(codec: Codec, settings: Mapping[str, Any], frames: tuple[Tensor, Tensor]) -> _Run:
+    encoder, decoder = codec.encoder(settings), codec.decoder(settings)
+    first, second = frames
+    device = first.device
+    decoder.decode(encoder.encode(first), device)
+    encoding, decoding = [], []
+    # The step changes back and forth: a codec that predicts sees as much to predict each time.
+    for tensor in (second, first):
+        synchronise(device)
+        began = perf_counter()
+        coded = encoder.encode(tensor)
+        encoding.append(perf_counter() - began)
+        began = perf_counter()
+        back = decoder.decode(coded, device)
+        synchronise(device)
+        decoding.append(perf_counter() - began)
+    bits = 8.0 * coded.nbytes / tensor.numel()
+    return _Run(tensor.nbytes, min(encoding), min(decoding), bits, torch.equal(back, tensor))
+
+
+def _fit(sizes: list[int], seconds: list[float]) -> Speed:
+    """A fixed part and a rate through one or two points."""
+    lowest, highest = _RATES
+    if len(sizes) == 1:
+        return Speed(0.0, min(max(sizes[0] / max(seconds[0], 1e-9), lowest), highest))
+    rate = (sizes[1] - sizes[0]) / max(seconds[1] - seconds[0], seconds[1] / 4, 1e-9)
+    rate = min(max(rate, lowest), highest)
+    return Speed(min(max(seconds[0] - sizes[0] / rate, 0.0), _MOST_FIXED), rate)
+
+
+def _key(codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:
+    """What a measurement depends on, as a file name."""
+    kind = type(codec)
+    facts = [
+        __version__,
+        torch.__version__,
+        torch.get_num_threads(),
+        str(dtype),
+        label(device),
+        kind.__module__,
+        kind.__qualname__,
+        codec.name,
+        json.dumps([codec.capabilities(), dict(settings)], sort_keys=True, default=repr),
+    ]
+    return sha256(repr(facts).encode()).hexdigest()[:32]

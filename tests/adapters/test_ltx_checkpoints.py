@@ -1,0 +1,186 @@
+"""LTX-2 checkpoints: folders and single files are the same model, slim reading, and names for what cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from mesh_core import fingerprint
+from mesh_core.checkpoint import read_header
+from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, ConfigError
+from mesh_core.library import recognise
+from mesh_core.loras.names import ParameterNames
+from mesh_core.loras.patch import Rows
+from mesh_core.plugins import installed_plugins
+from mesh_core.testing import check_every_cut, check_reads_only_its_own, check_recognises_without_data
+from mesh_ltx import LtxAdapter
+from tests.adapters import tiny_ltx
+
+ADAPTER = LtxAdapter()
+GENERATIONS = ["2.0", "2.3"]
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_single_file_is_the_same_model(generation: Any, prefix: str, tmp_path: Path) -> None:
+    model = tiny_ltx.transformer(generation)
+    file = tmp_path / "model.safetensors"
+    tiny_ltx.save_single_file(model, file, prefix)
+    model.save_pretrained(tmp_path / "folder")
+    single, folder = (ADAPTER.recognise(read_header(p)) for p in (file, tmp_path / "folder"))
+    assert single is not None and folder is not None
+    config = {k: list(v) if isinstance(v, tuple) else v for k, v in single.config.items()}
+    assert config == dict(folder.config)
+    assert fingerprint.structure(single) == fingerprint.structure(folder)
+    assert fingerprint.of_checkpoint(read_header(file), single) == fingerprint.of_model(folder, model)
+    check_every_cut(ADAPTER, read_header(file), model, tiny_ltx.image_to_video(tiny_ltx.inputs(generation)))
+
+
+@pytest.mark.parametrize("layout", ["sharded folder", "single file"])
+def test_stages_read_only_their_own_tensors(layout: str, tmp_path: Path) -> None:
+    model = tiny_ltx.transformer("2.3")
+    path = tmp_path / "model.safetensors"
+    if layout == "single file":
+        tiny_ltx.save_single_file(model, path)
+    else:
+        path = tmp_path / "folder"
+        model.save_pretrained(path, max_shard_size="200KB")
+        assert len(list(path.glob("*.safetensors"))) > 1
+    check_reads_only_its_own(ADAPTER, read_header(path))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    check_recognises_without_data(ADAPTER, path, scratch)
+
+
+def test_what_no_weight_shows_is_part_of_the_identity(tmp_path: Path) -> None:
+    """Two copies of the same weights that would compute different videos are different models."""
+    structures = []
+    for number, changes in enumerate(({}, {"rope_theta": 5000.0}, {"rope_double_precision": False})):
+        tiny_ltx.transformer("2.3", **changes).save_pretrained(tmp_path / str(number))
+        spec = ADAPTER.recognise(read_header(tmp_path / str(number)))
+        assert spec is not None
+        structures.append(fingerprint.structure(spec))
+    assert len(set(structures)) == 3
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_variants_and_defaults(generation: Any, tmp_path: Path) -> None:
+    tiny_ltx.transformer(generation).save_pretrained(tmp_path)
+    spec = ADAPTER.recognise(read_header(tmp_path))
+    assert spec is not None
+    assert spec.variant == f"custom ltx-{generation}, 3 blocks, width 32+16"
+    assert spec.defaults == {"use_cross_timestep": generation == "2.3", "spatio_temporal_guidance_blocks": [2]}
+    assert set(spec.parameters_of(spec.span(":"))) == set(spec.parameters)
+
+
+def older_video_model(folder: Path) -> None:
+    """The architecture of LTX-Video 0.9, saved by diffusers."""
+    LTXVideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=2,
+        caption_channels=12,
+    ).save_pretrained(folder)
+
+
+def test_ltx_video_is_named_as_what_it_is(tmp_path: Path) -> None:
+    older_video_model(tmp_path / "folder")
+    tensors = load_file(tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
+    renamed = {
+        "model.diffusion_model." + n.replace("proj_in.", "patchify_proj.").replace("time_embed.", "adaln_single."): t
+        for n, t in tensors.items()
+    }
+    save_file(renamed, tmp_path / "single.safetensors")
+    for path in (tmp_path / "folder", tmp_path / "single.safetensors"):
+        with pytest.raises(CheckpointUnrecognised, match="video-only") as caught:
+            recognise(read_header(path), installed_plugins())
+        assert "no audio" in str(caught.value) and "LTX-2" in caught.value.hint
+
+
+def test_the_video_half_of_an_ltx_2_is_named(tmp_path: Path) -> None:
+    model = tiny_ltx.transformer("2.3")
+    video = {n: t for n, t in tiny_ltx.to_original(model).items() if "audio" not in n and "av_ca" not in n}
+    save_file(video, tmp_path / "video.safetensors", {"config": json.dumps({"transformer": {}})})
+    with pytest.raises(CheckpointUnrecognised, match="video-only"):
+        ADAPTER.recognise(read_header(tmp_path / "video.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error", "match"),
+    [
+        (None, CheckpointUnrecognised, "does not say its dimensions"),
+        ("{", CheckpointCorrupt, "damaged"),
+        ('{"transformer": 3}', CheckpointCorrupt, "describes no transformer"),
+        ('{"vae": {}}', CheckpointCorrupt, "damaged"),
+        ('{"transformer": {"num_layers": "many"}}', CheckpointCorrupt, "num_layers"),
+        ('{"transformer": {"positional_embedding_max_pos": 20}}', CheckpointCorrupt, "positions"),
+        ('{"transformer": {"use_middle_indices_grid": false}}', CheckpointUnrecognised, "use_middle_indices_grid"),
+    ],
+)
+def test_metadata_that_cannot_be_used_is_named(metadata: str | None, error: Any, match: str, tmp_path: Path) -> None:
+    tensors = {n: t.contiguous() for n, t in tiny_ltx.to_original(tiny_ltx.transformer("2.3")).items()}
+    save_file(tensors, tmp_path / "m.safetensors", {"config": metadata} if metadata else None)
+    with pytest.raises(error, match=match):
+        ADAPTER.recognise(read_header(tmp_path / "m.safetensors"))
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    model = tiny_ltx.transformer("2.3")
+    tiny_ltx.save_single_file(model, file)
+    tensors = load_file(file)
+    del tensors["transformer_blocks.1.audio_attn1.q_norm.weight"]
+    save_file(tensors, file, {"config": json.dumps({"transformer": tiny_ltx.original_config(model)})})
+    with pytest.raises(CheckpointCorrupt, match=r"transformer_blocks\.1\.audio_attn1\.q_norm\.weight"):
+        ADAPTER.recognise(read_header(file))
+
+
+@pytest.mark.parametrize(
+    ("call", "hint"),
+    [({"num_frames": 50}, "49 or 57"), ({"num_frames": 0}, "1 or 9"), ({"width": 500}, "512"), ({"height": 16}, "32")],
+)
+def test_sizes_that_the_model_does_not_make_are_refused(call: dict[str, int], hint: str, tmp_path: Path) -> None:
+    tiny_ltx.transformer("2.0").save_pretrained(tmp_path)
+    header = read_header(tmp_path)
+    spec = ADAPTER.recognise(header)
+    assert spec is not None
+    ADAPTER.check_call(spec, header, {"num_frames": 121, "width": 768, "height": 512, "num_inference_steps": 3})
+    with pytest.raises(ConfigError) as caught:
+        ADAPTER.check_call(spec, header, call)
+    assert caught.value.hint == hint
+
+
+def test_lora_keys_in_both_namings(tmp_path: Path) -> None:
+    tiny_ltx.transformer("2.3").save_pretrained(tmp_path)
+    spec = ADAPTER.recognise(read_header(tmp_path))
+    assert spec is not None
+    names = ParameterNames(ADAPTER, spec)
+
+    def whole(parameter: str) -> tuple[Rows, ...]:
+        return (Rows(parameter, 0, spec.parameters[parameter].shape[0]),)
+
+    assert names.module("diffusion_model.patchify_proj") == names.module("proj_in") == whole("proj_in.weight")
+    assert names.module("audio_prompt_adaln_single.linear") == whole("audio_prompt_adaln.linear.weight")
+    target = "transformer_blocks.1.audio_to_video_attn.to_out.0"
+    assert names.module(f"transformer.{target}") == whole(f"{target}.weight")
+
+
+def test_quantised_weights_are_refused_by_type(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    model = tiny_ltx.transformer("2.3")
+    tiny_ltx.save_single_file(model, file)
+    tensors = load_file(file)
+    name = "transformer_blocks.0.ff.net.2.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, file, {"config": json.dumps({"transformer": tiny_ltx.original_config(model)})})
+    with pytest.raises(CheckpointUnrecognised, match="F8_E4M3"):
+        ADAPTER.recognise(read_header(file))
