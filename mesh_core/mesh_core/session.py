@@ -135,7 +135,7 @@ class Session:
         with self._lock:
             self._loras.wanted = tuple(loras)
             try:
-                self._loras.adjust(self._hops if self._legs else ())
+                self._loras.adjust([hop for hop in self._hops if hop.remote.opened])
             except (PeerLost, Unreachable, SessionUnknown) as error:
                 self._recover(error)
             except BaseException:

@@ -5,6 +5,7 @@ Knows messages and sessions; how messages come and go is the worker's.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from mesh_core import wire
-from mesh_core.errors import LoraMissing, PlanError, SessionUnknown, TransportTimeout
+from mesh_core.errors import LoraMissing, LoraUnmatched, PlanError, SessionUnknown, TransportTimeout
 from mesh_core.executor import Executor
 from mesh_core.hosted import HostedSession
 from mesh_core.library import Checkpoint, Library
@@ -22,6 +23,8 @@ from mesh_core.loras.shelf import Shelf
 from mesh_core.spans import BlockSpan
 from mesh_core.stages import StageStore
 from mesh_core.transport.base import Frame, Peer
+
+log = logging.getLogger(__name__)
 
 Send = Callable[[bytes, wire.Message, list[Frame]], None]
 Owned = Callable[[Peer, bytes], HostedSession]
@@ -85,7 +88,12 @@ class LoraHosting:
             LoraMissing: one is not here (any more).
         """
         parameters = checkpoint.spec.parameters_of(span).keys()
-        found = [Applied(self.shelf.named(n, checkpoint, parameters), s) for n, s in self.default]
+        found: list[Applied] = []
+        for name, strength in self.default:
+            try:
+                found.append(Applied(self.shelf.named(name, checkpoint, parameters), strength))
+            except LoraUnmatched as error:
+                log.info("the preset LoRA %s is not for %s: %s", name, checkpoint.spec.family, error.message)
         for use in uses:
             if use["id"]:
                 lora = self.shelf.find(use["id"], use["outline"], checkpoint, parameters)
