@@ -263,6 +263,8 @@ class Session:
             try:
                 if not self._legs:
                     self._open()
+                if self._codecs.doubtful:
+                    self._codecs.measure_again(self.remotes)
                 if self._codecs.outdated(state):
                     self._agree()
                 return self._attempt(state, conditioning, sequence, stats)
