@@ -136,10 +136,8 @@ class Session:
             self._loras.wanted = tuple(loras)
             try:
                 self._loras.adjust([hop for hop in self._hops if hop.remote.opened])
-            except (PeerLost, Unreachable, SessionUnknown) as error:
-                self._recover(error)
             except BaseException:
-                self._legs.clear()
+                self._legs.clear()  # nothing is computed with a part of a set: the next step opens the session anew
                 raise
 
     def close(self) -> None:

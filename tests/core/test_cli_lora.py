@@ -68,30 +68,29 @@ def test_inspect(folder: Path) -> None:
     assert done.exit_code == 2 and "try:" in done.output
 
 
-def picture(folder: Path, out: Path, *arguments: str) -> Image.Image:
-    fixed = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "-o", str(out)]
-    done = mesh("generate", str(folder / "klein"), "a red fox", *fixed, *arguments)
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-klein"
+NIGHT = EXAMPLE / "loras" / "night.safetensors"
+
+
+def picture(out: Path, *arguments: str) -> Image.Image:
+    fixed = ["--steps", "1", "--width", "64", "--height", "64", "--device", "cpu", "-o", str(out)]
+    done = mesh("generate", str(EXAMPLE / "model"), "crying face", *fixed, *arguments)
     assert done.exit_code == 0, done.output
     return Image.open(out).convert("RGB")
 
 
-def test_generate_with_a_file_and_with_what_the_worker_has(worker: ProcessWorker, folder: Path, tmp_path: Path) -> None:
-    remote = ("--local", ":0", "--worker", worker.address)
-    file = folder / "theirs" / "turbo.safetensors"
-    plain = picture(folder, tmp_path / "plain.png", *remote)
-    named = picture(folder, tmp_path / "named.png", *remote, "--lora", "turbo=0.8")
-    sent = picture(folder, tmp_path / "sent.png", *remote, "--lora", f"{file}=0.8")
-    whole = picture(folder, tmp_path / "whole.png", "--local", ":", "--lora", f"{file}=0.8")
-    assert ImageChops.difference(named, plain).getbbox(), "the LoRA changes the picture"
-    assert named.tobytes() == sent.tobytes() == whole.tobytes()
-
-
-def test_a_worker_with_a_preset(home: Path, folder: Path, tmp_path: Path) -> None:
-    file = folder / "theirs" / "turbo.safetensors"
-    with process_worker(folder / "klein", "--device", "cpu", "--lora", f"{file}=0.8") as preset:
-        remote = picture(folder, tmp_path / "preset.png", "--local", ":0", "--worker", preset.address)
-    whole = picture(folder, tmp_path / "whole.png", "--local", ":", "--lora", f"{file}=0.8")
-    assert remote.tobytes() == whole.tobytes()
+def test_generate_with_a_file_with_what_the_worker_has_and_with_its_preset(home: Path, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--loras", str(EXAMPLE / "loras"))
+    with process_worker(EXAMPLE / "model", *options) as worker:
+        remote = ("--local", ":0", "--worker", worker.address)
+        plain = picture(tmp_path / "plain.png", *remote)
+        named = picture(tmp_path / "named.png", *remote, "--lora", "night.safetensors=0.8")
+        file = picture(tmp_path / "file.png", *remote, "--lora", f"{NIGHT}=0.8")
+    with process_worker(EXAMPLE / "model", "--device", "cpu", "--lora", f"{NIGHT}=0.8") as worker:
+        preset = picture(tmp_path / "preset.png", "--local", ":0", "--worker", worker.address)
+    whole = picture(tmp_path / "whole.png", "--local", ":", "--lora", f"{NIGHT}=0.8")
+    assert ImageChops.difference(whole, plain).getbbox(), "the LoRA changes the picture"
+    assert named.tobytes() == file.tobytes() == preset.tobytes() == whole.tobytes()
 
 
 def test_serve_refuses_folders_that_do_not_exist(folder: Path) -> None:

@@ -81,8 +81,13 @@ class LoraHosting:
         have = self.receiver.chunk(peer.key, message, buffers[0])
         self.send(peer.route, wire.Offered(message.id, have), [])
 
-    def resolve(self, uses: Sequence[dict[str, Any]], checkpoint: Checkpoint, span: BlockSpan) -> tuple[Applied, ...]:
+    def resolve(
+        self, uses: Sequence[dict[str, Any]], checkpoint: Checkpoint, span: BlockSpan, held: Sequence[Applied] = ()
+    ) -> tuple[Applied, ...]:
         """The LoRAs that a message names, restricted to a span, in order; the preset ones before them.
+
+        Args:
+            held: those that the span has now; they need not be looked for.
 
         Raises:
             LoraMissing: one is not here (any more).
@@ -94,14 +99,16 @@ class LoraHosting:
                 found.append(Applied(self.shelf.named(name, checkpoint, parameters), strength))
             except LoraUnmatched as error:
                 log.info("the preset LoRA %s is not for %s: %s", name, checkpoint.spec.family, error.message)
+        known = {a.lora.id: a.lora for a in held}
         for use in uses:
-            if use["id"]:
+            lora = known.get(use["id"])
+            if lora is None and use["id"]:
                 lora = self.shelf.find(use["id"], use["outline"], checkpoint, parameters)
                 if lora is None:
                     raise LoraMissing(
                         f"The LoRA {use['name'][:100]!r} ({use['id'][:12]}) is not here.", hint="send it again"
                     )
-            else:
+            elif lora is None:
                 lora = self.shelf.named(use["name"], checkpoint, parameters)
             found.append(Applied(lora, use["strength"], use["base"]))
         return tuple(a for a in found if a.lora)
@@ -110,7 +117,8 @@ class LoraHosting:
         """Give a session other LoRAs. Runs in a loading thread, beside the steps of other sessions."""
         began = monotonic()
         session = self.owned(peer, message.session)
-        applied = self.resolve(message.loras, session.checkpoint, session.loaded.stage.span)
+        held = self._held.get(session.id, ())
+        applied = self.resolve(message.loras, session.checkpoint, session.loaded.stage.span, held)
         self._quiet(session)
         session.loaded = self.stages.adjust(session.checkpoint, session.loaded, applied)
         try:
