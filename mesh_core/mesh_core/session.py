@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesh_codec.base import CodecChoice, Encoded, Limits, Quality
+from mesh_codec.base import Encoded, Limits, Quality
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
@@ -37,8 +37,9 @@ from mesh_core.errors import (
     WireMalformed,
 )
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
+from mesh_core.loras.desk import AnyLora, LoraDesk
 from mesh_core.negotiation import Negotiation, Way
-from mesh_core.payload import Streams, entry
+from mesh_core.payload import Streams
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
 from mesh_core.spans import BlockSpan
@@ -51,9 +52,6 @@ Report = Callable[[str, str, int, int], None]
 
 _MAX_REPAIRS = 3
 """How often a step is sent again before its error is the caller's."""
-
-_MAX_REMEMBERED = 256
-"""Constants per worker that the host remembers to have sent."""
 
 _RETRY_PAUSE = 0.2
 """Seconds between two attempts to reach a lost worker."""
@@ -110,6 +108,7 @@ class Session:
         self._step = 0
         self._epoch = 0
         self._lock = threading.Lock()
+        self._loras = LoraDesk(identity, plugins, options.settings, self.stats, report)
 
     @property
     def remotes(self) -> list[Remote]:
@@ -130,6 +129,16 @@ class Session:
         except BaseException:
             self.close()
             raise
+
+    def set_loras(self, loras: Sequence[AnyLora]) -> None:
+        """Run the remote spans with exactly ``loras`` from the next step on. Raises as `LoraDesk.adjust` does."""
+        with self._lock:
+            self._loras.wanted = tuple(loras)
+            try:
+                self._loras.adjust([hop for hop in self._hops if hop.remote.opened])
+            except BaseException:
+                self._legs.clear()  # nothing is computed with a part of a set: the next step opens the session anew
+                raise
 
     def close(self) -> None:
         """Let the workers forget the session; they keep the weights while they have room. May be called twice."""
@@ -183,6 +192,7 @@ class Session:
             if not hop.remote.measured:
                 self._codecs.connected(hop.remote)
             hop.sent.clear()
+            self._loras.connected(hop)
         self._agree()
 
     def _agree(self) -> None:
@@ -324,19 +334,8 @@ class Session:
                 if names[name] not in hop.sent and names[name] not in missing:
                     missing[names[name]] = coded[name] or self._book.encode(constants[name])
             if missing:
-                self._send_to(hop, missing)
+                self.stats.constants_bytes += hop.send_constants(missing, self.options.settings.deadlines.step)
         return names
-
-    def _send_to(self, hop: RemoteHop, missing: Mapping[str, Encoded]) -> None:
-        if len(hop.sent) > _MAX_REMEMBERED:
-            hop.sent.clear()
-        exact = CodecChoice("raw")
-        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing.items()]
-        buffers = [b for e in missing.values() for b in e.buffers]
-        message = wire.Constants(next_id(), hop.remote.session, items)
-        hop.remote.ask(message, wire.Ok, buffers=buffers, timeout=self.options.settings.deadlines.step)
-        hop.sent.update(missing)
-        self.stats.constants_bytes += sum(e.nbytes for e in missing.values())
 
     def _run_leg(
         self,
