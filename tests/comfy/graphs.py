@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ MODEL = str(Path(__file__).parents[2] / "examples" / "tiny-klein" / "model")
 Graph = dict[str, Any]
 
 
-def node(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
+def node(class_type: str, /, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
 
 
-def klein(
+def text_to_latent(
     *,
     model: str = "tiny-klein.safetensors",
     text: str = "crying face",
@@ -27,10 +28,8 @@ def klein(
     sampler: str = "euler",
     scheduler: str = "simple",
     denoise: float = 1.0,
-    mesh: dict[str, Any] | None = None,
 ) -> Graph:
-    """Text to latent; ``mesh``: the inputs of Mesh Split, None for none."""
-    graph: Graph = {
+    return {
         "model": node("UNETLoader", unet_name=model, weight_dtype="default"),
         "positive": node("TinyKleinTextEncode", text=text, model_folder=MODEL),
         "negative": node("TinyKleinTextEncode", text="", model_folder=MODEL),
@@ -50,19 +49,20 @@ def klein(
         ),
         "save": node("SaveLatent", samples=["sample", 0], filename_prefix="latents/test"),
     }
-    if mesh is not None:
-        insert(graph, "split", node("MeshSplit", **mesh))
-    return graph
 
 
-def insert(graph: Graph, name: str, added: dict[str, Any], before: str = "sample", **inputs: Any) -> None:
-    """Put a MODEL to MODEL node before ``before``."""
-    added["inputs"] = {"model": graph[before]["inputs"]["model"], **added["inputs"], **inputs}
+def insert(graph: Graph, name: str, added: dict[str, Any], inlet: str = "model", outlet: str | None = None) -> None:
+    """Put ``added`` in front of the sampler's input ``outlet``, which becomes its own input ``inlet``."""
+    outlet = outlet or inlet
+    added["inputs"] = {inlet: graph["sample"]["inputs"][outlet], **added["inputs"]}
     graph[name] = added
-    graph[before]["inputs"]["model"] = [name, 0]
+    graph["sample"]["inputs"][outlet] = [name, 0]
 
 
-def split(address: str, local: int, **changes: Any) -> dict[str, Any]:
-    """The inputs of Mesh Split for a worker that is named by its address."""
-    chosen = {"worker": "pasted below", "address": address, "local_blocks": local, "quality": "lossless"}
-    return {**chosen, "loras": "automatic", "on_failure": "wait for it", **changes}
+def with_split(graph: Graph, address: str, local: int, name: str = "split", **changes: Any) -> Graph:
+    """The graph with a Mesh Split, called ``name``, right before the sampler, on the worker at ``address``."""
+    result = deepcopy(graph)
+    inputs = {"worker": "pasted below", "address": address, "local_blocks": local, "quality": "lossless"}
+    insert(result, name, node("MeshSplit", **inputs, loras="automatic", on_failure="wait for it"))
+    result[name]["inputs"] |= changes
+    return result

@@ -9,12 +9,12 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -47,6 +47,7 @@ class Server:
     port: int
     process: subprocess.Popen[str]
     log: list[str] = field(default_factory=list)
+    cached: set[str] = field(default_factory=set)
 
     @property
     def url(self) -> str:
@@ -88,6 +89,8 @@ class Server:
             assert monotonic() < end, f"no end within {within:.0f} s:\n" + "\n".join(self.log[-30:])
             sleep(0.02)
         for kind, detail in entry["status"]["messages"]:
+            if kind == "execution_cached":
+                self.cached = set(detail["nodes"])
             if kind in ("execution_error", "execution_interrupted"):
                 raise RunFailed({"exception_type": kind, **detail})
         outputs: dict[str, Any] = entry["outputs"]
@@ -96,10 +99,27 @@ class Server:
     def run(self, graph: Graph) -> dict[str, Any]:
         return self.wait(self.queue(graph))
 
-    def latent(self, graph: Graph, node: str = "save") -> torch.Tensor:
-        """The latents that the SaveLatent node ``node`` wrote."""
-        saved = self.run(graph)[node]["latents"][0]
-        return load_file(self.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"]
+    def latent(self, graph: Graph) -> torch.Tensor:
+        """The latents that the node ``save`` of a graph wrote."""
+        return self.saved(self.run(graph))
+
+    def saved(self, outputs: Mapping[str, Any]) -> torch.Tensor:
+        """The latents among the outputs of a run."""
+        found = outputs["save"]["latents"][0]
+        return load_file(self.base / "output" / found["subfolder"] / found["filename"])["latent_tensor"]
+
+    def ran(self, node: str) -> bool:
+        """Whether the run that was waited for last executed ``node``, in place of taking it from the cache."""
+        return node not in self.cached
+
+    def forget(self) -> None:
+        """Have ComfyUI drop what it computed and unload its models."""
+        self.send("/free", {"unload_models": True, "free_memory": True})
+
+    def state(self, node: str) -> dict[str, Any]:
+        """What the node shows."""
+        found: dict[str, Any] = self.get("/mesh/status")["nodes"].get(node, {})
+        return found
 
     def interrupt(self) -> None:
         self.send("/interrupt")
