@@ -33,7 +33,9 @@ def refuse_what_cannot_cross(
     ]
     if found:
         listed = "; ".join(dict.fromkeys(found))
-        raise UnsupportedInput(f"Blocks {split.cut} and later run on a worker, where this would be lost: {listed}.", hint=_HINT)
+        raise UnsupportedInput(
+            f"Blocks {split.cut} and later run on a worker, where this would be lost: {listed}.", hint=_HINT
+        )
 
 
 def _block_patches(options: Mapping[str, Any], side: ComfySide, spec: ModelSpec, cut: int) -> Iterator[str]:

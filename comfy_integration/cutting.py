@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import comfy.model_management
 import torch
 
+import comfy.model_management
 from mesh_codec.base import Quality
 from mesh_core.config import Settings
 from mesh_core.errors import CheckpointMismatch, PlanDoesNotFit, PlanError
@@ -63,7 +63,9 @@ def cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
         MeshError: with what to do, before anything of ``patcher`` was changed.
     """
     if patcher.get_attachment(KEY) is not None:
-        raise PlanError("This model is split already.", hint="one Mesh Split per model; Mesh Workers for several workers")
+        raise PlanError(
+            "This model is split already.", hint="one Mesh Split per model; Mesh Workers for several workers"
+        )
     source = _source(patcher, hub)
     spec = source.checkpoint.spec
     if choice.local is not None and choice.local > spec.blocks:
@@ -75,9 +77,11 @@ def cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
         hub.close(node)
         hub.status.start(node, (), spec.blocks, spec.blocks)
         hub.status.change(node, "local", "All blocks run here.")
-        return patcher if isinstance(source, LoadedModel) else attach(patcher, _shadow(patcher, source, spec.blocks), None)
+        return (
+            patcher if isinstance(source, LoadedModel) else attach(patcher, _shadow(patcher, source, spec.blocks), None)
+        )
     settings, device = choice.settings(), torch.device(patcher.load_device)
-    options = SessionOptions(_compute_type(patcher), device, choice.quality, settings, interrupted)
+    options = SessionOptions(_compute_type(patcher), device, choice.quality, settings, watch=interrupted)
     placement = _place(source, choice, hub, options, device)
     if not placement.remotes:
         placement.close()
@@ -137,7 +141,7 @@ def _spans(blocks: int, choice: Choice) -> Workers:
         stop = blocks if last else start + (worker.blocks or 0)
         if stop > blocks or (last and worker.blocks not in (None, blocks - start)):
             raise PlanError(
-                f"The workers run {sum(w.blocks or 0 for w in choice.workers)} blocks, {blocks - choice.local} are left.",
+                f"The workers run {sum(w.blocks or 0 for w in choice.workers)} of {blocks - choice.local} blocks.",
                 hint="other numbers in Mesh Workers; 0 shares what is left",
             )
         spans.append((worker.address, f"{start}:{stop}"))
@@ -188,4 +192,3 @@ def _open(session: Session, hub: Hub, node: str) -> Session:
             raise
         session.open()
     return session
-

@@ -55,4 +55,3 @@ def version() -> str:
     except ImportError:
         return "of unknown version"
     return str(__version__)
-

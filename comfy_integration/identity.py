@@ -185,4 +185,3 @@ def _from_wider_files(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iter
             for p, held in ((p, joined(spec.parameters[n], weights)) for n, p in found.spec.parameters.items())
         ):
             yield identify(found)
-

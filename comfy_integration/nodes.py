@@ -9,15 +9,17 @@ from comfy_api.latest import io
 from mesh_codec.base import QUALITIES
 
 from .hub import current
-from .workers import PASTED, WorkerRef, address_of, choices
+from .workers import WorkerRef, address_of, choices
 
 CATEGORY = "mesh"
 MeshWorkers = io.Custom("MESH_WORKERS")
 
-_WORKER = "The machine that runs the blocks behind the cut. Workers are added in Settings > Mesh, or by an invite below."
+_WORKER = (
+    "The machine that runs the blocks behind the cut. Workers are added in Settings > Mesh, or by an invite below."
+)
 _ADDRESS = (
-    "For 'pasted below': the line that mesh serve printed on the worker's machine, or mesh://HOST:PORT of a worker that "
-    "is known here."
+    "For 'pasted below': the line that mesh serve printed on the worker's machine, or mesh://HOST:PORT of a worker "
+    "that is known here."
 )
 
 
@@ -41,7 +43,9 @@ class MeshSplit(io.ComfyNode):
             description="Runs the last blocks of a diffusion model on another machine. Put it between the model loader "
             "and the sampler; the picture is the same.",
             inputs=[
-                io.Model.Input("model", tooltip="Any model whose family has an adapter, for example FLUX.2 Dev or Klein."),
+                io.Model.Input(
+                    "model", tooltip="Any model whose family has an adapter, for example FLUX.2 Dev or Klein."
+                ),
                 *_worker_inputs(),
                 io.Int.Input(
                     "local_blocks",
@@ -61,8 +65,8 @@ class MeshSplit(io.ComfyNode):
                     "loras",
                     options=["automatic", "always send", "never send"],
                     default="automatic",
-                    tooltip="LoRAs that the worker does not have. automatic: small ones are sent once, for large ones the "
-                    "run stops and says where to put the file.",
+                    tooltip="LoRAs that the worker does not have. automatic: small ones are sent once; for a large one "
+                    "the run stops and says where to put the file.",
                 ),
                 io.Combo.Input(
                     "on_failure",
@@ -132,9 +136,7 @@ class MeshWorkersNode(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(
-        cls, worker: str, blocks: int, address: str = "", before: tuple[WorkerRef, ...] = ()
-    ) -> io.NodeOutput:
+    def execute(cls, worker: str, blocks: int, address: str = "", before: tuple[WorkerRef, ...] = ()) -> io.NodeOutput:
         return io.NodeOutput((*before, WorkerRef(address_of(worker, address), blocks or None)))
 
 
@@ -150,8 +152,8 @@ class MeshLoadDiffusionModel(io.ComfyNode):
             node_id="MeshLoadDiffusionModel",
             display_name="Mesh Load Diffusion Model",
             category=CATEGORY,
-            description="Loads a diffusion model that is larger than this machine's memory: only the blocks that run here "
-            "are read, when Mesh Split behind it is run.",
+            description="Loads a diffusion model that is larger than this machine's memory: only the blocks that run "
+            "here are read, when Mesh Split behind it runs.",
             inputs=[io.Combo.Input("unet_name", options=files, tooltip="A file in models/diffusion_models.")],
             outputs=[io.Model.Output(tooltip="Connect it to Mesh Split, LoRA loaders in between if you like.")],
         )

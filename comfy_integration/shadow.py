@@ -9,7 +9,7 @@ unloads or measures, and they cannot run. Knows no mesh and no model family.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -106,6 +106,6 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
     return cls.__mro__[2] if isinstance(module, Elsewhere) else cls
 
 
-@lru_cache(maxsize=None)
+@cache
 def _away_class(own: type[nn.Module]) -> type[nn.Module]:
     return type(own.__name__, (Elsewhere, own), {"__module__": own.__module__})

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
-import torch
 from comfy import model_detection
 from comfy.patcher_extension import WrappersMP
-
 from mesh_codec.dtypes import from_safetensors
 from mesh_core.checkpoint import CheckpointHeader, read_header
 from mesh_core.errors import CheckpointUnrecognised, PlanError
@@ -39,12 +39,15 @@ def load(path: str, hub: Hub) -> Any:
     missing = [n for n in model.diffusion_model.state_dict() if prefix + n not in header.tensors]
     if missing or any(b.is_meta for b in model.buffers()):
         raise CheckpointUnrecognised(
-            f"{header.path.name} is not stored as ComfyUI names its parts ({(missing or ['buffers'])[0]}), so it cannot "
-            "be read in parts.",
+            f"{header.path.name} is not stored as ComfyUI names its parts ({(missing or ['buffers'])[0]}): it cannot be "
+            "read in parts.",
             hint=_HINT,
         )
     file = ModelFile(checkpoint, side_of(checkpoint.adapter), prefix, model.get_dtype())
-    load_device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    load_device, offload_device = (
+        comfy.model_management.get_torch_device(),
+        comfy.model_management.unet_offload_device(),
+    )
     model.device = offload_device
     patcher = comfy.model_patcher.ModelPatcher(shadow(model, lambda name: None), load_device, offload_device, size=1)
     patcher.set_attachments(FILE, file)
@@ -67,7 +70,9 @@ def _without_weights(header: CheckpointHeader) -> tuple[Any, str]:
     named, prefix = (inner, prefix) if inner else (named, "")
     config = model_detection.model_config_from_unet(named, "", metadata=dict(header.metadata) or None)
     if config is None:
-        raise CheckpointUnrecognised(f"This ComfyUI does not know the model in {header.path.name}.", hint="update ComfyUI")
+        raise CheckpointUnrecognised(
+            f"This ComfyUI does not know the model in {header.path.name}.", hint="update ComfyUI"
+        )
     types = list(config.supported_inference_dtypes)
     dtype = comfy.model_management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(named),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mesh_core.adapter import Piece, ParameterSpec
+from mesh_core.adapter import ParameterSpec, Piece
 from mesh_core.hops import Identity
 from mesh_core.hosts.comfy import ComfySide
 from mesh_core.hosts.diffusers import identify

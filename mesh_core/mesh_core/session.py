@@ -10,19 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from time import monotonic, perf_counter, sleep, strftime
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mesh_codec.base import CodecChoice, Encoded, Limits, Quality
+from mesh_codec.base import CodecChoice, Encoded, Limits
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
 from mesh_core.adapter import Conditioning, State
-from mesh_core.config import Settings
 from mesh_core.constants import ConstantsBook
 from mesh_core.errors import (
     Cancelled,
@@ -37,6 +34,7 @@ from mesh_core.errors import (
     WireMalformed,
 )
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
+from mesh_core.hops import SessionOptions as SessionOptions
 from mesh_core.negotiation import Negotiation, Way
 from mesh_core.payload import Streams, entry
 from mesh_core.plugins import Plugins
@@ -61,20 +59,6 @@ _RETRY_PAUSE = 0.2
 _LEAST_CONNECT = 1.0
 """Seconds that an attempt has, however little is left of the time to wait for a lost worker; the first one has as much,
 and each later one twice what the one before had."""
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """``dtype``: in which stages compute. ``device``: where the host wants the result. ``codec``: by name, for the
-    hidden state; None for the one that is fastest. ``watch`` is called at least twice a second while a worker is waited
-    for; what it raises stops the work there too."""
-
-    dtype: torch.dtype
-    device: torch.device
-    quality: Quality = "lossless"
-    settings: Settings = field(default_factory=Settings)
-    codec: str | None = None
-    watch: Callable[[], None] | None = None
 
 
 class Session:

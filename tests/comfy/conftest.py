@@ -37,7 +37,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "input").mkdir()
     for seed, name in enumerate(("first", "second")):
         noise = torch.randn(1, 128, 8, 4 * (seed + 1), generator=torch.Generator().manual_seed(seed))
-        save_file({"latent_tensor": noise, "latent_format_version_0": torch.tensor([])}, base / "input" / f"{name}.latent")
+        save_file(
+            {"latent_tensor": noise, "latent_format_version_0": torch.tensor([])}, base / "input" / f"{name}.latent"
+        )
     loras = base / "models" / "loras"
     loras.mkdir()
     for file in (EXAMPLE / "loras").glob("*.safetensors"):

@@ -59,9 +59,7 @@ class Server:
 
     def send(self, path: str, body: Any = None, method: str = "POST") -> Any:
         data = json.dumps(body if body is not None else {}).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}, method=method
-        )
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 text = answer.read()

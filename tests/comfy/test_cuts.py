@@ -63,7 +63,9 @@ def test_reference_images(server: Server, worker: ProcessWorker, cut: int) -> No
     graph = graphs.text_to_latent()
     for name in ("first", "second"):
         graph[f"{name} image"] = graphs.node("LoadLatent", latent=f"{name}.latent")
-        graphs.insert(graph, name, graphs.node("ReferenceLatent", latent=[f"{name} image", 0]), "conditioning", "positive")
+        graphs.insert(
+            graph, name, graphs.node("ReferenceLatent", latent=[f"{name} image", 0]), "conditioning", "positive"
+        )
     _same(server, worker, graph, cut)
 
 

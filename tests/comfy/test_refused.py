@@ -10,7 +10,11 @@ from tests.comfy.server import RunFailed, Server
 from tests.support.workers import ProcessWorker
 
 CASES = {
-    "replaced remote block": ("TestPatchBlock", {"kind": "dit", "name": "double_block", "number": 3}, "dit double_block 3"),
+    "replaced remote block": (
+        "TestPatchBlock",
+        {"kind": "dit", "name": "double_block", "number": 3},
+        "dit double_block 3",
+    ),
     "block patch": ("TestBlockPatch", {"kind": "double_block"}, "kind 'double_block'"),
     "attention override": ("TestAttention", {}, "optimized_attention_override"),
     "injection": ("TestInjection", {}, "injection into the model (test)"),
@@ -49,7 +53,9 @@ def test_a_patch_of_a_local_block_works(server: Server, worker: ProcessWorker) -
     assert (split - whole).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("attached", "text"), [("TestControl", "ControlNet (TestResiduals)"), ("TestMask", "attention_mask")])
+@pytest.mark.parametrize(
+    ("attached", "text"), [("TestControl", "ControlNet (TestResiduals)"), ("TestMask", "attention_mask")]
+)
 def test_a_conditioning_is_named(server: Server, worker: ProcessWorker, attached: str, text: str) -> None:
     graph = graphs.with_split(graphs.text_to_latent(steps=1), worker.address, 2)
     graphs.insert(graph, "attached", node(attached), "conditioning", "positive")
@@ -77,5 +83,3 @@ def test_weights_in_a_form_that_no_worker_has(server: Server, worker: ProcessWor
     graph["model"]["inputs"]["weight_dtype"] = "fp8_e4m3fn"
     with pytest.raises(RunFailed, match="weight_dtype 'default'"):
         server.run(graph)
-
-

@@ -26,7 +26,17 @@ class Flux2Comfy(ComfySide):
         Expected(
             _MODEL,
             "Flux.forward_orig",
-            ("img", "img_ids", "txt", "txt_ids", "timesteps", "guidance", "control", "transformer_options", "attn_mask"),
+            (
+                "img",
+                "img_ids",
+                "txt",
+                "txt_ids",
+                "timesteps",
+                "guidance",
+                "control",
+                "transformer_options",
+                "attn_mask",
+            ),
         ),
         Expected(_MODEL, "Flux.forward", ("transformer_options",)),
         Expected("comfy.ldm.flux.layers", "timestep_embedding", ("t", "dim")),
@@ -100,7 +110,7 @@ def _behind_blocks(model: Any, own: Callable[..., Tensor], inputs: Any, cut: int
     # Last of its kind: it sees the positions that all others leave.
     options["patches"] = {**patches, "post_input": [*patches.get("post_input", []), look]}
     arguments["transformer_options"] = options
-    # At this cut ComfyUI computes the single blocks' modulation before it comes to the first of them, and does not use it.
+    # At this cut ComfyUI computes the single blocks' modulation, which is not here, and does not use it.
     unused = cut == doubles
     try:
         with intercepted(model.single_stream_modulation, "forward", _nothing) if unused else nullcontext():

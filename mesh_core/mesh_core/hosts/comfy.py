@@ -103,7 +103,7 @@ class ComfySide(ABC):
         cut: int,
         remote: RemotePart,
     ) -> Any:
-        """One forward pass of ``model``, ComfyUI's ``diffusion_model``, with the blocks from ``cut`` on run by ``remote``.
+        """One forward pass of ``model``, ComfyUI's ``diffusion_model``; ``remote`` runs the blocks from ``cut`` on.
 
         Args:
             forward: ComfyUI's own forward, wrappers of others included; takes ``args`` and ``kwargs``.

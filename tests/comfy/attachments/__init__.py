@@ -39,7 +39,9 @@ class TestBlockPatch(_OnModel):
 
 class TestAttention(_OnModel):
     def put(self, model: Any) -> None:
-        model.model_options["transformer_options"]["optimized_attention_override"] = lambda original, *a, **k: original(*a, **k)
+        model.model_options["transformer_options"]["optimized_attention_override"] = lambda original, *a, **k: original(
+            *a, **k
+        )
 
 
 class TestInjection(_OnModel):
