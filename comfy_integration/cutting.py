@@ -12,8 +12,9 @@ import torch
 
 import comfy.model_management
 from mesh_codec.base import Quality
+from mesh_codec.errors import CodecError
 from mesh_core.config import Settings
-from mesh_core.errors import CheckpointMismatch, PlanDoesNotFit, PlanError
+from mesh_core.errors import CheckpointMismatch, MeshError, NotAuthorised, PlanDoesNotFit, PlanError
 from mesh_core.runner import Placement, Workers, place
 from mesh_core.session import Session, SessionOptions
 from mesh_core.spans import BlockSpan
@@ -57,11 +58,19 @@ class Choice:
 
 
 def cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
-    """The model of ``patcher``, split.
+    """The model of ``patcher``, split; the node shows what became of it.
 
     Raises:
-        MeshError: with what to do, before anything of ``patcher`` was changed.
+        MeshError, CodecError: with what to do; ``patcher`` is as it was.
     """
+    try:
+        return _cut(patcher, choice, hub, node)
+    except (MeshError, CodecError) as error:
+        hub.status.change(node, "wrong key" if isinstance(error, NotAuthorised) else "failed", str(error))
+        raise
+
+
+def _cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
     if patcher.get_attachment(KEY) is not None:
         raise PlanError(
             "This model is split already.", hint="one Mesh Split per model; Mesh Workers for several workers"
@@ -85,7 +94,7 @@ def cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
     placement = _place(source, choice, hub, options, device)
     if not placement.remotes:
         placement.close()
-        return cut(patcher, replace(choice, local=spec.blocks), hub, node)
+        return _cut(patcher, replace(choice, local=spec.blocks), hub, node)
     local = placement.plan.local.stop
     reached = [{"name": r.welcome.name, "address": r.address.text, "span": str(h.span)} for r, h in _pairs(placement)]
     hub.status.start(node, reached, spec.blocks, local)
@@ -171,17 +180,14 @@ def _opened(source: Source, placement: Placement, options: SessionOptions, hub: 
                 return _open(Session(identity, hops, options, hub.plugins, report), hub, node)
             except CheckpointMismatch as error:
                 mismatch = mismatch or error
-    except BaseException as error:
+    except BaseException:
         placement.close()
-        hub.status.change(node, "failed", str(error))
         raise
     placement.close()
-    error = mismatch or CheckpointMismatch(
+    raise mismatch or CheckpointMismatch(
         "The weights that ComfyUI holds are not those of a file, so no worker can have them.",
         hint="the loader's weight_dtype 'default', and merges or LoRAs behind Mesh Split",
     )
-    hub.status.change(node, "failed", str(error))
-    raise error
 
 
 def _open(session: Session, hub: Hub, node: str) -> Session:

@@ -39,8 +39,6 @@ PACKAGES = (
     "pydantic",
     "pydantic-settings",
     "kornia",
-    "websocket-client",
-    "playwright",
 )
 ALONE = ("torchvision==0.28.0", "torchaudio==2.11.0", "spandrel==0.4.2", "comfyui-frontend-package==1.32.9")
 """Installed without what they depend on: they ask for a torch of CUDA."""
