@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mesh_codec.base import CodecChoice, Encoded, Limits
+from mesh_codec.base import Encoded, Limits
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
@@ -35,8 +35,9 @@ from mesh_core.errors import (
 )
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
 from mesh_core.hops import SessionOptions as SessionOptions
+from mesh_core.loras.desk import AnyLora, LoraDesk
 from mesh_core.negotiation import Negotiation, Way
-from mesh_core.payload import Streams, entry
+from mesh_core.payload import Streams
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
 from mesh_core.spans import BlockSpan
@@ -49,9 +50,6 @@ Report = Callable[[str, str, int, int], None]
 
 _MAX_REPAIRS = 3
 """How often a step is sent again before its error is the caller's."""
-
-_MAX_REMEMBERED = 256
-"""Constants per worker that the host remembers to have sent."""
 
 _RETRY_PAUSE = 0.2
 """Seconds between two attempts to reach a lost worker."""
@@ -99,6 +97,7 @@ class Session:
         self._step = 0
         self._epoch = 0
         self._lock = threading.Lock()
+        self._loras = LoraDesk(identity, plugins, options.settings, self.stats, report)
 
     @property
     def remotes(self) -> list[Remote]:
@@ -119,6 +118,18 @@ class Session:
         except BaseException:
             self.close()
             raise
+
+    def set_loras(self, loras: Sequence[AnyLora]) -> None:
+        """Run the remote spans with exactly ``loras`` from the next step on. Raises as `LoraDesk.adjust` does."""
+        with self._lock:
+            self._loras.wanted = tuple(loras)
+            try:
+                self._loras.adjust(self._hops if self._legs else ())
+            except (PeerLost, Unreachable, SessionUnknown) as error:
+                self._recover(error)
+            except BaseException:
+                self._legs.clear()
+                raise
 
     def close(self) -> None:
         """Let the workers forget the session; they keep the weights while they have room. May be called twice."""
@@ -175,6 +186,7 @@ class Session:
             if not hop.remote.connected:
                 hop.remote.connect(within)
             hop.sent.clear()
+            self._loras.connected(hop)
         for remote in {id(r): r for r in self.remotes if not r.measured}.values():
             self._codecs.connected(remote)
             remote.measured = True
@@ -321,19 +333,8 @@ class Session:
                 if names[name] not in hop.sent and names[name] not in missing:
                     missing[names[name]] = coded[name] or self._book.encode(constants[name])
             if missing:
-                self._send_to(hop, missing)
+                self.stats.constants_bytes += hop.send_constants(missing, self.options.settings.deadlines.step)
         return names
-
-    def _send_to(self, hop: RemoteHop, missing: Mapping[str, Encoded]) -> None:
-        if len(hop.sent) > _MAX_REMEMBERED:
-            hop.sent.clear()
-        exact = CodecChoice("raw")
-        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing.items()]
-        buffers = [b for e in missing.values() for b in e.buffers]
-        message = wire.Constants(next_id(), hop.remote.session, items)
-        hop.remote.ask(message, wire.Ok, buffers=buffers, timeout=self.options.settings.deadlines.step)
-        hop.sent.update(missing)
-        self.stats.constants_bytes += sum(e.nbytes for e in missing.values())
 
     def _run_leg(
         self,

@@ -15,6 +15,8 @@ from mesh_core import fingerprint
 from mesh_core.checkpoint import read_header
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, ConfigError
 from mesh_core.library import recognise
+from mesh_core.loras.names import ParameterNames
+from mesh_core.loras.patch import Rows
 from mesh_core.plugins import installed_plugins
 from mesh_core.testing import check_every_cut, check_reads_only_its_own, check_recognises_without_data
 from mesh_ltx import LtxAdapter
@@ -161,14 +163,15 @@ def test_lora_keys_in_both_namings(tmp_path: Path) -> None:
     tiny_ltx.transformer("2.3").save_pretrained(tmp_path)
     spec = ADAPTER.recognise(read_header(tmp_path))
     assert spec is not None
-    targets = ADAPTER.lora_targets(spec)
-    assert targets["patchify_proj"] == targets["proj_in"] == "proj_in.weight"
-    assert targets["audio_prompt_adaln_single.linear"] == "audio_prompt_adaln.linear.weight"
-    assert targets["transformer_blocks.1.audio_to_video_attn.to_out.0"] == (
-        "transformer_blocks.1.audio_to_video_attn.to_out.0.weight"
-    )
-    weights = {n for n in spec.parameters if n.endswith(".weight")}
-    assert set(targets.values()) == weights
+    names = ParameterNames(ADAPTER, spec)
+
+    def whole(parameter: str) -> tuple[Rows, ...]:
+        return (Rows(parameter, 0, spec.parameters[parameter].shape[0]),)
+
+    assert names.module("diffusion_model.patchify_proj") == names.module("proj_in") == whole("proj_in.weight")
+    assert names.module("audio_prompt_adaln_single.linear") == whole("audio_prompt_adaln.linear.weight")
+    target = "transformer_blocks.1.audio_to_video_attn.to_out.0"
+    assert names.module(f"transformer.{target}") == whole(f"{target}.weight")
 
 
 def test_quantised_weights_are_refused_by_type(tmp_path: Path) -> None:
