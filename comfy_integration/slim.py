@@ -39,8 +39,8 @@ def load(path: str, hub: Hub) -> Any:
     missing = [n for n in model.diffusion_model.state_dict() if prefix + n not in header.tensors]
     if missing or any(b.is_meta for b in model.buffers()):
         raise CheckpointUnrecognised(
-            f"{header.path.name} is not stored as ComfyUI names its parts ({(missing or ['buffers'])[0]}): it cannot be "
-            "read in parts.",
+            f"{header.path.name} is not stored as ComfyUI names its parts ({(missing or ['buffers'])[0]}): it cannot "
+            "be read in parts.",
             hint=_HINT,
         )
     file = ModelFile(checkpoint, side_of(checkpoint.adapter), prefix, model.get_dtype())
