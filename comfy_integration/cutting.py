@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,18 +22,15 @@ from mesh_core.spans import BlockSpan
 from .hub import Hub
 from .identity import recognised
 from .shadow import ROOT, shadow
+from .shadow import nbytes as held_bytes
 from .source import FILE, LoadedModel, Source, names_of
 from .split import KEY, OnFailure, Split, attach, interrupted
 from .workers import WorkerRef
 
 log = logging.getLogger(__name__)
 
-LORA_POLICIES: Mapping[str, Callable[[Settings], int]] = {
-    "automatic": lambda settings: settings.loras.largest_sent,
-    "always send": lambda settings: 1 << 62,
-    "never send": lambda settings: 0,
-}
-"""How large a LoRA may be, in bytes, that is sent to a worker which does not have it."""
+LORA_POLICIES: Mapping[str, str] = {"automatic": "default", "always send": "always-send", "never send": "never-send"}
+"""What the node calls the core's policies for LoRAs that a worker does not have. None of them leaves one out."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +45,10 @@ class Choice:
 
     def settings(self) -> Settings:
         settings = Settings.load()
-        largest = LORA_POLICIES[self.loras](settings)
         waits = settings.deadlines.reconnect if self.on_failure == "wait for it" else 0.0
         return replace(
             settings,
-            loras=replace(settings.loras, largest_sent=largest),
+            loras=replace(settings.loras, policy=LORA_POLICIES[self.loras]),
             deadlines=replace(settings.deadlines, reconnect=waits),
         )
 
@@ -86,9 +82,9 @@ def _cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
         hub.close(node)
         hub.status.start(node, (), spec.blocks, spec.blocks)
         hub.status.change(node, "local", "All blocks run here.")
-        return (
-            patcher if isinstance(source, LoadedModel) else attach(patcher, _shadow(patcher, source, spec.blocks), None)
-        )
+        if isinstance(source, LoadedModel):
+            return patcher
+        return attach(patcher, _shadow(patcher, source, spec.blocks, hub, node), None)
     settings, device = choice.settings(), torch.device(patcher.load_device)
     options = SessionOptions(_compute_type(patcher), device, choice.quality, settings, watch=interrupted)
     placement = _place(source, choice, hub, options, device)
@@ -100,11 +96,11 @@ def _cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
     hub.status.start(node, reached, spec.blocks, local)
     session = _opened(source, placement, options, hub, node)
     hub.keep(node, session)
-    hub.status.change(node, "connected")
-    model = _shadow(patcher, source, local)
+    model = _shadow(patcher, source, local, hub, node)
     remote = names_of(source.checkpoint, BlockSpan(0, spec.blocks)) - names_of(source.checkpoint, BlockSpan(0, local))
     prefix = getattr(source, "prefix", "")
     names = frozenset(ROOT + name.removeprefix(prefix) for name in remote)
+    hub.status.change(node, "connected")
     split = Split(hub, node, source, local, session, choice.on_failure, names, weakref.ref(model))
     return attach(patcher, model, split)
 
@@ -117,8 +113,10 @@ def _source(patcher: Any, hub: Hub) -> Source:
     return LoadedModel(patcher, checkpoint, side)
 
 
-def _shadow(patcher: Any, source: Source, local: int) -> Any:
-    return shadow(patcher.model, source.weights(BlockSpan(0, local)))
+def _shadow(patcher: Any, source: Source, local: int, hub: Hub, node: str) -> Any:
+    model = shadow(patcher.model, source.weights(BlockSpan(0, local)))
+    hub.status.holds(node, held_bytes(model.diffusion_model), getattr(source, "bytes_read", 0))
+    return model
 
 
 def _compute_type(patcher: Any) -> torch.dtype:

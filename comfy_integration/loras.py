@@ -30,11 +30,27 @@ class RemoteLora:
     strength: float
 
 
-class RemoteLoras(tuple[RemoteLora, ...]):
+class RemoteLoras(tuple):  # type: ignore[type-arg]
     """Those of a patcher, in their order; clones of the patcher share them."""
 
     def on_model_patcher_clone(self) -> RemoteLoras:
         return self
+
+
+def add_remote(patcher: Any, name: str, strength: float) -> Any:
+    """A clone of ``patcher`` with a LoRA of the worker's library; as any other LoRA when the file is here as well."""
+    import folder_paths
+
+    result = patcher.clone()
+    path = folder_paths.get_full_path("loras", name)
+    if path is not None:
+        import comfy.sd
+        import comfy.utils
+
+        return comfy.sd.load_lora_for_models(result, None, comfy.utils.load_torch_file(path), strength, 0.0)[0]
+    before: RemoteLoras = result.get_attachment(REMOTE) or RemoteLoras()
+    result.set_attachments(REMOTE, RemoteLoras((*before, RemoteLora(name, strength))))
+    return result
 
 
 def transfer(patcher: Any, split: Split) -> None:

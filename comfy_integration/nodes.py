@@ -13,6 +13,7 @@ from .workers import WorkerRef, address_of, choices
 
 CATEGORY = "mesh"
 MeshWorkers = io.Custom("MESH_WORKERS")
+NO_LORA = "none"
 
 _WORKER = (
     "The machine that runs the blocks behind the cut. Workers are added in Settings > Mesh, or by an invite below."
@@ -23,11 +24,11 @@ _ADDRESS = (
 )
 
 
-def _worker_inputs(optional: bool = False) -> list[Any]:
+def _worker_inputs() -> list[Any]:
     options = choices()
     return [
-        io.Combo.Input("worker", options=options, default=options[0], optional=optional, tooltip=_WORKER),
-        io.String.Input("address", default="", optional=True, tooltip=_ADDRESS),
+        io.Combo.Input("worker", options=options, default=options[0], tooltip=_WORKER),
+        io.String.Input("address", default="", tooltip=_ADDRESS),
     ]
 
 
@@ -92,11 +93,11 @@ class MeshSplit(io.ComfyNode):
         cls,
         model: Any,
         worker: str,
+        address: str,
         local_blocks: int,
         quality: Any,
         loras: str,
         on_failure: Any,
-        address: str = "",
         workers: tuple[WorkerRef, ...] = (),
     ) -> io.NodeOutput:
         from .cutting import Choice, cut
@@ -136,7 +137,7 @@ class MeshWorkersNode(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, worker: str, blocks: int, address: str = "", before: tuple[WorkerRef, ...] = ()) -> io.NodeOutput:
+    def execute(cls, worker: str, address: str, blocks: int, before: tuple[WorkerRef, ...] = ()) -> io.NodeOutput:
         return io.NodeOutput((*before, WorkerRef(address_of(worker, address), blocks or None)))
 
 
@@ -168,4 +169,37 @@ class MeshLoadDiffusionModel(io.ComfyNode):
         return io.NodeOutput(load(path, current()))
 
 
-NODES: list[type[io.ComfyNode]] = [MeshSplit, MeshLoadDiffusionModel, MeshWorkersNode]
+class MeshRemoteLora(io.ComfyNode):
+    """A LoRA that lies on the worker."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MeshRemoteLora",
+            display_name="Mesh Remote LoRA",
+            category=CATEGORY,
+            description="Applies a LoRA from the library of the worker, without a copy on this machine. Stackable. "
+            "Blocks that run here need the file here too: then ComfyUI applies it, and the worker uses its own copy.",
+            inputs=[
+                io.Model.Input("model", tooltip="Before or behind Mesh Split."),
+                *_worker_inputs(),
+                io.Combo.Input(
+                    "lora", options=[NO_LORA], default=NO_LORA, tooltip="LoRAs of that worker; the button asks it anew."
+                ),
+                io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip="0 is off."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def validate_inputs(cls, worker: str, lora: str) -> bool | str:
+        return True
+
+    @classmethod
+    def execute(cls, model: Any, worker: str, address: str, lora: str, strength: float) -> io.NodeOutput:
+        from .loras import add_remote
+
+        return io.NodeOutput(model if lora == NO_LORA or not strength else add_remote(model, lora, strength))
+
+
+NODES: list[type[io.ComfyNode]] = [MeshSplit, MeshLoadDiffusionModel, MeshWorkersNode, MeshRemoteLora]

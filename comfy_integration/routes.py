@@ -7,7 +7,8 @@ an address in a query string. Work that waits for a network runs in a thread, so
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from time import monotonic
 from typing import Any
@@ -15,10 +16,13 @@ from typing import Any
 from aiohttp import web
 
 from mesh_codec.errors import CodecError
+from mesh_core import wire
 from mesh_core.config import Settings
 from mesh_core.errors import ConfigError, MeshError
 from mesh_core.invites import accept_invite
 from mesh_core.keys import KeyStore, KnownWorker
+from mesh_core.remote import Remote, next_id
+from mesh_core.transport.base import Address
 
 from .hub import Hub
 from .workers import choices, label
@@ -67,6 +71,11 @@ def add_routes(routes: web.RouteTableDef, hub: Hub) -> None:
     async def test(body: dict[str, Any]) -> Any:
         return await asyncio.to_thread(_tried, _known(_text(body, "address")), hub)
 
+    @routes.post("/mesh/loras")
+    @_answers
+    async def loras(body: dict[str, Any]) -> Any:
+        return await asyncio.to_thread(_loras_of, _known(_text(body, "address")), hub)
+
 
 def _answers(handler: Callable[[dict[str, Any]], Awaitable[Any]]) -> Handler:
     """A handler of a JSON object, whose errors are told to the page."""
@@ -104,14 +113,25 @@ def _listed() -> list[dict[str, str]]:
     return [{"name": w.name, "address": w.address, "label": label(w)} for w in KeyStore().workers()]
 
 
-def _tried(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
-    from mesh_core.remote import Remote
-    from mesh_core.transport.base import Address
-
+@contextmanager
+def _connected(worker: KnownWorker, hub: Hub) -> Iterator[Remote]:
     remote = Remote(Address(f"mesh://{worker.address}"), hub.plugins, Settings.load())
-    began = monotonic()
     try:
         remote.connect(_TEST_WITHIN)
+        yield remote
+    finally:
+        remote.close()
+
+
+def _loras_of(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
+    with _connected(worker, hub) as remote:
+        shelved = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=_TEST_WITHIN)
+    return {"loras": [str(item.get("name", "")) for item in shelved.loras]}
+
+
+def _tried(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
+    began = monotonic()
+    with _connected(worker, hub) as remote:
         devices = [
             {"name": d.get("name", d.get("device", "?")), "budget": d.get("budget"), "loaded": d.get("loaded")}
             for d in remote.welcome.devices
@@ -123,5 +143,3 @@ def _tried(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
             "devices": devices,
             "ms": (monotonic() - began) * 1e3,
         }
-    finally:
-        remote.close()

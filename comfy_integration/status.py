@@ -22,7 +22,12 @@ Send = Callable[[str, Mapping[str, Any]], None]
 
 @dataclass
 class NodeStatus:
-    """One node. ``state``: connected, loading, lost, failed or local; ``since`` in seconds since 1970."""
+    """One node.
+
+    Attributes:
+        state: connected, loading, lost, failed, wrong key or local; ``since`` when, in seconds since 1970.
+        held: bytes of the transformer's weights on this machine; ``bytes_read``: from its file, if it is read in parts.
+    """
 
     node: str
     state: str = "connected"
@@ -32,6 +37,8 @@ class NodeStatus:
     total: int = 0
     blocks: int = 0
     local: int = 0
+    held: int = 0
+    bytes_read: int = 0
     workers: list[dict[str, Any]] = field(default_factory=list)
     codec: str = ""
     reason: str = ""
@@ -58,6 +65,10 @@ class Statuses:
             listed = [dict(worker) for worker in workers]
             self._nodes[node] = NodeStatus(node, blocks=blocks, local=local, workers=listed)
         self._tell(node)
+
+    def holds(self, node: str, held: int, bytes_read: int) -> None:
+        with self._lock:
+            self._nodes[node].held, self._nodes[node].bytes_read = held, bytes_read
 
     def change(self, node: str, state: str, detail: str = "", done: int = 0, total: int = 0) -> None:
         with self._lock:

@@ -45,6 +45,23 @@ async function refresh() {
   });
 }
 
+// The list of a worker's LoRAs is asked for when the user presses the button, never before.
+function offerLoras(node) {
+  const named = (name) => node.widgets.find((widget) => widget.name === name);
+  async function ask() {
+    const address = named("worker").value.split(" @ ").pop();
+    const answer = await api.fetchApi("/mesh/loras", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ address }),
+    });
+    const value = await answer.json();
+    if (answer.ok) named("lora").options.values = ["none", ...value.loras];
+    else app.extensionManager.toast.add({ severity: "error", summary: "Mesh", detail: value.error, life: 8000 });
+  }
+  node.addWidget("button", "ask the worker for its LoRAs", null, ask, { serialize: false });
+}
+
 async function catchUp() {
   const answer = await api.fetchApi("/mesh/status");
   if (!answer.ok) return;
@@ -70,12 +87,13 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (WITH_WORKERS.includes(node.comfyClass)) refresh();
+    if (node.comfyClass === "MeshRemoteLora") offerLoras(node);
     if (node.comfyClass !== "MeshSplit") return;
     const { element, show } = panel();
     const widget = node.addDOMWidget("mesh_status", "mesh-status", element, {
       serialize: false,
       hideOnZoom: false,
-      getMinHeight: () => 118,
+      getMinHeight: () => 134,
     });
     widget.serialize = false;
     panels.set(node, show);
@@ -84,7 +102,7 @@ app.registerExtension({
       panels.delete(node);
       removed?.apply(this, arguments);
     };
-    node.setSize?.([Math.max(node.size[0], 320), Math.max(node.size[1], node.computeSize?.()[1] ?? 0)]);
+    node.setSize?.([Math.max(node.size[0], 340), Math.max(node.size[1], node.computeSize?.()[1] ?? 0)]);
   },
   afterConfigureGraph() {
     refresh();

@@ -86,5 +86,9 @@ def server(comfy: ComfyUI, base: Path, home: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def worker(base: Path, home: Path) -> Iterator[ProcessWorker]:
-    with process_worker(base / "models" / "diffusion_models", home=home, name="shelf") as worker:
+    library = base / "loras-of-the-worker"
+    library.mkdir()
+    shutil.copy(EXAMPLE / "loras" / "night.safetensors", library / "night-of-the-worker.safetensors")
+    models = base / "models" / "diffusion_models"
+    with process_worker(models, home=home, name="shelf") as worker:
         yield worker

@@ -111,8 +111,10 @@ class Server:
         return node not in self.cached
 
     def forget(self) -> None:
-        """Have ComfyUI drop what it computed and unload its models."""
-        self.send("/free", {"unload_models": True, "free_memory": True})
+        """Have ComfyUI drop what it computed: it keeps what the last prompt consisted of, so that is another one."""
+        empty = {"class_type": "EmptyLatentImage", "inputs": {"width": 16, "height": 16, "batch_size": 1}}
+        save = {"class_type": "SaveLatent", "inputs": {"samples": ["empty", 0], "filename_prefix": "latents/none"}}
+        self.run({"empty": empty, "nothing": save})
 
     def state(self, node: str) -> dict[str, Any]:
         """What the node shows."""
