@@ -18,6 +18,7 @@ from mesh_codec.dtypes import DTYPES, DType, from_name, from_safetensors, from_t
 from mesh_codec.entropy import EntropyCodec
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported
 from mesh_codec.hevc.codec import HevcCodec
+from mesh_codec.lossless import LosslessCodec
 from mesh_codec.raw import RawCodec
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Estimate",
     "HevcCodec",
     "Limits",
+    "LosslessCodec",
     "Quality",
     "RawCodec",
     "from_name",

@@ -15,8 +15,10 @@ hookimpl = pluggy.HookimplMarker("mesh")
 def mesh_register_codecs(register: Callable[[Codec], None]) -> None:
     from mesh_codec.entropy import EntropyCodec
     from mesh_codec.hevc import HevcCodec
+    from mesh_codec.lossless import LosslessCodec
     from mesh_codec.raw import RawCodec
 
     register(RawCodec())
+    register(LosslessCodec())
     register(EntropyCodec())
     register(HevcCodec())

@@ -46,10 +46,9 @@ class Grid:
         tokens = form.elements // channels
         return cls(channels, tokens) if tokens >= _FEWEST_TOKENS else cls(1, form.elements)
 
-    @property
-    def piece_count(self) -> int:
-        """How many `pieces` there are, without making them."""
-        return -(-self.channels // max(1, _PIECE // self.tokens)) * -(-self.tokens // _PIECE)
+    def piece_sizes(self) -> list[int]:
+        """Elements of each of the `pieces`."""
+        return [high * wide for high, wide in map(extent, self.pieces())]
 
     def pieces(self) -> list[Cut]:
         """What is coded by itself: some channels (in the coded order) and tokens."""

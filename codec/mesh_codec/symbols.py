@@ -20,14 +20,6 @@ Symbols = NDArray[np.int16]
 RADIUS = 32767
 """Largest symbol, and minus the smallest."""
 
-_OUTLIER_BITS = 28
-"""What an exact value costs, about: the gap to the one before and the value itself, both coded."""
-
-_CODER_OVERHEAD_BITS = 0.04
-"""Per byte: measured for zstandard's Huffman coder over the entropy of Gaussian symbols, its tables included."""
-
-_SAMPLE = 8192
-
 # Order-0 coding of noise: any match that is found is found by chance, and coding one costs more than it saves. A tiny
 # hash table and the longest minimal match keep the match finder out of the way, but for long runs.
 _LITERALS = zstandard.ZstdCompressionParameters(
@@ -44,7 +36,10 @@ _LITERALS = zstandard.ZstdCompressionParameters(
 
 @dataclass(frozen=True)
 class Packing:
-    """How symbols from ``-radius`` to ``radius`` lie in bytes: ``per_byte`` in each, or 0 for two planes."""
+    """How symbols from ``-radius`` to ``radius`` lie in bytes: ``per_byte`` in each, or 0 for two planes.
+
+    With radius 0 they lie nowhere: all are 0.
+    """
 
     radius: int
     per_byte: int
@@ -55,10 +50,14 @@ class Packing:
 
     def size(self, count: int) -> int:
         """Bytes that ``count`` symbols take."""
+        if not self.radius:
+            return 0
         return -(-count // self.per_byte) if self.per_byte else 2 * count
 
     def pack(self, symbols: Symbols) -> NDArray[np.uint8]:
         """``symbols`` [n] within the radius -> uint8 [`size` (n)]."""
+        if not self.radius:
+            return np.empty(0, dtype=np.uint8)
         if not self.per_byte:
             return np.concatenate([(symbols >> 8).astype(np.uint8), symbols.astype(np.uint8)])
         if self.per_byte == 1:
@@ -71,54 +70,37 @@ class Packing:
             packed += digit
         return packed
 
-    def unpack(self, packed: NDArray[np.uint8], count: int) -> NDArray[np.int8] | Symbols:
-        """The inverse of `pack`: int8 [count], or int16 [count] from two planes.
+    def unpack(self, packed: NDArray[np.uint8], count: int) -> Symbols:
+        """The inverse of `pack`: int16 [count].
 
         Raises:
             CodecCorrupt: a byte that packs no symbols.
         """
+        if not self.radius:
+            return np.zeros(count, dtype=np.int16)
         if not self.per_byte:
             return packed[:count].view(np.int8).astype(np.int16) << 8 | packed[count:]
         if self.per_byte == 1:
-            return packed.view(np.int8)
+            return packed.view(np.int8).astype(np.int16)
         if packed.max() >= self.base**self.per_byte:
             raise CodecCorrupt("A payload's packed symbols hold a byte out of range.")
         values = np.arange(256)
-        symbols = np.empty((self.per_byte, len(packed)), dtype=np.int8)
+        symbols = np.empty((self.per_byte, len(packed)), dtype=np.int16)
         for place, row in enumerate(symbols):
             digit = values // self.base ** (self.per_byte - 1 - place) % self.base
-            np.take((digit - self.radius).astype(np.int8), packed, out=row, mode="clip")
+            np.take((digit - self.radius).astype(np.int16), packed, out=row, mode="clip")
         return symbols.reshape(-1)[:count]
 
 
-PACKINGS: tuple[Packing, ...] = (Packing(1, 5), Packing(2, 3), Packing(7, 2), Packing(127, 1), Packing(RADIUS, 0))
+PACKINGS: tuple[Packing, ...] = (
+    Packing(0, 0),
+    Packing(1, 5),
+    Packing(2, 3),
+    Packing(7, 2),
+    Packing(127, 1),
+    Packing(RADIUS, 0),
+)
 """By number in the bitstream."""
-
-
-def choose_packing(symbols: Symbols) -> int:
-    """The number of the packing that takes the fewest bits, judged on a sample of ``symbols`` [n], n > 0.
-
-    What lies outside its radius counts as an exact value.
-    """
-    # An odd stride does not fall in step with image widths.
-    sample = symbols[:: max(1, len(symbols) // _SAMPLE) | 1]
-    lowest, highest = int(symbols.min()), int(symbols.max())
-    costs: list[float] = []
-    for packing in PACKINGS:
-        inside = np.abs(sample) <= packing.radius
-        bits = _coded_bits(packing, np.where(inside, sample, np.int16(0))) / len(sample)
-        outside = (len(sample) - np.count_nonzero(inside)) / len(sample)
-        costs.append(bits + outside * _OUTLIER_BITS)
-        if -packing.radius <= lowest and highest <= packing.radius:
-            # Fewer symbols per byte only pay where they spare exact values, and there are none.
-            break
-    return int(np.argmin(costs))
-
-
-def _coded_bits(packing: Packing, symbols: Symbols) -> float:
-    packed = packing.pack(symbols)
-    planes = (packed,) if packing.per_byte else np.split(packed, 2)
-    return sum(len(p) * max(1.0, entropy_bits(p) + _CODER_OVERHEAD_BITS) for p in planes)
 
 
 def entropy_bits(data: NDArray[np.uint8]) -> float:

@@ -124,11 +124,9 @@ class Session:
         with self._lock:
             self._loras.wanted = tuple(loras)
             try:
-                self._loras.adjust(self._hops if self._legs else ())
-            except (PeerLost, Unreachable, SessionUnknown) as error:
-                self._recover(error)
+                self._loras.adjust([hop for hop in self._hops if hop.remote.opened])
             except BaseException:
-                self._legs.clear()
+                self._legs.clear()  # nothing is computed with a part of a set: the next step opens the session anew
                 raise
 
     def close(self) -> None:
@@ -256,6 +254,8 @@ class Session:
             try:
                 if not self._legs:
                     self._open()
+                if self._codecs.doubtful:
+                    self._codecs.measure_again(self.remotes)
                 if self._codecs.outdated(state):
                     self._agree()
                 return self._attempt(state, conditioning, sequence, stats)

@@ -20,7 +20,7 @@ import torch
 
 from mesh_core import __version__, wire
 from mesh_core.codec_speed import SpeedBook
-from mesh_core.config import Settings, data_dir
+from mesh_core.config import Settings
 from mesh_core.device import free_memory, label
 from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge, WireUnsupportedVersion
 from mesh_core.executor import Executor
@@ -28,7 +28,7 @@ from mesh_core.failure import describe
 from mesh_core.hosted import QUOTA
 from mesh_core.hosting import Hosting
 from mesh_core.library import Library
-from mesh_core.loras.shelf import Shelf
+from mesh_core.loras.shelf import own_shelf
 from mesh_core.plugins import Plugins
 from mesh_core.stages import StageStore
 from mesh_core.transport.base import Frame, Listener, Peer
@@ -93,7 +93,7 @@ class Worker:
             speeds=self.speeds,
             send=self._send,
             fail=self._fail,
-            shelf=Shelf(data_dir() / "loras", options.settings.loras.library, options.loras),
+            shelf=own_shelf(options.settings, options.loras),
             preset=options.preset,
         )
         # Of its own, so that what arrives over a slow link and what loads do not wait for each other.

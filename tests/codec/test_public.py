@@ -37,7 +37,7 @@ def registered() -> list[mesh_codec.Codec]:
 
 
 def test_the_plugin_registers_all_codecs():
-    assert [codec.name for codec in registered()] == ["raw", "entropy", "hevc"]
+    assert [codec.name for codec in registered()] == ["raw", "lossless", "entropy", "hevc"]
 
 
 @pytest.mark.parametrize("codec", registered(), ids=lambda c: c.name)

@@ -18,6 +18,8 @@ from mesh_core.plugins import Plugins
 from tests.support import loras, pipelines
 from tests.support.workers import ThreadWorker, mesh_home, thread_workers
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+
 
 @dataclass
 class Rig:
@@ -82,12 +84,8 @@ def test_every_call_of_diffusers_does_what_it_does_on_a_whole_pipeline(rig: Rig)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         if name != "unload what is fused":
             assert facts(split)[:2] == facts(whole)[:2], name
-        if name != "unload":
-            assert name == "enable" or all((expected - s).abs().max() > 1e-3 for s in seen[-1:]) or name in (
-                "delete",
-                "unload what is fused",
-                "fuse one",
-            ), f"{name} changes nothing: the test would prove nothing"
+        if name in ("load", "weaken", "load another", "both", "disable", "fuse", "load on top"):
+            assert (expected - seen[-1]).abs().max() > 1e-3, f"{name} changes nothing: the test would prove nothing"
         seen.append(expected)
     mesh_core.unsplit(split)
 
@@ -154,7 +152,9 @@ def test_a_lora_that_cannot_be_used_leaves_those_that_are(rig: Rig, tmp_path: Pa
     other = loras.save(tmp_path / "other.safetensors", {"unet.down.lora_A.weight": torch.ones(2, 2)})
     with pytest.raises(LoraUnmatched):
         mesh_core.set_loras(pipeline, [str(other)])
-    broken = loras.peft({"x_embedder": (64, 16)}) | {"transformer.x_embedder.lora_B.weight": torch.full((64, 3), 1e40)}
+    broken = loras.peft({"x_embedder": (64, 16)}) | {
+        "transformer.x_embedder.lora_B.weight": torch.full((64, 3), float("nan"))
+    }
     with pytest.raises(mesh_core.LoraError):
         mesh_core.set_loras(pipeline, [str(loras.save(tmp_path / "broken.safetensors", broken))])
     assert torch.equal(pipelines.run(pipeline), expected)

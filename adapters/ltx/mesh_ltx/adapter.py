@@ -119,7 +119,8 @@ class LtxAdapter(ModelAdapter):
                 )
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
-        return ({name: pieces_of(name, "", True) for name in spec.parameters},)
+        """LoRAs name parameters as diffusers does, or as Lightricks does."""
+        return ({name: pieces_of(name, "", original=True) for name in spec.parameters},)
 
 
 def _config(header: CheckpointHeader, prefix: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from mesh_core.config import Settings, data_dir
+from mesh_core.config import Settings
 from mesh_core.errors import LoraMissing, PlanError
 from mesh_core.hosts.adapters import PREFIX, Adapter, Adapters
 from mesh_core.hosts.split_model import SplitModel
@@ -17,7 +17,7 @@ from mesh_core.library import Checkpoint
 from mesh_core.loras.desk import AnyLora, Borrowed
 from mesh_core.loras.patch import Applied
 from mesh_core.loras.read import read_lora
-from mesh_core.loras.shelf import Shelf
+from mesh_core.loras.shelf import own_shelf
 
 LoraChoice = str | Path | tuple[str | Path, float]
 """A file, the name of one of this machine's or the workers' LoRAs, or the start of its hash; with its strength."""
@@ -33,7 +33,7 @@ def chosen(loras: Sequence[LoraChoice], checkpoint: Checkpoint, settings: Settin
         LoraMissing: neither a file nor a name that this machine knows, and blocks run here.
         LoraError: see `read_lora`.
     """
-    shelf = Shelf(data_dir() / "loras", settings.loras.library, [Path(f).expanduser() for f in settings.loras.folders])
+    shelf = own_shelf(settings)
     found: list[AnyLora] = []
     for item in loras:
         source, strength = item if isinstance(item, tuple) else (item, 1.0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from mesh_core import wire
 from mesh_core.config import Settings
-from mesh_core.errors import LoraError, LoraMissing, LoraTooLarge
+from mesh_core.errors import LoraError, LoraMissing, LoraTooLarge, PeerLost, SessionUnknown, Unreachable
 from mesh_core.hops import Identity, RemoteHop
 from mesh_core.loras.part import Part
 from mesh_core.loras.patch import Applied, Lora
@@ -86,15 +86,17 @@ class LoraDesk:
             LoraError and its kinds, TransportError: see `place`.
         """
         for hop in hops:
-            wanted = self.place(hop)
-            if wanted == hop.loras:
-                continue
             try:
-                self._tell(hop, wanted)
+                wanted = self.place(hop)
+                if wanted != hop.loras:
+                    self._tell(hop, wanted)
             except LoraMissing:
                 # It made room for others since it was asked.
                 self._known.pop(hop, None)
                 self._tell(hop, self.place(hop))
+            except (PeerLost, Unreachable, SessionUnknown) as error:
+                # The next step waits for it, or opens the session anew, and asks for these LoRAs then.
+                log.warning("%s gets its LoRAs when it is back: %s", hop.remote.name, error)
 
     def _tell(self, hop: RemoteHop, wanted: list[dict[str, Any]]) -> None:
         message = wire.Adjust(next_id(), hop.remote.session, wanted)

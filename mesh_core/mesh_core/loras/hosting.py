@@ -5,6 +5,7 @@ Knows messages and sessions; how messages come and go is the worker's.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from mesh_core import wire
-from mesh_core.errors import LoraMissing, PlanError, SessionUnknown, TransportTimeout
+from mesh_core.errors import LoraMissing, LoraUnmatched, PlanError, SessionUnknown, TransportTimeout
 from mesh_core.executor import Executor
 from mesh_core.hosted import HostedSession
 from mesh_core.library import Checkpoint, Library
@@ -22,6 +23,8 @@ from mesh_core.loras.shelf import Shelf
 from mesh_core.spans import BlockSpan
 from mesh_core.stages import StageStore
 from mesh_core.transport.base import Frame, Peer
+
+log = logging.getLogger(__name__)
 
 Send = Callable[[bytes, wire.Message, list[Frame]], None]
 Owned = Callable[[Peer, bytes], HostedSession]
@@ -78,22 +81,34 @@ class LoraHosting:
         have = self.receiver.chunk(peer.key, message, buffers[0])
         self.send(peer.route, wire.Offered(message.id, have), [])
 
-    def resolve(self, uses: Sequence[dict[str, Any]], checkpoint: Checkpoint, span: BlockSpan) -> tuple[Applied, ...]:
+    def resolve(
+        self, uses: Sequence[dict[str, Any]], checkpoint: Checkpoint, span: BlockSpan, held: Sequence[Applied] = ()
+    ) -> tuple[Applied, ...]:
         """The LoRAs that a message names, restricted to a span, in order; the preset ones before them.
+
+        Args:
+            held: those that the span has now; they need not be looked for.
 
         Raises:
             LoraMissing: one is not here (any more).
         """
         parameters = checkpoint.spec.parameters_of(span).keys()
-        found = [Applied(self.shelf.named(n, checkpoint, parameters), s) for n, s in self.default]
+        found: list[Applied] = []
+        for name, strength in self.default:
+            try:
+                found.append(Applied(self.shelf.named(name, checkpoint, parameters), strength))
+            except LoraUnmatched as error:
+                log.info("the preset LoRA %s is not for %s: %s", name, checkpoint.spec.family, error.message)
+        known = {a.lora.id: a.lora for a in held}
         for use in uses:
-            if use["id"]:
+            lora = known.get(use["id"])
+            if lora is None and use["id"]:
                 lora = self.shelf.find(use["id"], use["outline"], checkpoint, parameters)
                 if lora is None:
                     raise LoraMissing(
                         f"The LoRA {use['name'][:100]!r} ({use['id'][:12]}) is not here.", hint="send it again"
                     )
-            else:
+            elif lora is None:
                 lora = self.shelf.named(use["name"], checkpoint, parameters)
             found.append(Applied(lora, use["strength"], use["base"]))
         return tuple(a for a in found if a.lora)
@@ -102,7 +117,8 @@ class LoraHosting:
         """Give a session other LoRAs. Runs in a loading thread, beside the steps of other sessions."""
         began = monotonic()
         session = self.owned(peer, message.session)
-        applied = self.resolve(message.loras, session.checkpoint, session.loaded.stage.span)
+        held = self._held.get(session.id, ())
+        applied = self.resolve(message.loras, session.checkpoint, session.loaded.stage.span, held)
         self._quiet(session)
         session.loaded = self.stages.adjust(session.checkpoint, session.loaded, applied)
         try:

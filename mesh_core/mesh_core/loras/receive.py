@@ -70,7 +70,7 @@ class Receiver:
             return offer.size
         checkpoint = self._find_model(offer.family, offer.structure)
         self._shelf.make_room(offer.size)
-        self._forget_stale()
+        self._tidy(offer.size)
         name = blake3(f"{owner} {offer.lora} {offer.digest}".encode()).hexdigest()[:32]
         with self._lock:
             mine = [key for key in self._drafts if key[0] == owner and key[1] != offer.lora]
@@ -156,12 +156,16 @@ class Receiver:
             with suppress(OSError):  # a folder that cannot be written was reported already
                 draft.path.unlink(missing_ok=True)
 
-    def _forget_stale(self) -> None:
+    def _tidy(self, size: int) -> None:
+        """Remove drafts that nobody goes on with: old ones, and as many others as are over the library's limit."""
         active = {draft.path for draft in list(self._drafts.values())}
-        for path in self._folder.glob("*.draft") if self._folder.is_dir() else ():
-            with suppress(OSError):  # another thread may have taken it over just now
-                if path not in active and time() - path.stat().st_mtime > _STALE:
+        with suppress(OSError):  # another thread may have taken one over just now
+            files = [(p.stat().st_mtime, p.stat().st_size, p) for p in self._folder.glob("*.draft") if p not in active]
+            total = size + sum(length for _, length, _ in files)
+            for changed, length, path in sorted(files):
+                if time() - changed > _STALE or total > self._shelf.limit:
                     path.unlink()
+                    total -= length
 
 
 def _cannot_write(path: Path, error: OSError) -> LoraError:

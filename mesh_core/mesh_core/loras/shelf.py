@@ -17,7 +17,7 @@ from typing import Any
 
 from mesh_core import fingerprint
 from mesh_core.checkpoint import MAX_DEPTH, Progress, read_header
-from mesh_core.config import atomic_write
+from mesh_core.config import Settings, atomic_write, data_dir
 from mesh_core.errors import CheckpointError, ConfigError, LoraError, LoraMissing, LoraTooLarge
 from mesh_core.library import Checkpoint
 from mesh_core.loras.part import read_part
@@ -254,6 +254,12 @@ class Shelf:
         if path.parent == self.folder:
             return read_part(path, checkpoint.spec, self._label(path))
         return read_lora(path, checkpoint, self._label(path))
+
+
+def own_shelf(settings: Settings, more: Sequence[Path] = ()) -> Shelf:
+    """This user's LoRAs on this machine: received ones, and those in the folders of the settings and in ``more``."""
+    folders = [*(Path(f).expanduser() for f in settings.loras.folders), *more]
+    return Shelf(data_dir() / "loras", settings.loras.library, folders)
 
 
 def walk(root: Path) -> Iterator[Path]:
