@@ -10,19 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from time import monotonic, perf_counter, sleep, strftime
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mesh_codec.base import Encoded, Limits, Quality
+from mesh_codec.base import Encoded, Limits
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
 from mesh_core.adapter import Conditioning, State
-from mesh_core.config import Settings
 from mesh_core.constants import ConstantsBook
 from mesh_core.errors import (
     Cancelled,
@@ -37,6 +34,7 @@ from mesh_core.errors import (
     WireMalformed,
 )
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
+from mesh_core.hops import SessionOptions as SessionOptions
 from mesh_core.loras.desk import AnyLora, LoraDesk
 from mesh_core.negotiation import Negotiation, Way
 from mesh_core.payload import Streams
@@ -57,19 +55,8 @@ _RETRY_PAUSE = 0.2
 """Seconds between two attempts to reach a lost worker."""
 
 _LEAST_CONNECT = 1.0
-"""Seconds that an attempt has, however little is left of the time to wait for a lost worker."""
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """``dtype``: in which stages compute. ``device``: where the host wants the result. ``codec``: by name, for the
-    hidden state; None for the one that is fastest."""
-
-    dtype: torch.dtype
-    device: torch.device
-    quality: Quality = "lossless"
-    settings: Settings = field(default_factory=Settings)
-    codec: str | None = None
+"""Seconds that an attempt has, however little is left of the time to wait for a lost worker; the first one has as much,
+and each later one twice what the one before had."""
 
 
 class Session:
@@ -93,6 +80,8 @@ class Session:
         self.identity, self.options, self.plugins = identity, options, plugins
         self.stats = RunStats()
         self._hops = [RemoteHop(remote, span) for remote, span in hops]
+        for remote in self.remotes:
+            remote.watch = options.watch
         self._relayed: set[int] = set()
         self._report = report
         self._legs: list[Leg] = []
@@ -151,6 +140,10 @@ class Session:
             hop.remote.close()
         self._codecs.close()
         self._legs.clear()
+
+    def begin(self) -> None:
+        """A new generation: nothing of it is coded as a change of what came before."""
+        self._restart_streams()
 
     def run(self, state: State, conditioning: Conditioning, *, sequence: str = "", local_ms: float = 0.0) -> State:
         """One step: the state at the first remote cut in, the state at the last one out.
@@ -294,14 +287,17 @@ class Session:
         began, deadlines = monotonic(), self.options.settings.deadlines
         since, state = strftime("%H:%M:%S"), cause.message
         self.stats.reconnects += 1
+        attempt = _LEAST_CONNECT
         while True:
+            if self.options.watch is not None:
+                self.options.watch()
             waited = monotonic() - began
             if self._report is not None:
                 self._report(state, "waiting for it to come back", int(waited), int(deadlines.reconnect))
             for remote in self.remotes:
                 remote.close()
             try:
-                self._open(min(deadlines.connect, max(deadlines.reconnect - waited, _LEAST_CONNECT)))
+                self._open(min(deadlines.connect, attempt, max(deadlines.reconnect - waited, _LEAST_CONNECT)))
                 return
             except (PeerLost, Unreachable, TransportTimeout, SessionUnknown) as error:
                 waited = monotonic() - began
@@ -311,6 +307,7 @@ class Session:
                         hint="mesh serve on that machine again, mesh doctor to test the way there, or run without it",
                     ) from error
                 state = error.message
+            attempt *= 2
             sleep(_RETRY_PAUSE)
 
     def _attempt(self, state: State, conditioning: Conditioning, sequence: str, stats: StepStats) -> State:
