@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.workers import wait_until
 
 from mesh_codec.base import Encoded, Encoder, Estimate, Quality
 from mesh_codec.entropy import EntropyCodec
 from mesh_codec.raw import RawCodec
 from mesh_core import codec_speed
 from mesh_core.codec_speed import SpeedBook, read_speeds, sample, time_codec
+from tests.support.workers import wait_until
 
 CPU = torch.device("cpu")
 
