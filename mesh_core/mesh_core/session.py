@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter, sleep, strftime
-from typing import Any
 
 import torch
 
@@ -253,6 +252,8 @@ class Session:
             try:
                 if not self._legs:
                     self._open()
+                if self._codecs.doubtful:
+                    self._codecs.measure_again(self.remotes)
                 if self._codecs.outdated(request.state):
                     self._agree()
                 return self._attempt(request, stats)
@@ -308,9 +309,9 @@ class Session:
     def _attempt(self, request: Request, stats: StepStats) -> State:
         stats.hops.clear()
         names = self._send_constants(request)
-        state, options = request.state, request.conditioning.options
+        state = request.state
         for leg in self._legs:
-            state = self._run_leg(leg, state, names, options, request.sequence, stats)
+            state = self._run_leg(leg, state, names, request, stats)
         return state
 
     def _send_constants(self, request: Request) -> dict[str, str]:
@@ -339,26 +340,18 @@ class Session:
         hop.sent.update(missing)
         self.stats.constants_bytes += sum(e.nbytes for e in missing.values())
 
-    def _run_leg(
-        self,
-        leg: Leg,
-        state: State,
-        names: Mapping[str, str],
-        options: Mapping[str, Any],
-        sequence: str,
-        stats: StepStats,
-    ) -> State:
+    def _run_leg(self, leg: Leg, state: State, names: Mapping[str, str], request: Request, stats: StepStats) -> State:
         first, last = leg.hops[0].remote, leg.hops[-1].remote
         deadline = self.options.settings.deadlines.step
-        payload = leg.encoder.encode(sequence, state)
+        payload = leg.encoder.encode(request.sequence, state)
         message = wire.Step(
             id=next_id(),
             session=first.session,
             step=self._step,
             attempt=self._epoch,
-            sequence=sequence,
+            sequence=request.sequence,
             constants=dict(names),
-            options=dict(options),
+            options=dict(request.conditioning.options),
             tensors=payload.entries,
             trace=[],
             deadline_ms=int(deadline * 1e3),
@@ -376,7 +369,7 @@ class Session:
         remotes = [hop.remote for hop in leg.hops]
         result, buffers = await_answer(remotes, message.id, wanted, deadline, f"step {self._step}")
         arrived = perf_counter()
-        decoded = leg.decoder.decode(sequence, result.tensors, buffers, self.options.device)
+        decoded = leg.decoder.decode(request.sequence, result.tensors, buffers, self.options.device)
         # Giving 33 MB back to the system takes milliseconds; they belong to the decoding.
         buffers.clear()
         decode_ms = (perf_counter() - arrived) * 1e3

@@ -73,7 +73,9 @@ def _composed(
         assert not missing, f"state missing at cut {start}: {sorted(missing)}"
         needed = set(spec.constants_of(span))
         part = Conditioning({n: t for n, t in conditioning.constants.items() if n in needed}, conditioning.options)
-        held = {**state, **part.constants}
+        # Off the wire, everything is in row-major order.
+        held = {name: tensor.contiguous() for name, tensor in {**state, **part.constants}.items()}
+        state, part.constants = ({n: held[n] for n in names} for names in (state, part.constants))
         before = {name: tensor.clone() for name, tensor in held.items()}
         with torch.no_grad():
             state = stage_of(span)(state, part)

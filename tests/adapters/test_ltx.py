@@ -45,6 +45,7 @@ def variants(model: LTX2VideoTransformer3DModel, given: dict[str, Any]) -> dict[
             "audio_timestep": given["timestep"].long(),
             "sigma": given["sigma"].double(),
         },
+        "latents permuted in memory": {**given, "hidden_states": given["hidden_states"].mT.contiguous().mT},
         "isolated streams": {**given, "isolate_modalities": True},
         "the other cross timestep": {**held, "use_cross_timestep": not given["use_cross_timestep"]},
         "perturbed blocks": {**given, **perturbed},
@@ -76,7 +77,8 @@ def test_each_variant_changes_the_result() -> None:
         for n, r in results.items()
         if all(torch.equal(a, b) for a, b in zip(r, results["text to video"], strict=True))
     }
-    assert same == {"text to video", "coordinates from the pipeline"}
+    # Whether the last bits change with the layout in memory depends on the matrix library.
+    assert same - {"latents permuted in memory"} == {"text to video", "coordinates from the pipeline"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,6 +12,7 @@ from diffusers import LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from mesh_core import fingerprint
+from mesh_core.adapter import Piece
 from mesh_core.checkpoint import read_header
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, ConfigError
 from mesh_core.library import recognise
@@ -157,18 +158,15 @@ def test_sizes_that_the_model_does_not_make_are_refused(call: dict[str, int], hi
     assert caught.value.hint == hint
 
 
-def test_lora_keys_in_both_namings(tmp_path: Path) -> None:
-    tiny_ltx.transformer("2.3").save_pretrained(tmp_path)
+def test_loras_in_the_naming_of_lightricks_find_their_parameters(tmp_path: Path) -> None:
+    model = tiny_ltx.transformer("2.3")
+    model.save_pretrained(tmp_path)
     spec = ADAPTER.recognise(read_header(tmp_path))
     assert spec is not None
-    targets = ADAPTER.lora_targets(spec)
-    assert targets["patchify_proj"] == targets["proj_in"] == "proj_in.weight"
-    assert targets["audio_prompt_adaln_single.linear"] == "audio_prompt_adaln.linear.weight"
-    assert targets["transformer_blocks.1.audio_to_video_attn.to_out.0"] == (
-        "transformer_blocks.1.audio_to_video_attn.to_out.0.weight"
-    )
-    weights = {n for n in spec.parameters if n.endswith(".weight")}
-    assert set(targets.values()) == weights
+    (layout,) = ADAPTER.layouts(spec)
+    assert layout["audio_prompt_adaln.linear.weight"] == (Piece("audio_prompt_adaln_single.linear.weight"),)
+    assert layout.keys() == spec.parameters.keys()
+    assert {pieces[0].tensor for pieces in layout.values()} == tiny_ltx.to_original(model).keys()
 
 
 def test_quantised_weights_are_refused_by_type(tmp_path: Path) -> None:

@@ -57,15 +57,16 @@ class PacketData:
 class FakeNvVideo:
     """The module. ``encodes`` is whether the GPU has NVENC; ``sessions`` how many it opens at a time; ``in_flight``
     frames stay in an encoder, and ``drains`` says whether `EndEncode` gives them out; with ``forgets`` the frame after
-    it is an IDR picture; decoded 10-bit pixels are ``shift`` bits up."""
+    it is an IDR picture; decoded 10-bit pixels are ``shift`` bits up; decoded pixels are ``off_by`` too
+    large, but where all are grey."""
 
     NV_ENC_PIC_FLAGS, NV_ENC_PIC_PARAMS, PacketData = NV_ENC_PIC_FLAGS, NV_ENC_PIC_PARAMS, PacketData
     VideoPacketFlag, DisplayDecodeLatencyType = VideoPacketFlag, DisplayDecodeLatencyType
     cudaVideoCodec, cudaVideoChromaFormat = cudaVideoCodec, cudaVideoChromaFormat
 
-    def __init__(self, *, encodes=True, sessions=8, in_flight=3, drains=True, forgets=False, shift=6):
+    def __init__(self, *, encodes=True, sessions=8, in_flight=3, drains=True, forgets=False, shift=6, off_by=0):
         self.encodes, self.sessions, self.in_flight, self.drains = encodes, sessions, in_flight, drains
-        self.forgets, self.shift = forgets, shift
+        self.forgets, self.shift, self.off_by = forgets, shift, off_by
         self.opened = self.open = 0
 
     def GetEncoderCaps(self, gpuid=0, codec="h264"):
@@ -85,7 +86,7 @@ class FakeNvVideo:
 
     def CreateDecoder(self, gpuid, codec, usedevicememory, maxwidth, maxheight, latency):
         assert codec == cudaVideoCodec.HEVC and usedevicememory and latency == DisplayDecodeLatencyType.LOW
-        return _Decoder(maxwidth, maxheight, self.shift)
+        return _Decoder(maxwidth, maxheight, self.shift, self.off_by)
 
 
 class _Encoder:
@@ -137,8 +138,8 @@ class _Encoder:
 
 
 class _Decoder:
-    def __init__(self, width, height, shift):
-        self._size, self._shift = (height, width), shift
+    def __init__(self, width, height, shift, off_by):
+        self._size, self._shift, self._off_by = (height, width), shift, off_by
         self._context = av.CodecContext.create("hevc", "r")
         self._context.thread_count = 1
 
@@ -146,17 +147,18 @@ class _Decoder:
         assert packet.decode_flag == VideoPacketFlag.ENDOFPICTURE
         data = ctypes.string_at(packet.bsl_data, packet.bsl)
         try:
-            return [_DecodedFrame(frame, self._shift) for frame in self._context.decode(av.Packet(data))]
+            return [_DecodedFrame(frame, self._shift, self._off_by) for frame in self._context.decode(av.Packet(data))]
         except av.FFmpegError:
             # The hardware says nothing.
             return []
 
 
 class _DecodedFrame:
-    def __init__(self, frame, shift):
+    def __init__(self, frame, shift, off_by):
         wide = "10" in frame.format.name
         kind = np.uint16 if wide else np.uint8
         planes = [np.frombuffer(memoryview(p), kind).reshape(frame.height, -1)[:, : frame.width] for p in frame.planes]
+        planes = [plane + (off_by if plane.min() != plane.max() else 0) for plane in planes]
         self._tensor = torch.from_numpy(np.concatenate(planes) << (shift if wide else 0))
 
     def __dlpack__(self, stream=None, **_):

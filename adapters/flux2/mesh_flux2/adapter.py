@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Role, State
-from mesh_core.adapting import describe_parameters, full_config
+from mesh_core.adapting import describe_parameters, full_config, unusual_strides
 from mesh_core.checkpoint import CheckpointHeader, TensorInfo
 from mesh_core.errors import CheckpointCorrupt, UnsupportedInput
 from mesh_core.spans import BlockSpan
@@ -91,7 +91,8 @@ class Flux2Adapter(ModelAdapter):
         if inputs.get("guidance") is not None and self.guidance:
             state["guidance"] = inputs["guidance"]
         ids = {name: inputs[name][0] if inputs[name].ndim == 3 else inputs[name] for name in ("img_ids", "txt_ids")}
-        return state, Conditioning({**ids, "encoder_hidden_states": inputs["encoder_hidden_states"]})
+        constants = {**ids, "encoder_hidden_states": inputs["encoder_hidden_states"]}
+        return state, Conditioning(constants, unusual_strides({"hidden_states": state["hidden_states"]}))
 
     def finish(self, spec: ModelSpec, state: State) -> Tensor:
         return state["sample"]

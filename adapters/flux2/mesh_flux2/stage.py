@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mesh_core.adapter import Conditioning, Stage, State
+from mesh_core.adapting import as_it_was
 
 
 class Flux2Stage(Stage):
@@ -40,7 +41,8 @@ class Flux2Stage(Stage):
         start, stop, doubles = self.span.start, self.span.stop, len(model.transformer_blocks)
         constants = conditioning.constants
         if start == 0:
-            hidden, text, temb = self._enter(state, constants["encoder_hidden_states"])
+            latents = as_it_was(state["hidden_states"], "hidden_states", conditioning.options)
+            hidden, text, temb = self._enter(latents, state, constants["encoder_hidden_states"])
         else:
             hidden, text, temb = state["hidden_states"], state.get("encoder_hidden_states"), state["temb"]
         rotary = self._rotary(constants["txt_ids"], constants["img_ids"])
@@ -73,9 +75,8 @@ class Flux2Stage(Stage):
         hidden = hidden[:, constants["txt_ids"].shape[0] :, ...]
         return {"sample": model.proj_out(model.norm_out(hidden, temb))}
 
-    def _enter(self, state: State, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _enter(self, latents: Tensor, state: State, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         model: Any = self.model
-        latents = state["hidden_states"]
         timestep = state["timestep"].to(latents.dtype) * 1000
         guidance = state.get("guidance")
         if guidance is not None:

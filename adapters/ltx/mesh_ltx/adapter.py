@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, Role, State
+from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, Piece, Role, State
 from mesh_core.adapting import describe_parameters, full_config
 from mesh_core.checkpoint import CheckpointHeader
 from mesh_core.errors import CheckpointCorrupt, ConfigError
 from mesh_core.spans import BlockSpan
 from mesh_ltx.inputs import CONSTANTS, begin
-from mesh_ltx.layout import config_from_metadata, find_layout, original_name, pieces_of, refuse_video_only
+from mesh_ltx.layout import config_from_metadata, find_layout, pieces_of, refuse_video_only
 from mesh_ltx.stage import LtxStage
 
 MODEL_CLASS = "LTX2VideoTransformer3DModel"
@@ -118,9 +118,9 @@ class LtxAdapter(ModelAdapter):
                     hint=f"{max(round(pixels / SPATIAL), 1) * SPATIAL}",
                 )
 
-    def lora_targets(self, spec: ModelSpec) -> Mapping[str, str]:
-        targets = dict(super().lora_targets(spec))
-        return {**{original_name(module): name for module, name in targets.items()}, **targets}
+    def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
+        """LoRAs name parameters as diffusers does, or as Lightricks does."""
+        return ({name: pieces_of(name, "", original=True) for name in spec.parameters},)
 
 
 def _config(header: CheckpointHeader, prefix: str) -> dict[str, Any]:

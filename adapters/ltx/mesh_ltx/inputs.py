@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesh_core.adapter import Conditioning, ModelSpec, State
+from mesh_core.adapting import unusual_strides
 from mesh_core.errors import UnsupportedInput
 from mesh_ltx.times import SUFFIX, compact
 
@@ -19,6 +20,8 @@ CONSTANTS: Mapping[str, bool] = {
     f"audio_timestep{SUFFIX}": False,
     f"sigma{SUFFIX}": False,
     f"audio_sigma{SUFFIX}": False,
+    f"video_gate{SUFFIX}": False,
+    f"audio_gate{SUFFIX}": False,
     "encoder_attention_mask": False,
     "audio_encoder_attention_mask": False,
     "video_coords": False,
@@ -27,7 +30,8 @@ CONSTANTS: Mapping[str, bool] = {
     "video_keyframes_mask": False,
     "perturbation_mask": False,
 }
-"""Constants of a generation, and whether each must be there."""
+"""Constants of a generation, and whether each must be there. The gates' times are other hosts': diffusers takes those
+of the scales and shifts."""
 
 _AS_THEY_ARE = tuple(name for name in CONSTANTS if not name.endswith(SUFFIX))
 _TIMES = ("timestep", "audio_timestep", "sigma", "audio_sigma")
@@ -66,6 +70,7 @@ def begin(spec: ModelSpec, inputs: Mapping[str, Any]) -> tuple[State, Conditioni
         if coordinates not in given:
             options |= {"fps": 24.0} if "fps" in names else {}
             options |= {name: given[name] for name in names if name in given}
+    options |= unusual_strides({name: state[name] for name in ("hidden_states", "audio_hidden_states")})
     options |= {f"{name}_dtype": dtype for name, dtype in types.items()}
     return state, Conditioning({**constants, **indices}, options)
 

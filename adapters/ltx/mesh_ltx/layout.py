@@ -102,7 +102,7 @@ def pieces_of(parameter: str, prefix: str, original: bool) -> tuple[Piece, ...]:
 
 
 def original_name(parameter: str) -> str:
-    """A parameter, or a module, as Lightricks and ComfyUI call it."""
+    """A parameter as Lightricks and ComfyUI call it."""
     top, dot, rest = parameter.partition(".")
     if top == "transformer_blocks":
         return ".".join(_IN_BLOCK.get(part, part) for part in parameter.split("."))
@@ -124,7 +124,8 @@ def config_from_metadata(header: CheckpointHeader, prefix: str) -> dict[str, Any
             )
     config = {ours: given[theirs] for theirs, ours in _CONFIG.items() if theirs in given}
     has = header.tensors.keys()
-    config["use_prompt_embeddings"] = f"{prefix}caption_projection.linear_1.weight" in has
+    # With one linear layer instead of two, the projection stands before the text connector and is the connector's.
+    config["use_prompt_embeddings"] = f"{prefix}caption_projection.linear_2.weight" in has
     gated = f"{prefix}transformer_blocks.0.attn1.to_gate_logits.weight" in has
     modulated = f"{prefix}transformer_blocks.0.prompt_scale_shift_table" in has
     config |= {"gated_attn": gated, "audio_gated_attn": gated}

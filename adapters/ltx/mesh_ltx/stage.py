@@ -15,18 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from mesh_core.adapter import Conditioning, Stage, State
+from mesh_core.adapting import as_it_was
 from mesh_core.errors import UnsupportedInput
-from mesh_ltx.times import spread
+from mesh_ltx.times import SUFFIX, spread
 
 
 @dataclass(frozen=True)
 class Times:
-    """The timesteps of one call, flat, as ``forward`` takes them; sigmas are None where the model needs none."""
+    """The timesteps of one call, flat, as ``forward`` takes them; sigmas are None where the model needs none.
+
+    ``video_gate`` and ``audio_gate`` are those of the gates between the streams; None: as their scales and shifts.
+    """
 
     video: Tensor
     audio: Tensor
     sigma: Tensor | None
     audio_sigma: Tensor | None
+    video_gate: Tensor | None = None
+    audio_gate: Tensor | None = None
 
 
 class LtxStage(Stage):
@@ -54,6 +60,8 @@ class LtxStage(Stage):
         masks = _masks(video.dtype, audio.dtype, constants)
         rotary = self._rotary(video, audio, constants, options)
         if self.span.start == 0:
+            video = as_it_was(video, "hidden_states", options)
+            audio = as_it_was(audio, "audio_hidden_states", options)
             video, audio = self._enter(video, audio, constants)
         modulation, embedded, audio_embedded = self._modulation(video, audio, times, options)
         text, audio_text = self._text(video, audio, constants)
@@ -135,15 +143,17 @@ class LtxStage(Stage):
             audio_prompt, _ = embedded(model.audio_prompt_adaln, times.audio_sigma, audio)
         at: Any = times.audio_sigma if crossed else times.video
         audio_at: Any = times.sigma if crossed else times.audio
+        gate: Any = times.video_gate if times.video_gate is not None else at
+        audio_gate: Any = times.audio_gate if times.audio_gate is not None else audio_at
         modulation = {
             "temb": temb,
             "temb_audio": audio_temb,
             "temb_prompt": prompt,
             "temb_prompt_audio": audio_prompt,
             "temb_ca_scale_shift": embedded(model.av_cross_attn_video_scale_shift, at, video)[0],
-            "temb_ca_gate": embedded(model.av_cross_attn_video_a2v_gate, at * factor, video)[0],
+            "temb_ca_gate": embedded(model.av_cross_attn_video_a2v_gate, gate * factor, video)[0],
             "temb_ca_audio_scale_shift": embedded(model.av_cross_attn_audio_scale_shift, audio_at, audio)[0],
-            "temb_ca_audio_gate": embedded(model.av_cross_attn_audio_v2a_gate, audio_at * factor, audio)[0],
+            "temb_ca_audio_gate": embedded(model.av_cross_attn_audio_v2a_gate, audio_gate * factor, audio)[0],
         }
         return modulation, plain, audio_plain
 
@@ -157,15 +167,15 @@ class LtxStage(Stage):
 
 
 def _times(values: Tensor, constants: Mapping[str, Tensor], options: Mapping[str, Any]) -> Times:
-    def of(name: str) -> Tensor | None:
-        index = constants.get(f"{name}_at")
+    def of(name: str, other: Tensor | None = None) -> Tensor | None:
+        index = constants.get(f"{name}{SUFFIX}")
         dtype: torch.dtype = getattr(torch, options.get(f"{name}_dtype", ""), values.dtype)
-        return None if index is None else spread(values, index, dtype)
+        return other if index is None else spread(values, index, dtype)
 
     video, sigma = of("timestep"), of("sigma")
-    audio, audio_sigma = of("audio_timestep"), of("audio_sigma")
-    assert video is not None
-    return Times(video, audio if audio is not None else video, sigma, audio_sigma if audio_sigma is not None else sigma)
+    audio = of("audio_timestep", video)
+    assert video is not None and audio is not None
+    return Times(video, audio, sigma, of("audio_sigma", sigma), of("video_gate"), of("audio_gate"))
 
 
 def _masks(video: torch.dtype, audio: torch.dtype, constants: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

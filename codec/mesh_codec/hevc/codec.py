@@ -5,9 +5,9 @@ Settings: ``qp`` (0 to 51), ``lossless`` (pixels come back as they were: the qua
 coded side by side), ``temporal`` (later tensors of a stream are predicted from earlier ones).
 
 Buffers: 0 the sizes of the access units (uint32 each, little endian, by strip and frame), 1 the channels (ranks as
-uint8 each, means as bfloat16 each, a zstandard frame; empty in predicted tensors), 2 the access units one after the
-other, 3 the outliers. Header: ``dtype``, ``shape``, ``step``, ``outliers`` (their number), ``key``, ``chain`` (drawn at
-each key tensor), ``index`` (in the chain), ``crc`` (zlib's CRC-32 of all buffers). An empty tensor has no buffers.
+uint8 each, means as bfloat16 each, a zstandard frame; empty but in key tensors), 2 the access units one after the
+other, 3 the outliers. Header: ``dtype``, ``shape``, ``step``, ``outliers`` (their number), ``chain`` and ``index`` (see
+`mesh_codec.chains`), ``crc`` (zlib's CRC-32 of all buffers). An empty tensor has no buffers.
 
 Must not know models, links or which engine is at the other end.
 """
@@ -19,7 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, ClassVar
 
-from mesh_codec.base import Codec, Limits, Quality
+import torch
+
+from mesh_codec.base import Codec, Estimate, Limits, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.hevc.decoder import HevcDecoder
 from mesh_codec.hevc.encoder import HevcEncoder
@@ -58,6 +60,10 @@ class HevcCodec(Codec):
         engines = [count for count in (own["engines"], peer.get("engines")) if type(count) is int]
         strips = min(MOST_STRIPS, max(DEFAULTS["strips"], *engines))
         return {**DEFAULTS, "strips": strips, **QUALITIES[quality]}
+
+    def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
+        encodes, decodes = self._engines.names()
+        return Estimate(engine=f"{encodes[0]}+{decodes[0]}" if encodes and decodes else "")
 
     def encoder(self, settings: Mapping[str, Any]) -> HevcEncoder:
         return HevcEncoder(Settings.read(settings), self._engines, self._pool)

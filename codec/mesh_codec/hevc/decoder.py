@@ -5,14 +5,16 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mesh_codec.base import Decoder, Encoded, Limits
+from mesh_codec.chains import Link, positive_number
+from mesh_codec.channels import read_channels
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost
+from mesh_codec.exact import write_outliers
 from mesh_codec.hevc.bitstream import check_unit, is_key
 from mesh_codec.hevc.encoder import checksum
 from mesh_codec.hevc.engine import FrameDecoder
@@ -21,20 +23,18 @@ from mesh_codec.hevc.geometry import Geometry
 from mesh_codec.hevc.pixels import Calibration
 from mesh_codec.hevc.settings import Settings
 from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
-from mesh_codec.payload import Form, flat_bytes, read_form, whole_number
+from mesh_codec.payload import flat_bytes, read_form, whole_number
 from mesh_codec.quantiser import Grid
-from mesh_codec.symbols import expand
 
 
 @dataclass
 class _Chain:
-    """The chain whose pictures the open sessions hold, and the index of the next tensor in it."""
+    """The chain whose pictures the open sessions hold, and the place of the next tensor in it."""
 
     geometry: Geometry
     sessions: list[FrameDecoder]
-    calibration: Calibration | None = None
-    name: int = -1
-    index: int = 0
+    calibration: Calibration
+    link: Link
 
 
 class HevcDecoder(Decoder):
@@ -55,22 +55,23 @@ class HevcDecoder(Decoder):
         buffers = tuple(flat_bytes(b, None, "payload") for b in encoded.buffers)
         if whole_number(header, "crc", (1 << 32) - 1) != checksum(buffers):
             raise CodecCorrupt("A payload was damaged: its checksum does not match.")
-        key = header.get("key")
-        if type(key) is not bool:
-            raise CodecCorrupt(f"A payload's 'key' is {str(key)[:40]}, not true or false.")
+        link, step = Link.read(header), positive_number(header, "step")
         table, sides, packets, exact = buffers
         grid = Grid.of(form)
         geometry = self._geometry(grid)
-        units = _split(geometry, table, packets, key=key)
+        units = _split(geometry, table, packets, key=link.key)
         outliers = read_outliers(
             exact, whole_number(header, "outliers", form.elements), form.dtype.itemsize, form.elements
         )
-        calibration = _read_channels(sides, grid.channels, _step(header), geometry.bits) if key else None
-        chain = self._ready(header, geometry, calibration, device)
+        if link.key:
+            ranks, means = read_channels(sides, grid.channels)
+            chain = self._begun(link, geometry, Calibration(means, ranks, step, geometry.bits), device)
+        else:
+            flat_bytes(sides, 0, "channels")
+            chain = self._continued(link, geometry, step)
         planes = self._decoded(chain, units)
-        assert chain.calibration is not None
         values = chain.calibration.to_values(geometry.unpack(planes).to(device), form.dtype.torch)
-        return _with_outliers(values, form, outliers.positions, outliers.values)
+        return write_outliers(values.t().contiguous().view(form.shape), outliers)
 
     def reset(self) -> None:
         if self._chain:
@@ -82,25 +83,23 @@ class HevcDecoder(Decoder):
         settings = self._settings
         return Geometry.of(grid, bits=settings.bits, tile=settings.tile, strips=settings.strips)
 
-    def _ready(self, header: Any, geometry: Geometry, calibration: Calibration | None, device: torch.device) -> _Chain:
-        """The chain that the payload continues, or a new one."""
-        name = whole_number(header, "chain", (1 << 62) - 1)
-        index = whole_number(header, "index", (1 << 62) - 1)
+    def _continued(self, link: Link, geometry: Geometry, step: float) -> _Chain:
         chain = self._chain
-        if calibration is None:
-            if not chain or chain.calibration is None or (chain.name, chain.index) != (name, index):
-                raise CodecStateLost("A payload was predicted from a tensor that this decoder does not have.")
-            if chain.geometry != geometry or chain.calibration.step != _step(header):
-                raise CodecCorrupt("A payload was predicted from a tensor of another shape.")
-            return chain
-        if index:
-            raise CodecCorrupt(f"A payload's 'index' is {index} in a key tensor.")
-        if not chain or chain.geometry != geometry:
-            self.reset()
-            chain = _Chain(geometry, self._engines.decoders(geometry, device))
-        chain.calibration, chain.name, chain.index = calibration, name, 0
-        self._chain = chain
+        if not chain or chain.link != link:
+            raise CodecStateLost("A payload was predicted from a tensor that this decoder does not have.")
+        if chain.geometry != geometry or chain.calibration.step != step:
+            raise CodecCorrupt("A payload was predicted from a tensor of another shape.")
         return chain
+
+    def _begun(self, link: Link, geometry: Geometry, calibration: Calibration, device: torch.device) -> _Chain:
+        """A new chain, in the open sessions if they are of its geometry."""
+        if self._chain and self._chain.geometry == geometry:
+            sessions = self._chain.sessions
+        else:
+            self.reset()
+            sessions = self._engines.decoders(geometry, device)
+        self._chain = _Chain(geometry, sessions, calibration, link)
+        return self._chain
 
     def _decoded(self, chain: _Chain, units: list[list[memoryview]]) -> Tensor:
         """[strips, frames, 3, height, width]. What a failure leaves in the sessions is forgotten with them."""
@@ -109,7 +108,7 @@ class HevcDecoder(Decoder):
         except CodecError:
             self.reset()
             raise
-        chain.index += 1
+        chain.link = chain.link.next
         return torch.stack(strips) if len(strips) > 1 else strips[0][None]
 
 
@@ -125,28 +124,3 @@ def _split(geometry: Geometry, table: memoryview, packets: memoryview, *, key: b
         first = place % geometry.frames == 0
         check_unit(unit, geometry, key=first and (key or is_key(bytes(unit))))
     return [units[start : start + geometry.frames] for start in range(0, count, geometry.frames)]
-
-
-def _step(header: Any) -> float:
-    step = header.get("step")
-    if type(step) is not float or not 0 <= step <= torch.finfo(torch.float32).max:
-        raise CodecCorrupt(f"A payload's 'step' is {str(step)[:40]}, not a float32 number from 0.")
-    return float(step)
-
-
-def _read_channels(frame: memoryview, channels: int, step: float, bits: int) -> Calibration:
-    data = expand(frame, 3 * channels, "channels").copy()
-    means = torch.from_numpy(data[channels:].view("<u2").view(np.int16)).view(torch.bfloat16)
-    if not means.isfinite().all():
-        raise CodecCorrupt("The channel means of a payload are not finite.")
-    return Calibration(means, torch.from_numpy(data[:channels]), step, bits)
-
-
-def _with_outliers(values: Tensor, form: Form, positions: Any, bits: Any) -> Tensor:
-    result = values.t().contiguous()
-    if len(positions):
-        places = torch.from_numpy(positions).to(result.device)
-        kind = {2: torch.int16, 4: torch.int32}[form.dtype.itemsize]
-        exact = torch.from_numpy(bits.copy().view(f"<i{form.dtype.itemsize}"))
-        result.view(kind).view(-1)[places] = exact.to(kind).to(result.device)
-    return result.view(form.shape)

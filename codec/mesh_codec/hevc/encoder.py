@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from zlib import crc32
@@ -12,17 +11,19 @@ import torch
 from torch import Tensor
 
 from mesh_codec.base import Encoded, Encoder
+from mesh_codec.chains import Link
+from mesh_codec.channels import pack_channels
 from mesh_codec.errors import CodecError, CodecUnsupported
+from mesh_codec.exact import outliers_at
 from mesh_codec.hevc.bitstream import check_unit, is_key
 from mesh_codec.hevc.engine import FrameEncoder
 from mesh_codec.hevc.engines import Engines
 from mesh_codec.hevc.geometry import Geometry
 from mesh_codec.hevc.pixels import Calibration
 from mesh_codec.hevc.settings import Settings
-from mesh_codec.outliers import MAX_ELEMENTS, Outliers
+from mesh_codec.outliers import MAX_ELEMENTS
 from mesh_codec.payload import Form, form_of
-from mesh_codec.quantiser import Grid, bits_of
-from mesh_codec.symbols import squeeze
+from mesh_codec.quantiser import Grid
 
 _MOST_OUTLIERS = 1 / 64
 """Share of the elements above which prediction is given up for a fresh calibration."""
@@ -35,8 +36,7 @@ class _Chain:
     geometry: Geometry
     calibration: Calibration
     sessions: list[FrameEncoder]
-    name: int = field(default_factory=lambda: secrets.randbits(62))
-    index: int = 0
+    link: Link = field(default_factory=Link.first)
 
 
 class HevcEncoder(Encoder):
@@ -49,31 +49,32 @@ class HevcEncoder(Encoder):
         form = form_of(tensor)
         _check_form(form)
         if not form.elements:
-            return Encoded(
-                form.header() | {"step": 0.0, "outliers": 0, "key": False, "chain": 0, "index": 0, "crc": 0}, ()
-            )
+            return Encoded(form.header() | {"step": 0.0, "outliers": 0, "crc": 0}, ())
         grid = Grid.of(form)
         flat = tensor.detach().reshape(grid.tokens, grid.channels)
         chain, pixels, outside = self._quantised(flat.t(), grid)
-        key = chain.index == 0
+        key = chain.link.key
         frames = chain.geometry.pack(pixels)
         try:
             units = self._coded(chain, frames, key=key)
         except CodecError:
             self.close()
             raise
-        exact = _outliers(flat, outside)
+        exact = outliers_at(flat.reshape(-1), outside.t().reshape(-1).nonzero().view(-1))
         table = np.array([len(unit) for unit in units], dtype="<u4").tobytes()
-        buffers = (table, _channels(chain.calibration) if key else b"", b"".join(units), exact.to_bytes())
+        buffers = (
+            table,
+            pack_channels(chain.calibration.ranks, chain.calibration.means) if key else b"",
+            b"".join(units),
+            exact.to_bytes(),
+        )
         header = form.header() | {
             "step": chain.calibration.step,
             "outliers": len(exact.positions),
-            "key": key,
-            "chain": chain.name,
-            "index": chain.index,
             "crc": checksum(buffers),
         }
-        chain.index += 1
+        header |= chain.link.header()
+        chain.link = chain.link.next
         return Encoded(header, buffers)
 
     def reset(self) -> None:
@@ -129,18 +130,6 @@ def checksum(buffers: tuple[bytes | memoryview, ...]) -> int:
     for buffer in buffers:
         value = crc32(buffer, value)
     return value
-
-
-def _channels(calibration: Calibration) -> bytes:
-    means = bits_of(calibration.means).astype("<u2").view(np.uint8)
-    return squeeze(np.concatenate([calibration.ranks.numpy(), means]))
-
-
-def _outliers(flat: Tensor, outside: Tensor) -> Outliers:
-    """The elements of ``flat`` [tokens, channels] that are marked in ``outside`` [channels, tokens], by position."""
-    places = outside.t().reshape(-1).nonzero().reshape(-1)
-    token, channel = places // flat.shape[1], places % flat.shape[1]
-    return Outliers(places.cpu().numpy(), bits_of(flat[token, channel].cpu()))
 
 
 def _check_form(form: Form) -> None:

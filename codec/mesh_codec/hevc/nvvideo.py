@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
+from mesh_codec.foreign import named
 from mesh_codec.hevc.bitstream import check_unit, is_key
 from mesh_codec.hevc.engine import Coding, Engine, FrameDecoder, FrameEncoder
-from mesh_codec.hevc.foreign import named
 from mesh_codec.hevc.geometry import SHORTEST_SIDE, Geometry
 from mesh_codec.quantiser import Grid
 

@@ -7,18 +7,15 @@ range all the same, and what is not finite, is the caller's to send exactly. Mus
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor, log2
 
 import torch
 from torch import Tensor
 
-from mesh_codec.spread import Spread, measure
+from mesh_codec.channels import still, widened
+from mesh_codec.spread import measure
 
 PIXELS_PER_DEVIATION = 16
 """With 8 bits: a common channel reaches to 8 deviations. 10 bits refine the step, at the same reach."""
-
-_REACH = 5.0
-"""Deviations that any channel's range holds at least."""
 
 _DRIFT = 1.5
 """Growth or decline of the step beyond which prediction from before is given up for a fresh calibration."""
@@ -41,34 +38,31 @@ class Calibration:
     @classmethod
     def measured(cls, channels: Tensor, bits: int) -> Calibration:
         """From float ``channels`` [channels, tokens], neither empty."""
-        spread: Spread = measure(channels, 1 / (PIXELS_PER_DEVIATION << (bits - 8)))
+        spread = measure(channels, 1 / (PIXELS_PER_DEVIATION << (bits - 8)))
         return cls(spread.means.cpu(), spread.ranks.cpu(), spread.step, bits)
 
     def scales(self) -> Tensor:
         """float32 [channels, 1]: the value of one pixel step."""
-        # Ranks are quarter octaves above the step, counted from 128: see `spread.measure`.
-        widest = 128 + floor(4 * log2((1 << (self.bits - 1)) / _REACH))
-        excess = (self.ranks.int() - widest).clamp_min(0)
-        return (self.step * torch.exp2(excess / 4)).float()[:, None]
+        return widened(self.ranks, self.step, 1 << (self.bits - 1))[:, None]
 
     def to_pixels(self, channels: Tensor) -> tuple[Tensor, Tensor]:
         """Float ``channels`` [channels, tokens] -> pixels (int16) and a mask of the elements that no pixel stands
         for; theirs is the middle."""
         half = 1 << (self.bits - 1)
-        still = self._still(channels.device)
+        fixed = self._fixed(channels.device)
         means, scales = self.means.float()[:, None].to(channels.device), self.scales().to(channels.device)
         values = channels.float()
         offset = (values - means).div_(scales).round_()
         # A NaN makes any comparison false. A channel that does not vary is its mean, and what is not crosses exactly.
-        inside = torch.where(still, values == means, (offset >= -half) & (offset < half))
-        pixels = torch.where(inside & ~still, offset, 0).to(torch.int16)
+        inside = torch.where(fixed, values == means, (offset >= -half) & (offset < half))
+        pixels = torch.where(inside & ~fixed, offset, 0).to(torch.int16)
         return pixels.add_(half), ~inside
 
     def to_values(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         """``pixels`` [channels, tokens] -> elements of ``dtype``."""
         half = 1 << (self.bits - 1)
         values = (pixels.to(torch.int16) - half).float()
-        values *= torch.where(self._still(pixels.device), 0, self.scales().to(pixels.device))
+        values *= torch.where(self._fixed(pixels.device), 0, self.scales().to(pixels.device))
         values += self.means.float()[:, None].to(pixels.device)
         largest = torch.finfo(dtype).max
         return values.clamp_(-largest, largest).to(dtype)
@@ -79,6 +73,5 @@ class Calibration:
             return self.step == other.step
         return 1 / _DRIFT <= other.step / self.step <= _DRIFT
 
-    def _still(self, device: torch.device) -> Tensor:
-        """bool [channels, 1]: channels that do not vary."""
-        return ((self.ranks == 0) | (self.step == 0))[:, None].to(device)
+    def _fixed(self, device: torch.device) -> Tensor:
+        return still(self.ranks, self.step)[:, None].to(device)

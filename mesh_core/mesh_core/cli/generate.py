@@ -1,4 +1,4 @@
-"""``mesh generate``: a picture from a prompt, over several machines, and what each step cost."""
+"""``mesh generate``: a picture or a video from a prompt, over several machines, and what each step cost."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
-from mesh_core.errors import ConfigError
 
 _QUALITIES = ("lossless", "transparent", "balanced", "fast")
 
@@ -23,7 +21,11 @@ _QUALITIES = ("lossless", "transparent", "balanced", "fast")
     "--worker", "workers", multiple=True, help="mesh://host:port, or mesh://host:port=12:20 to name its blocks. Repeat."
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), default=Path("out.png"), show_default=True, help="Picture file."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Picture or video file. Left out: out.png or out.mp4, by what the pipeline makes.",
 )
 @click.option(
     "--quality",
@@ -37,6 +39,8 @@ _QUALITIES = ("lossless", "transparent", "balanced", "fast")
 @click.option("--guidance", type=float, default=None, help="Guidance scale; left out: as the authors recommend.")
 @click.option("--width", type=click.IntRange(min=16), default=None, help="Pixels.")
 @click.option("--height", type=click.IntRange(min=16), default=None, help="Pixels.")
+@click.option("--frames", type=click.IntRange(min=1), default=None, help="Of a video.")
+@click.option("--fps", type=click.FloatRange(min=1, max=240), default=None, help="Frames of a video per second.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
 @click.option("--device", default=None, help="For example cuda:0 or cpu; left out: CUDA where there is one.")
 @click.option(
@@ -51,26 +55,31 @@ def generate(
     prompt: str,
     local: str | None,
     workers: tuple[str, ...],
-    output: Path,
+    output: Path | None,
     quality: Any,
     codec: str | None,
     steps: int | None,
     guidance: float | None,
     width: int | None,
     height: int | None,
+    frames: int | None,
+    fps: float | None,
     seed: int,
     device: str | None,
     dtype: str | None,
     stats_file: Path | None,
 ) -> None:
-    """Make a picture from PROMPT with the pipeline in the folder MODEL."""
+    """Make a picture from PROMPT with the pipeline in the folder MODEL, or a video with sound if it makes these."""
     import torch
 
+    from mesh_core import media
     from mesh_core.cli.progress import LoadingLine
-    from mesh_core.hosts.diffusers import load_pipeline, stats
+    from mesh_core.hosts.diffusers import check_call, load_pipeline, stats
 
-    if not output.parent.is_dir():
-        raise ConfigError(f"The folder of {output} does not exist.", hint="another --output")
+    wanted = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
+    wanted |= {"num_frames": frames, "frame_rate": fps}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    file = media.checked_output(output, check_call(model, wanted))
     pipeline = load_pipeline(
         model,
         local=local,
@@ -82,18 +91,16 @@ def generate(
         report=LoadingLine(),
     )
     try:
-        wanted = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
-        arguments = {**pipeline.transformer.mesh.checkpoint.spec.defaults}
-        arguments |= {name: value for name, value in wanted.items() if value is not None}
+        arguments = {**pipeline.transformer.mesh.checkpoint.spec.defaults, **wanted}
         known = inspect.signature(pipeline.__call__).parameters
         arguments = {name: value for name, value in arguments.items() if name in known}
-        image = pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **arguments).images[0]
-        image.save(output)
+        made = pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **arguments)
+        media.save(pipeline, made, wanted, file)
         run = stats(pipeline)
         click.echo(run.table())
         if stats_file is not None:
             stats_file.write_text(json.dumps(asdict(run), indent=2), encoding="utf-8")
-        click.echo(f"saved {output}")
+        click.echo(f"saved {file}")
     finally:
         pipeline.transformer.mesh.close()
 

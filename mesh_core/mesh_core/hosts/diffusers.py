@@ -6,6 +6,7 @@ The pipeline keeps its own transformer object, so everything else of the pipelin
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,7 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
-    header = read_header(path)
-    if not header.pipeline:
-        raise ConfigError(
-            f"{path} is not a pipeline folder: it has no model_index.json.",
-            hint="the folder that holds transformer/, vae/ and text_encoder/, or split() on a pipeline of your own",
-        )
+    header = _pipeline_header(path)
     checkpoint = recognise(header, plugins)
     target = checked_device(str(device)) if device is not None else default_device()
     options = SessionOptions(dtype or file_dtype(checkpoint), target, quality, settings, codec)
@@ -91,6 +87,40 @@ def load_pipeline(
     except BaseException:
         placement.close()
         raise
+
+
+def check_call(path: str | Path, arguments: Mapping[str, Any], plugins: Plugins | None = None) -> type[Any]:
+    """Refuse what the pipeline in the folder ``path`` cannot make, before any weight is read; returns its class.
+
+    Args:
+        arguments: of the pipeline's call, as far as the user set them.
+
+    Raises:
+        ConfigError: an argument that the model does not accept, or a pipeline that diffusers does not have.
+        CheckpointError: its transformer is none of an installed family.
+    """
+    import diffusers
+
+    header = _pipeline_header(path)
+    checkpoint = recognise(header, plugins or installed_plugins())
+    checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
+    name = header.pipeline.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise ConfigError(
+            f"diffusers {diffusers.__version__} has no pipeline {str(name)[:80]!r}.", hint="pip install -U diffusers"
+        )
+    return found
+
+
+def _pipeline_header(path: str | Path) -> CheckpointHeader:
+    header = read_header(path)
+    if not header.pipeline:
+        raise ConfigError(
+            f"{path} is not a pipeline folder: it has no model_index.json.",
+            hint="the folder that holds transformer/, vae/ and text_encoder/, or split() on a pipeline of your own",
+        )
+    return header
 
 
 def split(

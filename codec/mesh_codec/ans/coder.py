@@ -1,0 +1,55 @@
+"""The contract of a byte coder that works where the symbols are, on the device. Must not know symbols or tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class ByteCoder(ABC):
+    """An order-0 entropy coder for uint8 tensors; one for each end of a stream, not shared between threads."""
+
+    @abstractmethod
+    def compress(self, data: Tensor) -> memoryview:
+        """Flat contiguous uint8 ``data`` on the coder's device -> bytes on the host.
+
+        Raises:
+            CodecUnsupported: the coder failed.
+        """
+
+    @abstractmethod
+    def expand(self, frame: memoryview, size: int) -> Tensor:
+        """The inverse: uint8 [``size``] on the coder's device. Nothing larger is ever allocated.
+
+        Raises:
+            CodecCorrupt: damaged, or of another size.
+        """
+
+
+class CoderFactory(ABC):
+    """Makes byte coders of one bitstream."""
+
+    format: ClassVar[str]
+    """Ends that name the same format read each other's payloads."""
+
+    engine: ClassVar[str]
+    """What people know the coder by."""
+
+    @abstractmethod
+    def available(self) -> bool:
+        """Whether coders work on this machine: found out by coding something, once."""
+
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where tensors that this end decodes are, and those that it encodes are moved to."""
+
+    @abstractmethod
+    def open(self, device: torch.device) -> ByteCoder:
+        """A coder on ``device``.
+
+        Raises:
+            CodecUnsupported: there is none.
+        """

@@ -1,0 +1,91 @@
+"""rANS on NVIDIA GPUs through nvCOMP's Python package, 6.0; extra ``cuda``.
+
+Written after the docstrings of the 6.0 package: `Codec(algorithm="ANS")` codes chunks of 64 KiB side by side, each with
+a table of its own; a codec is bound to one stream and one thread; `decode` into a buffer of ours never writes past its
+end and refuses what is larger.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from mesh_codec.ans.coder import ByteCoder, CoderFactory
+from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
+from mesh_codec.foreign import named
+from mesh_codec.payload import tensor_over
+
+_log = logging.getLogger(__name__)
+
+
+class NvComp(CoderFactory):
+    format: ClassVar[str] = "step-ans-1"
+    engine: ClassVar[str] = "nvcomp"
+
+    def available(self) -> bool:
+        return self._works
+
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def open(self, device: torch.device) -> ByteCoder:
+        if device.type != "cuda":
+            raise CodecUnsupported(f"nvCOMP codes on CUDA devices, not on {device}.")
+        return _Coder(device)
+
+    @cached_property
+    def _works(self) -> bool:
+        if not torch.cuda.is_available():
+            return False
+        try:
+            coder = self.open(self.device())
+            data = torch.arange(1 << 18, device=self.device()).remainder_(7).to(torch.uint8)
+            if not torch.equal(coder.expand(coder.compress(data), len(data)), data):
+                raise CodecUnsupported("nvCOMP gives back other bytes than it was given.")
+        except CodecError as error:
+            _log.info("no entropy coder on the GPU: %s", error)
+            return False
+        return True
+
+
+class _Coder(ByteCoder):
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with named(CodecUnsupported, "nvCOMP cannot be used; try pip install nvidia-nvcomp-cu12 (or -cu13)"):
+            from nvidia import nvcomp
+
+            self._nvcomp: Any = nvcomp
+        # Work of ours and of the library runs in this order, whatever stream the caller's thread has.
+        self._stream = torch.cuda.current_stream(device)
+        with named(CodecUnsupported, "nvCOMP has no ANS coder"):
+            self._codec = self._nvcomp.Codec(
+                algorithm="ANS", data_type="|u1", device_id=device.index or 0, cuda_stream=self._stream.cuda_stream
+            )
+
+    def compress(self, data: Tensor) -> memoryview:
+        self._wait_for_caller()
+        with torch.cuda.stream(self._stream), named(CodecUnsupported, "nvCOMP cannot encode"):
+            coded = from_dlpack(self._codec.encode(self._nvcomp.as_array(data, self._stream.cuda_stream)))
+            host = torch.empty(coded.numel(), dtype=torch.uint8, pin_memory=True)
+            host.copy_(coded.view(torch.uint8).view(-1), non_blocking=True)
+            self._stream.synchronize()
+        return host.numpy().data
+
+    def expand(self, frame: memoryview, size: int) -> Tensor:
+        with torch.cuda.stream(self._stream), named(CodecCorrupt, "nvCOMP cannot decode the symbols of a payload"):
+            coded = tensor_over(frame, torch.uint8).to(self._device, non_blocking=True)
+            data = torch.empty(size, dtype=torch.uint8, device=self._device)
+            stream = self._stream.cuda_stream
+            shown = self._codec.decode(self._nvcomp.as_array(coded, stream), out=self._nvcomp.as_array(data, stream))
+            if int(shown.buffer_size) != size:
+                raise CodecCorrupt(f"The symbols of a payload have {shown.buffer_size} bytes where {size} belong.")
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return data
+
+    def _wait_for_caller(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))

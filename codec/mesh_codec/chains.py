@@ -1,0 +1,62 @@
+"""Where a payload stands in a stream of tensors that are predicted from each other. Must not know how.
+
+A chain begins with a key tensor, which draws its name; each tensor has its index in it. A decoder that holds the
+reference of another name or index says so, instead of predicting from what was not meant.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mesh_codec.errors import CodecCorrupt
+from mesh_codec.payload import whole_number
+
+_LARGEST = (1 << 62) - 1
+
+
+@dataclass(frozen=True)
+class Link:
+    """Attributes:
+    name: of the chain, drawn at random: ends that were started anew do not take up each other's chains.
+    index: 0 for the key tensor.
+    """
+
+    name: int
+    index: int = 0
+
+    @classmethod
+    def first(cls) -> Link:
+        return cls(secrets.randbits(62))
+
+    @classmethod
+    def read(cls, header: Mapping[str, Any]) -> Link:
+        """Raises:
+        CodecCorrupt: no such entries.
+        """
+        return cls(whole_number(header, "chain", _LARGEST), whole_number(header, "index", _LARGEST))
+
+    @property
+    def next(self) -> Link:
+        return Link(self.name, self.index + 1)
+
+    @property
+    def key(self) -> bool:
+        return not self.index
+
+    def header(self) -> dict[str, Any]:
+        return {"chain": self.name, "index": self.index}
+
+
+def positive_number(header: Mapping[str, Any], key: str) -> float:
+    """``header[key]``, a float32 number from 0.
+
+    Raises:
+        CodecCorrupt: it is anything else.
+    """
+    value = header.get(key)
+    if type(value) is not float or not 0 <= value <= 3.4028234663852886e38:
+        raise CodecCorrupt(f"A payload's {key!r} is {str(value)[:40]}, not a float32 number from 0.")
+    return value

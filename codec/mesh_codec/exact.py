@@ -1,0 +1,31 @@
+"""Outliers of tensors on any device: taken from them by position, and written back. Must not know why they are such."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from mesh_codec.outliers import Outliers
+from mesh_codec.quantiser import bits_of
+
+_SIGNED: Mapping[int, torch.dtype] = MappingProxyType({2: torch.int16, 4: torch.int32})
+"""torch indexes these on every device, unlike the unsigned types."""
+
+
+def outliers_at(flat: Tensor, places: Tensor) -> Outliers:
+    """The elements of ``flat`` [n] at the ascending ``places``, int64."""
+    return Outliers(places.cpu().numpy(), bits_of(flat[places].cpu()))
+
+
+def write_outliers(tensor: Tensor, outliers: Outliers) -> Tensor:
+    """``tensor``, contiguous, with ``outliers`` written into it."""
+    if len(outliers.positions):
+        kind = _SIGNED[tensor.element_size()]
+        # Copied, since what was read from a payload may not be writable, of which torch would warn.
+        values = torch.from_numpy(outliers.values.copy().view(f"<i{tensor.element_size()}"))
+        places = torch.from_numpy(outliers.positions).to(tensor.device)
+        tensor.view(kind).view(-1)[places] = values.to(tensor.device)
+    return tensor

@@ -1,0 +1,242 @@
+"""Codecs on a CUDA device, timed in one run: the entropy codec's engines, prediction, and video engines.
+
+Data is made here: hidden states of unlike, partly massive channels, each differing from the one before as neighbouring
+steps do. Rates and speeds are about those of real activations; what an error does to a picture is another benchmark's.
+Before anything is timed, the fused kernels are compared with the same arithmetic in plain torch, and pictures that
+NVDEC decodes with those of FFmpeg, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mesh_codec.ans.nvcomp import NvComp
+from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
+from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Limits
+from mesh_codec.entropy import EntropyCodec
+from mesh_codec.hevc.codec import HevcCodec
+from mesh_codec.hevc.engines import Engines
+from mesh_codec.hevc.nvvideo import NvVideoEngine
+from mesh_codec.hevc.pyav import PyAvEngine
+from mesh_core.errors import ConfigError
+
+T = TypeVar("T")
+
+SHAPES = ((4096, 4096), (4608, 6144), (8192, 4096))
+"""A 1024x1024 picture of Klein 9B, one of FLUX.2 Dev with text, a video of LTX."""
+
+_STEP = 0.2
+_CHANGE = 0.15
+"""Of the deviation, from one tensor to the next: as in the middle of 8 to 28 steps."""
+
+_WARM, _TIMED = 4, 20
+_SLOW_TIMED = 6
+_QPS = (10, 18)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians of a codec on one shape.
+
+    Attributes:
+        encode_ms, decode_ms: by CUDA events; None where it was not timed.
+        bits: per element.
+        error: in deviations of the typical channel.
+        note: what else was seen.
+    """
+
+    shape: tuple[int, int]
+    codec: str
+    encode_ms: float | None
+    decode_ms: float | None
+    bits: float
+    error: float
+    note: str = ""
+
+
+def run(device: torch.device, shapes: Sequence[tuple[int, int]] = SHAPES, *, video: bool = True) -> Iterator[Row]:
+    """The rows as they are measured.
+
+    Raises:
+        ConfigError: ``device`` is no CUDA device, or this machine has none.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise ConfigError(
+            f"There is nothing to measure on {device}: this needs an NVIDIA GPU and a PyTorch built for CUDA.",
+            hint="mesh bench codec, without --device, measures on the CPU",
+        )
+    check_kernels(device)
+    for shape in shapes:
+        tensors = states(shape, device)
+        yield from _entropy_rows(shape, tensors, device)
+        if video:
+            yield from _video_rows(shape, tensors, device)
+
+
+def states(shape: tuple[int, int], device: torch.device, count: int = 4) -> list[Tensor]:
+    """bfloat16 [tokens, channels], of which each differs from the one before by `_CHANGE` deviations."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    tokens, channels = shape
+    gains = (noise(channels) * 0.6).exp()
+    gains[:: channels // 4] *= 40
+    rank = channels // 16
+    spectrum = torch.arange(1, rank + 1, device=device) ** -0.5
+    current = 0.7 * ((noise(tokens, rank) * spectrum) @ noise(rank, channels) / spectrum.norm()) + 0.7 * noise(*shape)
+    offset = noise(channels)
+    found = []
+    for _ in range(count):
+        found.append(((current + offset) * gains).bfloat16())
+        found[-1][tokens // 3] *= 30
+        current = current * (1 - _CHANGE**2) ** 0.5 + _CHANGE * noise(*shape)
+    return found
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises:
+    ConfigError: the fused quantiser does something else than plain torch.
+    """
+    from mesh_codec.ans.lattice import Lattice
+    from mesh_codec.spread import measure
+
+    first, second = (t.cpu() for t in states((1000, 520), device, 2))
+    first[3, 4], first[5, 6], first[:, 7] = torch.nan, torch.inf, 0.3
+    spread = measure(first.t(), _STEP)
+    ends = [Lattice.of(spread.ranks, spread.means, spread.step, place) for place in (torch.device("cpu"), device)]
+    held = [lattice.empty(len(first)) for lattice in ends]
+    predicted = torch.zeros(first.shape[1], dtype=torch.bool)
+    for tensor in (first, second):
+        plain, fused = (
+            lattice.quantise(tensor.to(state.device), state, predicted.to(state.device))
+            for lattice, state in zip(ends, held, strict=True)
+        )
+        for expected, found in zip((*plain, held[0]), (*fused, held[1]), strict=True):
+            if not torch.equal(expected, found.cpu()):
+                raise ConfigError("The fused quantiser and plain torch differ: report this with the GPU's name.")
+        predicted = torch.arange(first.shape[1]) % 3 != 0
+
+
+def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.device) -> Iterator[Row]:
+    engine = NvComp()
+    if engine.available():
+        for name, temporal in (("entropy, nvCOMP ANS", False), ("entropy + temporal, nvCOMP ANS", True)):
+            memory = _peak(lambda: AnsEncoder(_STEP, False, engine).encode(tensors[0]), device) / tensors[0].nbytes
+            note = f"{memory:.1f} copies allocated by torch while encoding"
+            yield _timed(
+                shape, name, AnsEncoder(_STEP, temporal, engine), AnsDecoder(Limits(), engine), tensors, _TIMED, note
+            )
+    else:
+        yield Row(shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-nvcomp-cu12")
+    portable, settings = EntropyCodec(), {"step": _STEP}
+    yield _timed(
+        shape, "entropy, portable", portable.encoder(settings), portable.decoder(settings), tensors, 5, "on the CPU"
+    )
+
+
+def _video_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.device) -> Iterator[Row]:
+    hardware = NvVideoEngine()
+    encodes, decodes = hardware.probe()
+    software = HevcCodec(Engines([PyAvEngine()]))
+    nvdec, both = HevcCodec(Engines([hardware])), HevcCodec(Engines([hardware, PyAvEngine()]))
+    for bits in (8, 10):
+        for qp in _QPS:
+            settings = {"qp": qp, "bits": bits, "strips": max(2, both.capabilities()["engines"])}
+            name = f"hevc, {bits} bit, QP {qp}"
+            if encodes:
+                yield _timed(
+                    shape, f"{name}, NVENC and NVDEC", nvdec.encoder(settings), nvdec.decoder(settings), tensors,
+                    _SLOW_TIMED, f"{settings['strips']} strips",
+                )  # fmt: skip
+            if decodes:
+                yield _decoded(shape, f"{name}, libx265 and NVDEC", software, nvdec, settings, tensors, device)
+            else:
+                yield Row(shape, name, None, None, 0.0, 0.0, "no NVDEC")
+
+
+def _timed(
+    shape: tuple[int, int], name: str, encoder: Encoder, decoder: Decoder, tensors: list[Tensor], count: int, note: str
+) -> Row:
+    device, encoding, decoding = tensors[0].device, [], []
+    for number in range(_WARM + count):
+        # Back and forth, so that each differs from the one before as much.
+        tensor = tensors[_there_and_back(number, len(tensors))]
+        ms, coded = _events(lambda t=tensor: encoder.encode(t))  # type: ignore[misc]
+        encoding.append(ms)
+        ms, back = _events(lambda c=coded: decoder.decode(c, device))  # type: ignore[misc]
+        decoding.append(ms)
+    bits = 8 * coded.nbytes / tensor.numel()
+    return Row(shape, name, median(encoding[_WARM:]), median(decoding[_WARM:]), bits, _error(tensor, back), note)
+
+
+def _decoded(
+    shape: tuple[int, int], name: str, coding: Codec, decoding: Codec, settings: dict[str, int], tensors: list[Tensor],
+    device: torch.device,
+) -> Row:  # fmt: skip
+    """NVDEC on a short stream of libx265's, compared with FFmpeg picture by picture."""
+    encoder, reference = coding.encoder(settings), coding.decoder(settings)
+    coded: list[Encoded] = [encoder.encode(tensor) for tensor in tensors[:3]]
+    expected = [reference.decode(payload) for payload in coded]
+    decoder, times, same = decoding.decoder(settings), [], True
+    for round_ in range(3):
+        for number, (payload, picture) in enumerate(zip(coded, expected, strict=True)):
+            ms, back = _events(lambda p=payload: decoder.decode(p, device))  # type: ignore[misc]
+            same = same and torch.equal(back.cpu().view(torch.int16), picture.view(torch.int16))
+            if round_ and number:
+                times.append(ms)
+    keys = f"key tensor {8 * coded[0].nbytes / tensors[0].numel():.2f} bits"
+    note = f"{keys}; {'bit for bit as FFmpeg' if same else 'NOT AS FFMPEG'}; {settings['strips']} strips"
+    bits = 8 * coded[-1].nbytes / tensors[0].numel()
+    return Row(shape, name, None, median(times), bits, _error(tensors[2], back), note)
+
+
+def _there_and_back(number: int, count: int) -> int:
+    place = number % (2 * count - 2)
+    return min(place, 2 * count - 2 - place)
+
+
+def _events(work: Callable[[], T]) -> tuple[float, T]:
+    """Milliseconds between two events around ``work``, and its result."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    result = work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end), result
+
+
+def _peak(work: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _error(tensor: Tensor, back: Tensor) -> float:
+    noise = (tensor.double() - back.double()).square().mean(0)
+    return float((noise.median() / tensor.double().var(0).median()).sqrt())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    lines = ["| shape | codec | encode ms | decode ms | bits | error | |", "|---|---|---|---|---|---|---|"]
+
+    def ms(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    for row in rows:
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        numbers = f"{row.bits:.2f} | {row.error:.3f}" if row.bits else " | "
+        lines.append(f"| {shape} | {row.codec} | {ms(row.encode_ms)} | {ms(row.decode_ms)} | {numbers} | {row.note} |")
+    return "\n".join(lines)

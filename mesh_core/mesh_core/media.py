@@ -1,0 +1,168 @@
+"""What a pipeline's call made, as a file: a picture, or a video with its sound. Knows no pipeline by name.
+
+Diffusers' pipelines give ``images`` or ``frames``, and ``audio`` beside frames that have sound. Pictures are written
+by Pillow, videos by PyAV, which is imported when it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mesh_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
+_RATE_NAMES = ("frame_rate", "fps")
+_DEFAULT_RATE = 24.0
+_CRF = "17"
+"""Constant rate factor of x264: hardly told from the original, at a tenth of its size."""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """``samples``: float32 in -1..1, [channels, n]; ``rate``: per second."""
+
+    samples: NDArray[np.float32]
+    rate: int
+
+
+@dataclass(frozen=True)
+class Video:
+    """``frames``: uint8 RGB, [F, H, W, 3]; ``rate``: frames per second."""
+
+    frames: NDArray[np.uint8]
+    rate: float
+    sound: Sound | None = None
+
+
+def makes_video(call: Any) -> bool:
+    """Whether a pipeline's ``__call__`` makes frames rather than a picture."""
+    return "num_frames" in inspect.signature(call).parameters
+
+
+def checked_output(output: Path | None, pipeline_class: type[Any]) -> Path:
+    """The file to write, named by the user or not; fails before anything slow happens.
+
+    Raises:
+        ConfigError: its folder does not exist, its kind is not what the pipeline makes, or PyAV is missing.
+    """
+    video = makes_video(pipeline_class.__call__)
+    output = output if output is not None else Path("out.mp4" if video else "out.png")
+    if not output.parent.is_dir():
+        raise ConfigError(f"The folder of {output} does not exist.", hint="another --output")
+    if video != (output.suffix.lower() in VIDEO_SUFFIXES):
+        made = "a video" if video else "a picture"
+        raise ConfigError(
+            f"{pipeline_class.__name__} makes {made}; {output.name} is none.",
+            hint=f"--output {output.stem}.{'mp4' if video else 'png'}",
+        )
+    if video:
+        _av()
+    return output
+
+
+def save(pipeline: Any, output: Any, arguments: Mapping[str, Any], file: Path) -> None:
+    """Write the first picture or video of a call's ``output``.
+
+    Args:
+        arguments: of the call; the frame rate may be among them.
+    """
+    if hasattr(output, "images"):
+        output.images[0].save(file)
+    else:
+        write_video(video_of(pipeline, output, arguments), file)
+
+
+def video_of(pipeline: Any, output: Any, arguments: Mapping[str, Any]) -> Video:
+    """The first video of a call's ``output`` with its sound, if it has any.
+
+    Raises:
+        ConfigError: no part of the pipeline says how many samples of its sound are a second.
+    """
+    import numpy as np
+
+    frames = np.stack([np.asarray(frame) for frame in output.frames[0]])
+    if frames.dtype != np.uint8:
+        frames = (np.clip(frames, 0.0, 1.0) * 255).round().astype(np.uint8)
+    audio = getattr(output, "audio", None)
+    sound = None
+    if audio is not None:
+        samples = audio[0].detach().float().cpu().numpy()
+        sound = Sound(np.clip(np.atleast_2d(samples), -1.0, 1.0), _sample_rate(pipeline))
+    return Video(frames, _frame_rate(pipeline, arguments), sound)
+
+
+def write_video(video: Video, file: Path) -> None:
+    """Write ``video`` as H.264 with AAC sound; the container follows from the file's name.
+
+    Raises:
+        ConfigError: PyAV is missing, or cannot write there.
+    """
+    av = _av()
+    try:
+        with av.open(str(file), "w") as container:
+            pictures = container.add_stream("libx264", rate=Fraction(video.rate).limit_denominator(1001))
+            height, width = (side - side % 2 for side in video.frames.shape[1:3])
+            pictures.width, pictures.height, pictures.pix_fmt = width, height, "yuv420p"
+            pictures.options = {"crf": _CRF}
+            sounds = _sound_stream(container, video.sound) if video.sound is not None else None
+            for frame in video.frames[:, :height, :width]:
+                container.mux(pictures.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(pictures.encode())
+            if video.sound is not None and sounds is not None:
+                _write_sound(av, container, sounds, video.sound)
+    except (av.FFmpegError, OSError) as error:
+        raise ConfigError(f"{file} could not be written: {error}.", hint="another --output") from error
+
+
+def _sound_stream(container: Any, sound: Sound) -> Any:
+    layouts = {1: "mono", 2: "stereo"}
+    if len(sound.samples) not in layouts:
+        raise ConfigError(f"Sound of {len(sound.samples)} channels is not written.", hint="one or two channels")
+    return container.add_stream("aac", rate=sound.rate, layout=layouts[len(sound.samples)])
+
+
+def _write_sound(av: Any, container: Any, stream: Any, sound: Sound) -> None:
+    import numpy as np
+
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound.samples), format="fltp", layout=stream.layout.name)
+    frame.sample_rate, frame.pts = sound.rate, 0
+    container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def _frame_rate(pipeline: Any, arguments: Mapping[str, Any]) -> float:
+    known = inspect.signature(pipeline.__call__).parameters
+    for name in _RATE_NAMES:
+        default = known[name].default if name in known else None
+        value = arguments.get(name, default)
+        if isinstance(value, (int, float)):
+            return float(value)
+    return _DEFAULT_RATE
+
+
+def _sample_rate(pipeline: Any) -> int:
+    for component in pipeline.components.values():
+        rate = getattr(getattr(component, "config", None), "output_sampling_rate", None)
+        if isinstance(rate, int):
+            return rate
+    raise ConfigError(
+        "No part of this pipeline says at which rate its sound is sampled (output_sampling_rate).",
+        hint="the pipeline from a script, where the sound can be saved with a rate of your own",
+    )
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ConfigError("Writing a video needs PyAV.", hint='pip install "comfyui-mesh[video]"') from error
+    return av
