@@ -48,7 +48,7 @@ class Workload:
     model: Path | None = None
     local: str = ":1"
     shape: Sequence[int] = KLEIN
-    size: int = 256
+    size: int = 128
     prompt: str = "crying face"
 
 
