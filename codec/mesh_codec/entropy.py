@@ -1,11 +1,12 @@
-"""The portable lossy codec: one common quantiser step for all channels, round to nearest, entropy coding by zstandard.
+"""The lossy codec: one common quantiser step for all channels, round to nearest, entropy coding.
 
 A tensor [..., channels] is seen as [channels, tokens]; each channel's mean is taken off, the channels are sorted by
 their deviation and cut into pieces, so that each piece has symbols of like statistics and its own code tables. A
 piece holds its symbols, or their change since the tensor before, whichever is cheaper. What no symbol can stand for,
 non-finite elements included, crosses exactly as an outlier: nothing is clipped.
 
-This module names the codec and checks its settings; `mesh_codec.entropy_streams` has the bitstream.
+Two bitstreams: the portable one of `mesh_codec.entropy_streams`, by zstandard on the CPU, and that of `mesh_codec.ans`,
+coded on the GPU, where both ends can. This module names the codec, negotiates which, and checks its settings.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from mesh_codec.base import Codec, Limits, Quality
+import torch
+
+from mesh_codec.ans.coder import CoderFactory
+from mesh_codec.ans.nvcomp import NvComp
+from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
+from mesh_codec.base import Codec, Decoder, Encoder, Estimate, Limits, Quality
 from mesh_codec.entropy_streams import EntropyDecoder, EntropyEncoder
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.parallel import new_pool
@@ -30,48 +36,68 @@ _STEP_LIMITS = (1e-3, 8.0)
 
 
 class EntropyCodec(Codec):
-    """Quantises float16, bfloat16 and float32. Settings: ``step``, relative to the channels' deviation, and
-    ``temporal``: whether a tensor may be predicted from the one before in its stream."""
+    """Quantises float16, bfloat16 and float32. Settings: ``step``, relative to the channels' deviation; ``temporal``:
+    whether a tensor may be predicted from the one before in its stream; ``format``: the bitstream, the portable one
+    unless given. ``on_device`` makes coders of the other bitstream; nvCOMP's, unless given."""
 
     name: ClassVar[str] = "entropy"
 
+    def __init__(self, on_device: CoderFactory | None = None) -> None:
+        self._on_device = on_device or NvComp()
+
     def capabilities(self) -> dict[str, Any]:
-        return {"formats": [FORMAT]}
+        """The formats, the fastest first."""
+        fast = [self._on_device.format] if self._on_device.available() else []
+        return {"formats": [*fast, FORMAT]}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
         if quality not in STEPS:
             raise CodecUnsupported(
                 f"The entropy codec has no quality {quality!r}.", hint="the raw and lossless codecs are exact"
             )
-        formats = peer.get("formats")
-        if not isinstance(formats, list | tuple) or FORMAT not in formats:
+        own, formats = self.capabilities()["formats"], peer.get("formats")
+        shared = [f for f in own if f in formats] if isinstance(formats, list | tuple) else []
+        if not shared:
             raise CodecUnsupported(
-                f"The other end's entropy codec has the formats {str(formats)[:80]}, this end has {FORMAT}.",
+                f"The other end's entropy codec has the formats {str(formats)[:80]}, this end has {', '.join(own)}.",
                 hint="the same version of comfyui-mesh-codec at both ends",
             )
-        return {"step": STEPS[quality], "temporal": True}
+        settings = {"step": STEPS[quality], "temporal": True}
+        return settings if shared[0] == FORMAT else settings | {"format": shared[0]}
 
-    def encoder(self, settings: Mapping[str, Any]) -> EntropyEncoder:
-        step, temporal = _checked(settings)
+    def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
+        engine = self._on_device.engine if settings.get("format", FORMAT) != FORMAT else ""
+        return Estimate(engine=engine)
+
+    def encoder(self, settings: Mapping[str, Any]) -> Encoder:
+        step, temporal, on_device = self._checked(settings)
+        if on_device:
+            return AnsEncoder(step, temporal, self._on_device)
         return EntropyEncoder(step, temporal, self._pool)
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> EntropyDecoder:  # noqa: B008
-        _, temporal = _checked(settings)
+    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+        _, temporal, on_device = self._checked(settings)
+        if on_device:
+            return AnsDecoder(limits, self._on_device)
         return EntropyDecoder(temporal, limits, self._pool)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return new_pool("entropy")
 
-
-def _checked(settings: Mapping[str, Any]) -> tuple[float, bool]:
-    step: Any = settings.get("step")
-    temporal: Any = settings.get("temporal", True)
-    lowest, highest = _STEP_LIMITS
-    known = set(settings) <= {"step", "temporal"} and type(temporal) is bool
-    if not known or type(step) not in (int, float) or not lowest <= step <= highest:
-        raise CodecUnsupported(
-            f"The entropy codec cannot use the settings {str(dict(settings))[:80]}.",
-            hint=f"{{'step': x, 'temporal': True}} with x from {lowest} to {highest}",
-        )
-    return float(step), temporal
+    def _checked(self, settings: Mapping[str, Any]) -> tuple[float, bool, bool]:
+        """Step, whether to predict, and whether on the device."""
+        step: Any = settings.get("step")
+        temporal: Any = settings.get("temporal", True)
+        chosen: Any = settings.get("format", FORMAT)
+        lowest, highest = _STEP_LIMITS
+        known = set(settings) <= {"step", "temporal", "format"} and type(temporal) is bool
+        known = known and chosen in (FORMAT, self._on_device.format)
+        if not known or type(step) not in (int, float) or not lowest <= step <= highest:
+            raise CodecUnsupported(
+                f"The entropy codec cannot use the settings {str(dict(settings))[:80]}.",
+                hint=f"{{'step': x, 'temporal': True}} with x from {lowest} to {highest}",
+            )
+        if chosen != FORMAT and not self._on_device.available():
+            raise CodecUnsupported(f"This end cannot code {chosen}.", hint="pip install comfyui-mesh-codec[cuda]")
+        return float(step), temporal, chosen != FORMAT

@@ -30,8 +30,8 @@ _BANDWIDTHS, _LATENCIES = (1e3, 1e12), (0.0, 10.0)
 """What a measurement or a peer may say; anything beyond is taken for the nearest."""
 
 _NOMINAL = {12.5e6: "100 Mbit", 125e6: "1 GbE", 312.5e6: "2.5 GbE", 625e6: "5 GbE", 1250e6: "10 GbE"}
-_NEAR = (0.7, 1.0)
-"""What a link of a nominal rate carries after all headers, as a share of it."""
+_NEAR = (0.7, 1.1)
+"""What a link of a nominal rate is measured at, as a share of it: headers make it less, bursts more."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def plain_link(link: Link) -> dict[str, float]:
     return {"bandwidth": link.bandwidth, "latency": link.latency}
 
 
-_GAIN = 0.5
+_GAIN = 0.6
 """Share of the way from what was believed to what was seen, in orders of magnitude."""
 
-_AT_ONCE = 8.0
+_AT_ONCE = 64.0
 """Factor by which one step may seem to have changed a link."""
 
 _TELLING = 64 << 10
@@ -112,7 +112,7 @@ def updated(crossed: Sequence[tuple[Link, int]], seconds: float) -> list[Link]:
         return links
     moving = max(seconds - waiting, seconds / 8)
     factor = min(max(sum(expected) / moving, 1 / _AT_ONCE), _AT_ONCE)
-    shares = [e / sum(expected) for e in expected]
+    shares = [e / max(expected) for e in expected]
     return [
         _within(link.bandwidth * factor ** (_GAIN * share), link.latency)
         for link, share in zip(links, shares, strict=True)

@@ -32,6 +32,10 @@ _ASSUMED: Mapping[Role, int] = {
 }
 """Elements of a picture of 1024x1024 in a model 4096 wide: what is expected until the first step."""
 
+_CONTRADICTION, _PATIENCE = 3.0, 4
+"""Factor between what a link was measured at and what steps say of it that has it measured again, and the steps that
+must have passed since the last time."""
+
 _NOTICEABLE = 1e-3
 """Seconds under which a duration says nothing of a codec's speed."""
 
@@ -101,17 +105,42 @@ class Negotiation:
         self._host = End(book=self._book)
         self._ends: dict[int, End] = {}
         self._links: dict[tuple[int, int], Link] = {}
+        self._probed: dict[tuple[int, int], Link] = {}
+        self._since = _PATIENCE
+        self._mute: set[tuple[int, int]] = set()
         self._ways: dict[tuple[int, int, int], Way] = {}
         self._arranged: list[Way] = []
+
+    def close(self) -> None:
+        """Measure nothing more. May be called twice."""
+        self._book.close()
 
     # Facts
 
     def connected(self, remote: Remote) -> None:
         """Measure the way to a worker that was just connected, and take what it says of itself."""
         there, back = measure(remote)
+        remote.measured = True
         self._links = {ends: link for ends, link in self._links.items() if id(remote) not in ends}
-        self._links[_HERE, id(remote)], self._links[id(remote), _HERE] = there, back
+        self._take({(_HERE, id(remote)): there, (id(remote), _HERE): back})
         self._tell(remote, [speeds for device in remote.welcome.devices for speeds in _listed(device.get("speeds"))])
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether steps contradict the last measurement so clearly that another one is due: they tell that something
+        changed, and not well which link it was."""
+        links = [(link.bandwidth, self._probed[ends].bandwidth) for ends, link in self._links.items()]
+        return self._since >= _PATIENCE and any(max(a, b) > _CONTRADICTION * min(a, b) for a, b in links)
+
+    def measure_again(self, remotes: Sequence[Remote]) -> None:
+        """Measure the links to ``remotes`` anew; those between them are measured when the streams open again."""
+        for remote in remotes:
+            self.connected(remote)
+        self._since = 0
+
+    def _take(self, measured: Mapping[tuple[int, int], Link]) -> None:
+        self._links |= measured
+        self._probed |= measured
 
     def knows(self, source: Remote, target: Remote) -> bool:
         """Whether the way from one worker to another was measured."""
@@ -121,8 +150,10 @@ class Negotiation:
         """Take what a worker said when its session opened."""
         self._tell(source, _listed(info.get("speeds")))
         link = read_link(info.get("link"))
-        if link is not None and target is not None:
-            self._links[id(source), id(target)] = link
+        if target is not None and link is not None:
+            self._take({(id(source), id(target)): link})
+        elif target is not None and not self.knows(source, target):
+            self._mute.add((id(source), id(target)))
 
     def _tell(self, remote: Remote, said: Sequence[Any]) -> None:
         self._ends.setdefault(id(remote), End()).told |= read_speeds(said)
@@ -162,7 +193,8 @@ class Negotiation:
     def outdated(self, state: State) -> bool:
         """Whether another codec pays by now, on some way, for a step that starts with ``state``."""
         self._expect(state)
-        changed = False
+        between = [(w.source, w.target) for w in self._arranged if w.source is not None and w.target is not None]
+        changed = not all(self.knows(a, b) or (id(a), id(b)) in self._mute for a, b in between)
         for way in self._arranged:
             for role, old in way.asked.items():
                 new = self._ask(way, role)
@@ -241,11 +273,14 @@ class Negotiation:
 
     def observe(self, crossed: Sequence[Crossed], wire_ms: float) -> None:
         """Learn from a step: how fast the links and codecs were, and what came out of them."""
+        self._since += 1
         links = [self._link(c.way) for c in crossed]
         if all(link is not None for link in links):
             known = [(link, c.coded_bytes) for link, c in zip(links, crossed, strict=True) if link is not None]
             for c, link in zip(crossed, updated(known, wire_ms / 1e3), strict=True):
-                self._links[_place(c.way.source), _place(c.way.target)] = link
+                ends = _place(c.way.source), _place(c.way.target)
+                if ends in self._links:
+                    self._links[ends] = link
         for c in crossed:
             c.way.steps += 1
             elements = c.raw_bytes // self._dtype.itemsize

@@ -11,6 +11,7 @@ from mesh_codec.symbols import expand, squeeze
 
 class EmulatedAns(CoderFactory):
     format = "step-ans-emulated"
+    engine = "emulated"
 
     def __init__(self, *, works: bool = True) -> None:
         self.works, self.failing = works, False

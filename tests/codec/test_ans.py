@@ -217,3 +217,27 @@ def test_both_ends_keep_the_same_lattice(tokens, channels, seed):
         assert (error.view(-1)[~exact] <= 0.501).all()
         assert set(lattice.outside(tensor, own).tolist()) <= set(places.tolist()) | set()
         predicted = torch.arange(channels) % 2 == 0
+
+
+def test_the_entropy_codec_takes_the_device_format_where_both_ends_have_it():
+    fast, portable = EntropyCodec(EmulatedAns()), EntropyCodec(EmulatedAns(works=False))
+    assert fast.capabilities()["formats"] == [EmulatedAns.format, *portable.capabilities()["formats"]]
+    tensor = sequence(1)[0]
+    for one, other, device in ((fast, fast, True), (fast, portable, False), (portable, fast, False)):
+        agreed = one.settings("fast", other.capabilities())
+        assert (agreed.get("format") == EmulatedAns.format) is device
+        assert agreed == other.settings("fast", one.capabilities())
+        assert (one.estimate(agreed, tensor.dtype).engine == "emulated") is device
+        sender, receiver = one.encoder(agreed), other.decoder(agreed)
+        assert isinstance(sender, AnsEncoder) is device
+        assert relative_error(tensor, receiver.decode(sender.encode(tensor))) < 0.1
+    with pytest.raises(CodecUnsupported, match="cannot code"):
+        portable.encoder({"step": 0.2, "format": EmulatedAns.format})
+    with pytest.raises(CodecUnsupported):
+        fast.encoder({"step": 0.2, "format": "step-ans-9"})
+
+
+def test_without_a_gpu_nvcomp_is_not_offered():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert all("ans" not in name for name in EntropyCodec().capabilities()["formats"])

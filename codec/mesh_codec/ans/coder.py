@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,8 +32,11 @@ class ByteCoder(ABC):
 class CoderFactory(ABC):
     """Makes byte coders of one bitstream."""
 
-    format: str
+    format: ClassVar[str]
     """Ends that name the same format read each other's payloads."""
+
+    engine: ClassVar[str]
+    """What people know the coder by."""
 
     @abstractmethod
     def available(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ _log = logging.getLogger(__name__)
 
 
 class NvComp(CoderFactory):
-    format = "step-ans-1"
+    format: ClassVar[str] = "step-ans-1"
+    engine: ClassVar[str] = "nvcomp"
 
     def available(self) -> bool:
         return self._works

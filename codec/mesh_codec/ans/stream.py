@@ -123,7 +123,7 @@ class AnsDecoder(Decoder):
     def __init__(self, limits: Limits, factory: CoderFactory) -> None:
         self._limits, self._factory = limits, factory
         self._chain: _Chain | None = None
-        self._coder: ByteCoder | None = None
+        self._coder: tuple[torch.device, ByteCoder] | None = None
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         header, form = encoded.header, read_form(encoded.header, self._limits)
@@ -138,9 +138,9 @@ class AnsDecoder(Decoder):
         count = whole_number(header, "outliers", form.elements)
         total = whole_number(header, "sum", _LARGEST_SUM)
         outliers = read_outliers(exact, count, form.dtype.itemsize, form.elements)
-        chain, predicted = self._prepared(header, Grid.of(form), sides, flags)
-        self._coder = self._coder or self._factory.open(self._factory.device())
-        data = self._coder.expand(frame, form.elements)
+        place, coder = self._opened(device)
+        chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
+        data = coder.expand(frame, form.elements)
         if fingerprint(data) != total:
             raise CodecCorrupt("The symbols of a payload are damaged: their sum does not match.")
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
@@ -154,10 +154,19 @@ class AnsDecoder(Decoder):
     def reset(self) -> None:
         self._chain = None
 
+    def _opened(self, wanted: torch.device | str) -> tuple[torch.device, ByteCoder]:
+        """Where this stream decodes, and with what: where its first tensor is wanted, if coders work there."""
+        if not self._coder:
+            place = torch.empty(0, device=wanted).device
+            if place.type != self._factory.device().type:
+                place = self._factory.device()
+            self._coder = place, self._factory.open(place)
+        return self._coder
+
     def _prepared(
-        self, header: Mapping[str, Any], grid: Grid, sides: memoryview, flags: memoryview
+        self, header: Mapping[str, Any], grid: Grid, sides: memoryview, flags: memoryview, place: torch.device
     ) -> tuple[_Chain, Tensor]:
-        link, step, place = Link.read(header), positive_number(header, "step"), self._factory.device()
+        link, step = Link.read(header), positive_number(header, "step")
         if link.key:
             flat_bytes(flags, 0, "prediction")
             ranks, means = read_channels(sides, grid.channels)

@@ -58,7 +58,7 @@ class TinyKleinTextEncode:
         embedding = Flux2KleinPipeline._get_qwen3_prompt_embeds(
             encoder, tokenizer, text, max_sequence_length=TEXT_TOKENS
         )
-        return ([[embedding.cpu(), {}]],)
+        return ([[embedding.cpu(), {"pooled_output": None}]],)
 
 
 class TinyKleinDecode:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -36,12 +36,13 @@ class Child(AbstractContextManager["Child"]):
 
     Args:
         home: MESH_HOME of the process.
+        prefix: what is to run the Python, for example ``ip netns exec NAME``.
     """
 
-    def __init__(self, module: str, settings: Mapping[str, Any], home: Path) -> None:
+    def __init__(self, module: str, settings: Mapping[str, Any], home: Path, prefix: Sequence[str] = ()) -> None:
         self._module = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [*prefix, sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -17,6 +17,9 @@ from mesh_core.hookspecs import hookimpl
 from mesh_core.spans import BlockSpan
 
 _PARAMETER = "blocks.{}.weight"
+_HEAD = "head.weight"
+_NARROW = 128
+"""Channels of a prediction, where the model ends in one: those of Klein's."""
 
 
 class Copy(nn.Module):
@@ -30,14 +33,26 @@ class Copy(nn.Module):
         return state.clone()
 
 
+class Narrow(Copy):
+    """Its output is the first channels: as much smaller than the state as a prediction is."""
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state[..., :_NARROW].clone()
+
+
 class ThroughModel(nn.Module):
-    def __init__(self, blocks: int) -> None:
+    """Args:
+    head: whether it ends in a prediction, not in the state.
+    """
+
+    def __init__(self, blocks: int, *, head: bool = False) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Copy() for _ in range(blocks))
+        self.head = Narrow() if head else None
 
 
 class ThroughStage(Stage):
-    """State at every cut: ``hidden_states``, of any shape and dtype."""
+    """State at every cut: ``hidden_states``, of any shape and dtype; ``sample`` after a head."""
 
     def block_modules(self) -> Iterator[nn.Module]:
         blocks: Any = self.model.blocks
@@ -47,33 +62,41 @@ class ThroughStage(Stage):
         hidden = state["hidden_states"]
         for block in self.block_modules():
             hidden = block(hidden)
+        head: Any = self.model.head
+        if head is not None and self.span.stop == self.spec.blocks:
+            return {"sample": head(hidden)}
         return {"hidden_states": hidden}
 
 
 class ThroughAdapter(ModelAdapter):
-    """Checkpoints that hold nothing but ``blocks.N.weight``, one element each."""
+    """Checkpoints that hold nothing but ``blocks.N.weight`` and perhaps ``head.weight``, one element each."""
 
     family: ClassVar[str] = "through"
 
     def recognise(self, header: CheckpointHeader) -> ModelSpec | None:
-        names = [_PARAMETER.format(i) for i in range(len(header.tensors))]
-        if not names or set(names) != header.tensors.keys():
+        head = _HEAD in header.tensors
+        names = [_PARAMETER.format(i) for i in range(len(header.tensors) - head)]
+        if not names or {*names, *([_HEAD] if head else [])} != header.tensors.keys():
             return None
         blocks = len(names)
-        parameters = {n: ParameterSpec((1,), "F32", (Piece(n),), BlockSpan(i, i + 1)) for i, n in enumerate(names)}
+        scopes = {n: BlockSpan(i, i + 1) for i, n in enumerate(names)} | (
+            {_HEAD: BlockSpan(blocks - 1, blocks)} if head else {}
+        )
+        parameters = {n: ParameterSpec((1,), "F32", (Piece(n),), scope) for n, scope in scopes.items()}
         state: Mapping[str, Role] = {"hidden_states": "hidden"}
+        last: Mapping[str, Role] = {"sample": "prediction"} if head else state
         return ModelSpec(
             family=self.family,
             variant=f"{blocks} blocks",
-            config={"blocks": blocks},
+            config={"blocks": blocks, "head": head},
             block_kinds=("copy",) * blocks,
-            states=(state,) * (blocks + 1),
+            states=(*(state,) * blocks, last),
             constants={},
             parameters=parameters,
         )
 
     def skeleton(self, spec: ModelSpec) -> nn.Module:
-        return ThroughModel(spec.config["blocks"])
+        return ThroughModel(spec.config["blocks"], head=spec.config["head"])
 
     def stage(self, spec: ModelSpec, span: BlockSpan, model: nn.Module) -> Stage:
         return ThroughStage(spec, span, model)
@@ -82,7 +105,7 @@ class ThroughAdapter(ModelAdapter):
         return {"hidden_states": inputs["hidden_states"]}, Conditioning()
 
     def finish(self, spec: ModelSpec, state: State) -> Tensor:
-        return state["hidden_states"]
+        return next(iter(state.values()))
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""A worker in a process of its own, as ``mesh serve`` runs one, for the model of the benchmark alone."""
+"""A worker in a process of its own, as ``mesh serve`` runs one, for the models of the benchmark alone."""
 
 from __future__ import annotations
 
@@ -7,18 +7,25 @@ from pathlib import Path
 
 from mesh_core.bench.processes import plugins, read_line, say, when_input_closes
 from mesh_core.keys import KeyStore
+from mesh_core.plugins import Plugins
 from mesh_core.worker import Worker, WorkerOptions
 
 
 def main() -> None:
     # That a case runs without encryption is what it is for.
     logging.basicConfig(level=logging.ERROR)
-    told, installed = read_line(), plugins()
+    told = read_line()
+    installed = Plugins.load() if told.get("installed") else plugins()
     flags = {"insecure": True} if told["insecure"] else {}
-    listener = installed.transport("mesh").listen("mesh://127.0.0.1:0", **flags)
+    listener = installed.transport("mesh").listen(f"mesh://{told.get('bind', '127.0.0.1')}:0", **flags)
     key = "" if told["insecure"] else KeyStore().identity().client.public
-    options = WorkerOptions((Path(told["model"]),), name=told["name"], client_key=key, memory=1 << 20)
+    options = WorkerOptions(
+        (Path(told["model"]),), name=told["name"], client_key=key, memory=told.get("memory", 1 << 20)
+    )
     worker = Worker(options, listener, installed)
+    if told.get("survey"):
+        # Else it would take the processor from the host that measures too.
+        worker.speeds.survey(installed.codecs().values())
     when_input_closes(worker.stop)
     say({"address": listener.address})
     worker.serve()

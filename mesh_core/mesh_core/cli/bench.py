@@ -45,3 +45,60 @@ def step(steps: int, small: bool, as_json: bool, folder: Path | None, label: str
     if folder is not None:
         for path in save(folder, "step", label, plain(results), text):
             click.echo(f"saved {path}", err=True)
+
+
+@bench.command()
+@click.option(
+    "--rate",
+    "rates",
+    multiple=True,
+    default=("1gbit",),
+    show_default=True,
+    type=click.Choice(("100mbit", "1gbit", "2.5gbit", "10gbit")),
+    help="Of the link, each way. Repeat.",
+)
+@click.option(
+    "--model", type=click.Path(path_type=Path, exists=True), default=None, help="A pipeline's folder, to run too."
+)
+@click.option("--local", default=":4", show_default=True, help="The host's blocks of that model.")
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Measured per row.")
+@click.option("--small", is_flag=True, help="A synthetic state of 2 MB instead of 38 MB.")
+@click.option("--relay", is_flag=True, help="Shape the link in user space even where the system could.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--save", "folder", type=click.Path(path_type=Path), default=None, help="Write JSON and Markdown there.")
+@click.option("--label", default="", help="What the saved results call this machine; left out: cores and processor.")
+def link(
+    rates: tuple[str, ...],
+    model: Path | None,
+    local: str,
+    steps: int,
+    small: bool,
+    relay: bool,
+    as_json: bool,
+    folder: Path | None,
+    label: str,
+) -> None:
+    """Measure whole steps over a slow link: raw, each quality, and the codec left open.
+
+    Starts a host and a worker on this machine with a link of the given rate between them: network namespaces and a
+    token bucket where the system is Linux and the user root, else a relay in user space. The synthetic model has the
+    state of Klein 9B at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes.
+    """
+    from mesh_core.bench.link import KLEIN, SMALL, Workload, measure, table, with_ratios
+    from mesh_core.bench.report import save
+
+    shape = SMALL if small else KLEIN
+    workloads = [Workload(f"synthetic state {list(shape)}, bfloat16", steps, shape=shape)]
+    if model is not None:
+        workloads.append(Workload(f"{model.parent.name}/{model.name}, local {local}", steps, model, local))
+    found = []
+    for workload in workloads:
+        for rate in rates:
+            for row in measure(rate, workload, relay=relay):
+                click.echo(f"{rate} {workload.name}: {row['name']} ...", err=True)
+                found.append(row)
+    text, data = table(found), {"results": with_ratios(found)}
+    click.echo(json.dumps(data, indent=2) if as_json else text)
+    if folder is not None:
+        for path in save(folder, "link", label, data, text):
+            click.echo(f"saved {path}", err=True)
