@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.support.workers import ThreadWorker, thread_workers, wait_until
 from torch import Tensor
 
 from mesh_codec.base import Codec, CodecChoice, Decoder, Encoded, Encoder, Estimate, Limits, Quality
@@ -37,6 +36,7 @@ from mesh_core.session import Session, SessionOptions
 from mesh_core.spans import BlockSpan
 from mesh_core.transport.base import Address
 from mesh_core.worker import Worker
+from tests.support.workers import ThreadWorker, thread_workers, wait_until
 
 WIDE_OPEN, SLOW = 4e9, 1.2e6
 
