@@ -82,12 +82,12 @@ def link(
 
     Starts a host and a worker on this machine with a link of the given rate between them: network namespaces and a
     token bucket where the system is Linux and the user root, else a relay in user space. The synthetic model has the
-    state of Klein 9B at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes.
+    state of a 9B model at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes.
     """
-    from mesh_core.bench.link import KLEIN, SMALL, Workload, measure, table, with_ratios
+    from mesh_core.bench.link import LARGE, SMALL, Workload, measure, table, with_ratios
     from mesh_core.bench.report import save
 
-    shape = SMALL if small else KLEIN
+    shape = SMALL if small else LARGE
     workloads = [Workload(f"synthetic state {list(shape)}, bfloat16", steps, shape=shape)]
     if model is not None:
         workloads.append(Workload(f"{model.parent.name}/{model.name}, local {local}", steps, model, local))
@@ -105,13 +105,7 @@ def link(
 
 
 @bench.command()
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path, exists=True),
-    default=Path("examples/tiny-klein/model"),
-    show_default=True,
-    help="A pipeline's folder.",
-)
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.option("--prompts", type=click.IntRange(1, 28), default=6, show_default=True, help="How many.")
 @click.option("--steps", "all_steps", multiple=True, type=int, default=(4, 8, 28), show_default=True, help="Repeat.")
 @click.option("--cut", type=int, default=None, help="Block before which the state crosses; left out: the middle.")
@@ -133,7 +127,8 @@ def codec(
     folder: Path | None,
     label: str,
 ) -> None:
-    """Measure what each codec does to the final pictures of a trained model, and in how many bits.
+    """Measure what each codec does to the final pictures of the trained pipeline in the folder MODEL, and in how many
+    bits.
 
     Everything runs in this process: the model's two halves with the codec between them. Takes a few minutes.
     """
