@@ -112,7 +112,7 @@ def link(
     show_default=True,
     help="A pipeline's folder.",
 )
-@click.option("--prompts", type=click.IntRange(1, 28), default=6, show_default=True, help="How many.")
+@click.option("--prompts", type=click.IntRange(1, 28), default=4, show_default=True, help="How many.")
 @click.option("--steps", "all_steps", multiple=True, type=int, default=(4, 8, 28), show_default=True, help="Repeat.")
 @click.option("--cut", type=int, default=None, help="Block before which the state crosses; left out: the middle.")
 @click.option("--text-tokens", type=int, default=64, show_default=True, help="That a prompt is padded to.")
@@ -145,7 +145,7 @@ def codec(
     from mesh_core.bench.report import save
     from mesh_core.plugins import installed_plugins
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     pictures = Pictures(model, installed_plugins(), prompts, cut, text_tokens, size)
     results: list[Quality] = []
     for row in ROWS:
