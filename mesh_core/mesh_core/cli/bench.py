@@ -105,13 +105,7 @@ def link(
 
 
 @bench.command()
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path, exists=True),
-    default=Path("examples/tiny-klein/model"),
-    show_default=True,
-    help="A pipeline's folder.",
-)
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.option("--prompts", type=click.IntRange(1, 28), default=4, show_default=True, help="How many.")
 @click.option("--steps", "all_steps", multiple=True, type=int, default=(4, 8, 28), show_default=True, help="Repeat.")
 @click.option("--cut", type=int, default=None, help="Block before which the state crosses; left out: the middle.")
@@ -133,7 +127,7 @@ def codec(
     folder: Path | None,
     label: str,
 ) -> None:
-    """Measure what each codec does to the final pictures of a trained model, and in how many bits.
+    """Measure what each codec does to the final pictures of MODEL, a trained pipeline's folder, and in how many bits.
 
     Everything runs in this process: the model's two halves with the codec between them. Takes a few minutes.
     """
