@@ -45,6 +45,7 @@ if typing.TYPE_CHECKING:
     )
     from mesh_core.hookspecs import hookimpl
     from mesh_core.hosts.diffusers import load_pipeline, split, unsplit
+    from mesh_core.hosts.loras import set_loras
 
 __all__ = [
     "Cancelled",
@@ -82,6 +83,7 @@ __all__ = [
     "__version__",
     "hookimpl",
     "load_pipeline",
+    "set_loras",
     "split",
     "unsplit",
 ]
@@ -89,6 +91,7 @@ __all__ = [
 _ELSEWHERE = {
     "hookimpl": "mesh_core.hookspecs",
     "load_pipeline": "mesh_core.hosts.diffusers",
+    "set_loras": "mesh_core.hosts.loras",
     "split": "mesh_core.hosts.diffusers",
     "unsplit": "mesh_core.hosts.diffusers",
 }

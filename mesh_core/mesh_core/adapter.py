@@ -8,7 +8,7 @@ state and conditioning: all of that is the core's, and follows from the facts in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -164,6 +164,9 @@ class ModelAdapter(ABC):
     """A model family. Stateless; one instance is registered through ``mesh_register_adapters``."""
 
     family: ClassVar[str]
+    hosts: ClassVar[Mapping[str, str]] = {}
+    """Host programs that have blocks of their own: name -> ``"module:class"`` of this family's side there, imported
+    only inside that program. For ``"comfy"`` the class is a `mesh_core.hosts.comfy.ComfySide`."""
 
     @abstractmethod
     def recognise(self, header: CheckpointHeader) -> ModelSpec | None:
@@ -230,6 +233,12 @@ class ModelAdapter(ABC):
         weights.fill(model, spec.parameters_of(span), device=torch.device(device), dtype=dtype)
         return self.stage(spec, span, model).eval()
 
-    def lora_targets(self, spec: ModelSpec) -> Mapping[str, str]:
-        """LoRA key prefix -> parameter name. The default knows the parameter names themselves."""
-        return {name.removesuffix(".weight"): name for name in spec.parameters if name.endswith(".weight")}
+    def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
+        """Other namings of the family's parameters that files for it use, LoRAs above all.
+
+        Each maps parameter names to the tensors, or rows of tensors, that hold them there. A LoRA that names such a
+        tensor is applied to the parameters' rows. The names of the parameters themselves, those of the checkpoint,
+        and the prefixes and joined forms that are common to all families need not be told. One layout may cover a
+        part of the parameters. The default has none.
+        """
+        return ()

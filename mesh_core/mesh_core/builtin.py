@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mesh_core.codec_choice import DefaultCodecChoice
 from mesh_core.hookspecs import hookimpl
+from mesh_core.loras.placement import DefaultLoraPlacement
 from mesh_core.plan import DefaultSplit
 
 if TYPE_CHECKING:
@@ -31,4 +32,5 @@ def builtin_plugins() -> Mapping[str, object]:
         "core.transports": CoreTransports(),
         "core.split": DefaultSplit(),
         "core.codec-choice": DefaultCodecChoice(),
+        "core.lora-placement": DefaultLoraPlacement(),
     }

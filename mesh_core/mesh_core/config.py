@@ -111,15 +111,22 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Loras:
-    """How much a worker takes in.
+    """How much a worker takes in, and what a host sends.
 
     Attributes:
         library: bytes of received LoRAs kept on disk; the least recently used ones go first.
         largest_sent: bytes of one LoRA that a host sends without being told to.
+        policy: what a host does with a LoRA for a worker's blocks, see `mesh_core.loras.placement`: ``default``,
+            ``always-send``, ``never-send``, ``worker-only`` or ``local-only``.
+        folders: of the user's own LoRAs on this machine, which are then known by name.
     """
 
     library: int = field(default=8 << 30, metadata={"bytes": True, "least": 0})
     largest_sent: int = field(default=256 << 20, metadata={"bytes": True, "least": 0})
+    policy: str = field(
+        default="default", metadata={"one_of": ("default", "always-send", "never-send", "worker-only", "local-only")}
+    )
+    folders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,8 @@ def _value(value: Any, default: Any, rules: Mapping[str, Any]) -> Any:
     if isinstance(default, str):
         if not isinstance(value, str):
             raise ValueError("text is expected")
+        if value not in rules.get("one_of", (value,)):
+            raise ValueError(f"one of {', '.join(rules['one_of'])} is expected")
         return value
     if isinstance(default, tuple):
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

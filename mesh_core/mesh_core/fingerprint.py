@@ -10,9 +10,7 @@ path, size and modification time of the files.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 
 from blake3 import blake3
 from torch import Tensor, nn
@@ -20,11 +18,8 @@ from torch import Tensor, nn
 from mesh_codec.dtypes import from_torch
 from mesh_core.adapter import ModelSpec, ParameterSpec
 from mesh_core.checkpoint import CheckpointHeader, Progress
-from mesh_core.config import atomic_write, cache_dir
-from mesh_core.errors import ConfigError
+from mesh_core.remembered import Remembered
 from mesh_core.weights import bytes_of, read_into
-
-log = logging.getLogger(__name__)
 
 _VERSION = b"mesh-fingerprint-1"
 _CHUNK = 16 << 20
@@ -47,26 +42,37 @@ def of_checkpoint(header: CheckpointHeader, spec: ModelSpec, progress: Progress 
     Raises:
         CheckpointError: a file ends early or cannot be read.
     """
-    store = _Remembered(header, structure(spec))
-    known = store.get()
-    if known is None:
-        known = _combine((name, p.dtype, p.shape, d) for name, p, d in _hash_files(header, spec.parameters, progress))
-        store.put(known)
-    return known
+    found = known(header, spec)
+    if found is None:
+        found = _combine((name, p.dtype, p.shape, d) for name, p, d in _hash_files(header, spec.parameters, progress))
+        _memory(header, spec).put(found)
+    return found
 
 
 def known(header: CheckpointHeader, spec: ModelSpec) -> str | None:
     """The remembered fingerprint of a checkpoint, or None when it would have to be computed."""
-    return _Remembered(header, structure(spec)).get()
+    found = _memory(header, spec).get()
+    return found if isinstance(found, str) and len(found) == 64 else None
+
+
+def _memory(header: CheckpointHeader, spec: ModelSpec) -> Remembered:
+    return Remembered("fingerprints", header.files, structure(spec))
 
 
 def of_model(spec: ModelSpec, model: nn.Module) -> str:
     """The fingerprint of a model in memory whose parameters are all present."""
-    parameters = dict(model.named_parameters())
-    return _combine(
-        (name, from_torch(parameters[name].dtype).safetensors, spec.parameters[name].shape, of_tensor(parameters[name]))
-        for name in sorted(spec.parameters)
-    )
+    return of_values(spec, dict(model.named_parameters()).__getitem__)
+
+
+def of_values(spec: ModelSpec, value: Callable[[str], Tensor]) -> str:
+    """The fingerprint of parameters that ``value`` gives by name, each in the type that it has in the checkpoint."""
+
+    def parts() -> Iterable[tuple[str, str, tuple[int, ...], bytes]]:
+        for name in sorted(spec.parameters):
+            tensor = value(name)
+            yield name, from_torch(tensor.dtype).safetensors, spec.parameters[name].shape, of_tensor(tensor)
+
+    return _combine(parts())
 
 
 def of_tensor(tensor: Tensor) -> bytes:
@@ -110,28 +116,3 @@ def _hash_files(
                     if progress is not None:
                         progress(done, total)
         yield name, spec, digest.digest()
-
-
-class _Remembered:
-    """One fingerprint on disk, valid while the files keep their size and modification time."""
-
-    def __init__(self, header: CheckpointHeader, structure_digest: str) -> None:
-        files = [f.resolve() for f in header.files]
-        state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        self._state = json.dumps([structure_digest, state])
-        self._path: Path = cache_dir() / "fingerprints" / f"{blake3(self._state.encode()).hexdigest()[:32]}.json"
-
-    def get(self) -> str | None:
-        try:
-            stored = json.loads(self._path.read_text("utf-8"))
-        except (OSError, ValueError):
-            return None
-        same = isinstance(stored, dict) and stored.get("state") == self._state
-        found = stored.get("fingerprint") if same else None
-        return found if isinstance(found, str) and len(found) == 64 else None
-
-    def put(self, fingerprint: str) -> None:
-        try:
-            atomic_write(self._path, json.dumps({"state": self._state, "fingerprint": fingerprint}).encode())
-        except ConfigError as error:
-            log.warning("the fingerprint is not remembered and will be computed again: %s", error)

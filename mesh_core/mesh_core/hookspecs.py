@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from mesh_core.adapter import ModelAdapter, ModelSpec, Role
     from mesh_core.crossing import Crossing
     from mesh_core.link import Link
+    from mesh_core.loras.placement import LoraFacts, LoraPlacement
     from mesh_core.plan import Hop, WorkerInfo
+    from mesh_core.spans import BlockSpan
     from mesh_core.stats import StepStats
     from mesh_core.transport.base import Transport
 
@@ -80,8 +82,11 @@ def mesh_choose_codec(
 
 
 @hookspec(firstresult=True)
-def mesh_place_lora(lora: Any, stage: Any, worker: WorkerInfo) -> Any:
-    """Called for each LoRA and each remote stage. Return a placement, or None to pass."""
+def mesh_place_lora(lora: LoraFacts, stage: BlockSpan, worker: WorkerInfo) -> LoraPlacement | None:
+    """Called on the host for each LoRA and each remote span. Return a `LoraPlacement`, or None to pass.
+
+    ``lora`` says how large it is, whether the worker has it and what the user's settings are.
+    """
 
 
 @hookspec

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh_codec.base import CodecChoice
+import torch
+
+from mesh_codec.base import CodecChoice, Encoded, Quality
 from mesh_core import wire
 from mesh_core.adapter import ModelSpec
+from mesh_core.config import Settings
 from mesh_core.errors import MeshError
 from mesh_core.negotiation import Crossed, Way
-from mesh_core.payload import Payload, Streams
+from mesh_core.payload import Payload, Streams, entry
 from mesh_core.remote import Remote, next_id
 from mesh_core.spans import BlockSpan
 from mesh_core.stats import HopStats
+
+_MAX_REMEMBERED = 256
+"""Constants per worker that the host remembers to have sent."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,40 @@ class Identity:
     fingerprint: str
 
 
-@dataclass
+@dataclass(frozen=True)
+class SessionOptions:
+    """``dtype``: in which stages compute. ``device``: where the host wants the result. ``codec``: by name, for the
+    hidden state; None for the one that is fastest. ``watch`` is called at least twice a second while a worker is waited
+    for; what it raises stops the work there too."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quality: Quality = "lossless"
+    settings: Settings = field(default_factory=Settings)
+    codec: str | None = None
+    watch: Callable[[], None] | None = None
+
+
+@dataclass(eq=False)
 class RemoteHop:
-    """A span on a worker, and the constants that it was sent."""
+    """A span on a worker, the constants that it was sent, and the LoRAs that it has as the wire names them."""
 
     remote: Remote
     span: BlockSpan
     sent: set[str] = field(default_factory=set)
+    loras: list[dict[str, Any]] = field(default_factory=list)
+
+    def send_constants(self, missing: Mapping[str, Encoded], timeout: float) -> int:
+        """Send constants of a generation, by the hash of each; returns their bytes."""
+        if len(self.sent) > _MAX_REMEMBERED:
+            self.sent.clear()
+        exact = CodecChoice("raw")
+        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing.items()]
+        buffers = [b for e in missing.values() for b in e.buffers]
+        message = wire.Constants(next_id(), self.remote.session, items)
+        self.remote.ask(message, wire.Ok, buffers=buffers, timeout=timeout)
+        self.sent.update(missing)
+        return sum(e.nbytes for e in missing.values())
 
     def request(
         self,
@@ -57,7 +90,7 @@ class RemoteHop:
             fingerprint=identity.fingerprint,
             span=[self.span.start, self.span.stop],
             dtype=dtype,
-            loras=[],
+            loras=self.loras,
             inputs=_plain(inputs),
             outputs=_plain(outputs),
             next=None if following is None else _introduction(following.remote),

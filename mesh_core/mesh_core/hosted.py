@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mesh_core.errors import ConstantsMissing, WireTooLarge
+from mesh_core.library import Checkpoint
 from mesh_core.payload import Streams
 from mesh_core.stages import Loaded
 from mesh_core.transport.base import Channel
@@ -44,6 +45,7 @@ class HostedSession:
     Attributes:
         owner: public key of the host that opened it; nobody else may use it, but for ``neighbours``.
         route: where results go; follows the owner when it reconnects.
+        checkpoint: that the stage is a span of.
         next: channel to the worker that continues, and the session there; None at the end of a chain.
     """
 
@@ -53,6 +55,7 @@ class HostedSession:
     loaded: Loaded
     inputs: Streams
     outputs: Streams
+    checkpoint: Checkpoint
     next: Channel | None = None
     next_session: bytes = b""
     neighbours: set[str] = field(default_factory=set)

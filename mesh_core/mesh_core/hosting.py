@@ -28,6 +28,9 @@ from mesh_core.failure import rebuild
 from mesh_core.hosted import QUOTA, ConstantsCache, HostedSession
 from mesh_core.library import Checkpoint, Library
 from mesh_core.link import measure_one_way, plain_link
+from mesh_core.loras.hosting import LoraHosting
+from mesh_core.loras.patch import Applied, set_key
+from mesh_core.loras.shelf import Shelf
 from mesh_core.payload import Streams, aligned
 from mesh_core.plugins import Plugins
 from mesh_core.remote import next_id
@@ -59,8 +62,13 @@ class Hosting:
     speeds: SpeedBook
     send: Send
     fail: Fail
+    shelf: Shelf
+    preset: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
+        self.loras = LoraHosting(
+            self.shelf, self.library, self.stages, self.executor, self.send, self.owned, self.preset
+        )
         self.constants = ConstantsCache(self.device, self.settings.worker.constants_cache)
         self._limits = Limits()
         self._sessions: dict[bytes, HostedSession] = {}
@@ -93,15 +101,26 @@ class Hosting:
                 raise WireMalformed(
                     f"At block {cut} of {checkpoint.name}, {wanted} cross; other tensors were agreed on."
                 )
-        key = StageKey(message.fingerprint, span, dtype.torch)
-        loaded = self._acquire(checkpoint, key, progress.phase("loading"))
+        loras = self.loras.resolve(message.loras, checkpoint, span)
+        key = StageKey(message.fingerprint, span, dtype.torch, set_key(loras))
+        loaded = self._acquire(checkpoint, key, progress.phase("loading"), loras)
         try:
             channel, session_there = self._follow(message.next)
             link = self._measured(channel) if message.options.get("measure") is True else {}
         except BaseException:
             self.stages.release(key)
             raise
-        session = HostedSession(message.session, peer.key, peer.route, loaded, inputs, outputs, channel, session_there)
+        session = HostedSession(
+            message.session,
+            peer.key,
+            peer.route,
+            loaded,
+            inputs,
+            outputs,
+            checkpoint,
+            channel,
+            session_there,
+        )
         with self._lock:
             # Looked up only now: an earlier request for the same session may have been served meanwhile.
             old = self._sessions.get(session.id)
@@ -109,6 +128,7 @@ class Hosting:
         if old is not None:
             self.executor.cancel(old.id)
             self._forget(old)
+        self.loras.keep(session, loras)
         self._forget_surplus(peer.key)
         info: dict[str, Any] = {
             "bytes_read": loaded.bytes_read,
@@ -118,14 +138,20 @@ class Hosting:
         info |= {"speeds": self.speeds.plain(), **link}
         self.send(peer.route, wire.Opened(message.id, info), [])
 
-    def _acquire(self, checkpoint: Checkpoint, key: StageKey, progress: Callable[[int, int], None]) -> Loaded:
+    def _acquire(
+        self,
+        checkpoint: Checkpoint,
+        key: StageKey,
+        progress: Callable[[int, int], None],
+        loras: tuple[Applied, ...],
+    ) -> Loaded:
         try:
-            return self.stages.acquire(checkpoint, key, progress)
+            return self.stages.acquire(checkpoint, key, progress, loras)
         except PlanDoesNotFit:
             # Hosts that crashed did not close their sessions; one that is only idle opens its session again.
             if not self._forget_silent(self.settings.worker.yields_after):
                 raise
-            return self.stages.acquire(checkpoint, key, progress)
+            return self.stages.acquire(checkpoint, key, progress, loras)
 
     def _follow(self, following: Mapping[str, Any] | None) -> tuple[Channel | None, bytes]:
         if following is None:
@@ -221,6 +247,7 @@ class Hosting:
             session.close()
 
     def _forget(self, session: HostedSession) -> None:
+        self.loras.forget(session)
         self.stages.release(session.loaded.key)
         for key in session.neighbours:
             if not any(key in s.neighbours for s in list(self._sessions.values())):

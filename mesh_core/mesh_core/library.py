@@ -107,6 +107,21 @@ class Library:
                 return c
         raise CheckpointMismatch(self._why(family, similar, wanted), hint="the same file on both machines")
 
+    def like(self, family: str, structure: str) -> Checkpoint:
+        """Any checkpoint of that structure: enough to tell what fits it.
+
+        Raises:
+            PluginNotFound: no adapter for that family here.
+            CheckpointMismatch: none of this structure is here.
+        """
+        if family not in self._plugins.adapters():
+            self._plugins.adapter(family)
+        for known in (list(self._known.values()), self.scan()):
+            for c in known:
+                if (c.spec.family, fingerprint.structure(c.spec)) == (family, structure):
+                    return c
+        raise CheckpointMismatch(self._why(family, [], ""), hint="the same file on both machines")
+
     def _why(self, family: str, similar: Sequence[Checkpoint], wanted: str) -> str:
         if similar:
             held = ", ".join(f"{c.name} ({fingerprint.of_checkpoint(c.header, c.spec)[:12]})" for c in similar)
@@ -114,6 +129,7 @@ class Library:
         others = [c for c in self._known.values() if c.spec.family == family]
         if others:
             listed = ", ".join(f"{c.name} ({c.spec.variant}, {'/'.join(c.spec.dtypes)})" for c in others)
-            return f"The host's {family} model ({wanted[:12]}) is not here; other {family} models: {listed}."
+            which = wanted[:12] or "of another size"
+            return f"The host's {family} model ({which}) is not here; other {family} models: {listed}."
         names = ", ".join(c.name for c in self._known.values()) or "none"
         return f"No {family} model is in this worker's folders; models here: {names}."

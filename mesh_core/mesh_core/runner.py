@@ -15,9 +15,12 @@ from torch import Tensor
 
 from mesh_core.adapter import Conditioning, ModelSpec, Stage, State
 from mesh_core.device import synchronise
-from mesh_core.errors import PlanError
+from mesh_core.errors import LoraMissing, PlanError
 from mesh_core.hops import Identity
 from mesh_core.library import Checkpoint
+from mesh_core.loras.apply import PatchedModel
+from mesh_core.loras.desk import AnyLora
+from mesh_core.loras.patch import Applied
 from mesh_core.plan import Plan, WorkerInfo, check, make
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote
@@ -37,6 +40,7 @@ class SplitRunner:
     plan: Plan
     local: Stage
     session: Session | None
+    _patched: PatchedModel | None = None
 
     @property
     def stats(self) -> RunStats:
@@ -61,6 +65,38 @@ class SplitRunner:
         if self.session is not None:
             state = self.session.run(state, conditioning, sequence=sequence, local_ms=local_ms)
         return adapter.finish(spec, state)
+
+    def set_loras(self, loras: Sequence[AnyLora]) -> None:
+        """Run all blocks, here and remote, with exactly ``loras`` from the next step on.
+
+        Raises:
+            LoraMissing: one that only the workers have is asked for, and blocks run here.
+            MeshError: see `Session.set_loras`; no block has any LoRA then, and the next call starts afresh.
+        """
+        here = [lora for lora in loras if isinstance(lora, Applied)]
+        if len(self.plan.local) and len(here) < len(loras):
+            name = next(lora.name for lora in loras if not isinstance(lora, Applied))
+            raise LoraMissing(
+                f"The LoRA {name!r} is no file here, and blocks {self.plan.local} run on this machine.",
+                hint="the path of a copy on this machine, or local=':0'",
+            )
+        if self._patched is None:
+            parameters = self.checkpoint.spec.parameters_of(self.plan.local)
+            self._patched = PatchedModel(self.local.model, parameters)
+        try:
+            if self.session is not None:
+                self.session.set_loras(loras)
+            self._patched.apply(here)
+        except BaseException:
+            self._patched.apply(())
+            if self.session is not None:
+                self.session.set_loras(())
+            raise
+
+    def restore_local(self) -> None:
+        """Take the LoRAs off this machine's blocks, before they are moved or given to another runner."""
+        if self._patched is not None:
+            self._patched.apply(())
 
     def _run_local(self, state: State, conditioning: Conditioning) -> State:
         if not len(self.plan.local):

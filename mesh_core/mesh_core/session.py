@@ -10,17 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from time import monotonic, perf_counter, sleep, strftime
 
-import torch
-
-from mesh_codec.base import CodecChoice, Encoded, Limits, Quality
+from mesh_codec.base import Encoded, Limits
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
 from mesh_core.adapter import Conditioning, State
-from mesh_core.config import Settings
 from mesh_core.constants import ConstantsBook
 from mesh_core.errors import (
     Cancelled,
@@ -35,8 +31,10 @@ from mesh_core.errors import (
     WireMalformed,
 )
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
+from mesh_core.hops import SessionOptions as SessionOptions
+from mesh_core.loras.desk import AnyLora, LoraDesk
 from mesh_core.negotiation import Negotiation, Way
-from mesh_core.payload import Streams, entry
+from mesh_core.payload import Streams
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
 from mesh_core.request import Request, Requests
@@ -51,26 +49,12 @@ Report = Callable[[str, str, int, int], None]
 _MAX_REPAIRS = 3
 """How often a step is sent again before its error is the caller's."""
 
-_MAX_REMEMBERED = 256
-"""Constants per worker that the host remembers to have sent."""
-
 _RETRY_PAUSE = 0.2
 """Seconds between two attempts to reach a lost worker."""
 
 _LEAST_CONNECT = 1.0
-"""Seconds that an attempt has, however little is left of the time to wait for a lost worker."""
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """``dtype``: in which stages compute. ``device``: where the host wants the result. ``codec``: by name, for the
-    hidden state; None for the one that is fastest."""
-
-    dtype: torch.dtype
-    device: torch.device
-    quality: Quality = "lossless"
-    settings: Settings = field(default_factory=Settings)
-    codec: str | None = None
+"""Seconds that an attempt has, however little is left of the time to wait for a lost worker; the first one has as much,
+and each later one twice what the one before had."""
 
 
 class Session:
@@ -94,6 +78,8 @@ class Session:
         self.identity, self.options, self.plugins = identity, options, plugins
         self.stats = RunStats()
         self._hops = [RemoteHop(remote, span) for remote, span in hops]
+        for remote in self.remotes:
+            remote.watch = options.watch
         self._relayed: set[int] = set()
         self._report = report
         self._legs: list[Leg] = []
@@ -110,6 +96,7 @@ class Session:
         self._step = 0
         self._epoch = 0
         self._lock = threading.Lock()
+        self._loras = LoraDesk(identity, plugins, options.settings, self.stats, report)
 
     @property
     def remotes(self) -> list[Remote]:
@@ -131,6 +118,16 @@ class Session:
             self.close()
             raise
 
+    def set_loras(self, loras: Sequence[AnyLora]) -> None:
+        """Run the remote spans with exactly ``loras`` from the next step on. Raises as `LoraDesk.adjust` does."""
+        with self._lock:
+            self._loras.wanted = tuple(loras)
+            try:
+                self._loras.adjust([hop for hop in self._hops if hop.remote.opened])
+            except BaseException:
+                self._legs.clear()  # nothing is computed with a part of a set: the next step opens the session anew
+                raise
+
     def close(self) -> None:
         """Let the workers forget the session; they keep the weights while they have room. May be called twice."""
         for hop in self._hops:
@@ -140,7 +137,12 @@ class Session:
                 except TransportError as error:
                     log.debug("%s was gone when its session was closed: %s", hop.remote.name, error)
             hop.remote.close()
+        self._codecs.close()
         self._legs.clear()
+
+    def begin(self) -> None:
+        """A new generation: nothing of it is coded as a change of what came before."""
+        self._restart_streams()
 
     def run(self, state: State, conditioning: Conditioning, *, sequence: str = "", local_ms: float = 0.0) -> State:
         """One step: the state at the first remote cut in, the state at the last one out.
@@ -176,16 +178,14 @@ class Session:
     # Opening
 
     def _open(self, within: float | None = None) -> None:
-        """Args:
-        within: seconds for each connection; the deadline that is set when None.
-        """
+        """``within``: seconds for each connection; the deadline that is set when None."""
         for hop in self._hops:
             if not hop.remote.connected:
                 hop.remote.connect(within)
+            if not hop.remote.measured:
+                self._codecs.connected(hop.remote)
             hop.sent.clear()
-        for remote in {id(r): r for r in self.remotes if not r.measured}.values():
-            self._codecs.connected(remote)
-            remote.measured = True
+            self._loras.connected(hop)
         self._agree()
 
     def _agree(self) -> None:
@@ -287,14 +287,17 @@ class Session:
         began, deadlines = monotonic(), self.options.settings.deadlines
         since, state = strftime("%H:%M:%S"), cause.message
         self.stats.reconnects += 1
+        attempt = _LEAST_CONNECT
         while True:
+            if self.options.watch is not None:
+                self.options.watch()
             waited = monotonic() - began
             if self._report is not None:
                 self._report(state, "waiting for it to come back", int(waited), int(deadlines.reconnect))
             for remote in self.remotes:
                 remote.close()
             try:
-                self._open(min(deadlines.connect, max(deadlines.reconnect - waited, _LEAST_CONNECT)))
+                self._open(min(deadlines.connect, attempt, max(deadlines.reconnect - waited, _LEAST_CONNECT)))
                 return
             except (PeerLost, Unreachable, TransportTimeout, SessionUnknown) as error:
                 waited = monotonic() - began
@@ -304,6 +307,7 @@ class Session:
                         hint="mesh serve on that machine again, mesh doctor to test the way there, or run without it",
                     ) from error
                 state = error.message
+            attempt *= 2
             sleep(_RETRY_PAUSE)
 
     def _attempt(self, request: Request, stats: StepStats) -> State:
@@ -326,19 +330,8 @@ class Session:
                 if names[name] not in hop.sent and names[name] not in missing:
                     missing[names[name]] = coded or self._book.encode(request.conditioning.constants[name])
             if missing:
-                self._send_to(hop, missing)
+                self.stats.constants_bytes += hop.send_constants(missing, self.options.settings.deadlines.step)
         return names
-
-    def _send_to(self, hop: RemoteHop, missing: Mapping[str, Encoded]) -> None:
-        if len(hop.sent) > _MAX_REMEMBERED:
-            hop.sent.clear()
-        exact = CodecChoice("raw")
-        items = [{"hash": digest, **entry("constant", exact, coded)} for digest, coded in missing.items()]
-        buffers = [b for e in missing.values() for b in e.buffers]
-        message = wire.Constants(next_id(), hop.remote.session, items)
-        hop.remote.ask(message, wire.Ok, buffers=buffers, timeout=self.options.settings.deadlines.step)
-        hop.sent.update(missing)
-        self.stats.constants_bytes += sum(e.nbytes for e in missing.values())
 
     def _run_leg(self, leg: Leg, state: State, names: Mapping[str, str], request: Request, stats: StepStats) -> State:
         first, last = leg.hops[0].remote, leg.hops[-1].remote

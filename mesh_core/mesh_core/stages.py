@@ -6,16 +6,20 @@ Stages of one model that overlap share their parameters, so a changed span loads
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
 from time import monotonic
 
 import torch
+from torch import nn
 
 from mesh_core.adapter import Stage
 from mesh_core.checkpoint import Progress
 from mesh_core.errors import PlanDoesNotFit
 from mesh_core.library import Checkpoint
+from mesh_core.loras.apply import PatchedModel
+from mesh_core.loras.patch import Applied, set_key
 from mesh_core.plan import span_bytes
 from mesh_core.spans import BlockSpan
 from mesh_core.weights import ParameterPool, WeightReader
@@ -23,17 +27,19 @@ from mesh_core.weights import ParameterPool, WeightReader
 
 @dataclass(frozen=True)
 class StageKey:
-    """What makes two stages the same stage."""
+    """What makes two stages the same stage. ``loras``: see `mesh_core.loras.patch.set_key`."""
 
     fingerprint: str
     span: BlockSpan
     dtype: torch.dtype
-    loras: tuple[str, ...] = ()
+    loras: tuple[tuple[str, float, float], ...] = ()
 
 
 @dataclass
 class _Entry:
     stage: Stage
+    patched: PatchedModel
+    loras: tuple[Applied, ...] = ()
     users: int = 0
     last_used: float = field(default_factory=monotonic)
 
@@ -64,33 +70,79 @@ class StageStore:
         self._entries: dict[StageKey, _Entry] = {}
         self._loading = threading.Lock()
         self._lock = threading.Lock()
+        self._merges = count()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights loaded now."""
+        """Bytes of weights loaded now, patched ones and what they were made from included."""
         return self._pool.nbytes(self.device)
 
-    def acquire(self, checkpoint: Checkpoint, key: StageKey, progress: Progress | None = None) -> Loaded:
+    def acquire(
+        self, checkpoint: Checkpoint, key: StageKey, progress: Progress | None = None, loras: Sequence[Applied] = ()
+    ) -> Loaded:
         """The stage ``key`` of ``checkpoint``, loaded if it is not here. Give it back with `release`.
+
+        Args:
+            loras: those that ``key`` names.
 
         Raises:
             PlanDoesNotFit: the stage is larger than the budget, or than what sessions in use leave of it.
             CheckpointError: see `WeightReader.fill`.
+            LoraError: see `PatchedModel.apply`.
         """
         started = monotonic()
         with self._loading:
             entry = self._use(key)
             if entry is not None:
                 return Loaded(key, entry.stage, 0, monotonic() - started)
-            self._make_room(checkpoint, key)
+            self._make_room(checkpoint, key, _patched(loras))
             reader = WeightReader(checkpoint.header, model=key.fingerprint, pool=self._pool, progress=progress)
             stage = checkpoint.adapter.build_stage(
                 checkpoint.spec, key.span, reader, device=self.device, dtype=key.dtype
             )
             self._watch(stage)
+            entry = _Entry(stage, self._patchable(checkpoint, key, stage), users=1)
             with self._lock:
-                self._entries[key] = _Entry(stage, users=1)
+                self._entries[key] = entry
+            try:
+                self._merge(key, entry, loras)
+            except BaseException:
+                with self._lock:
+                    del self._entries[key]
+                raise
             return Loaded(key, stage, reader.bytes_read, monotonic() - started)
+
+    def adjust(self, checkpoint: Checkpoint, loaded: Loaded, loras: Sequence[Applied]) -> Loaded:
+        """A stage in use, with ``loras`` instead of those that it has; it is given back, the result is in use.
+
+        A stage that nobody else uses is changed in place, from its base in memory. The caller makes sure that it is
+        not computing.
+
+        Raises:
+            PlanDoesNotFit, LoraError: as for `acquire`; the stage is what it was.
+        """
+        started, key = monotonic(), replace(loaded.key, loras=set_key(loras))
+        with self._loading:
+            if key == loaded.key:
+                return loaded
+            with self._lock:
+                entry = self._entries.get(loaded.key)
+                alone = entry is not None and entry.users == 1 and key not in self._entries
+            if entry is not None and alone:
+                self._make_room(checkpoint, key, _patched(loras) - entry.patched.base.keys(), keep=loaded.key)
+                before = entry.loras
+                try:
+                    self._merge(key, entry, loras)
+                except BaseException:
+                    self._merge(loaded.key, entry, before)
+                    raise
+                with self._lock:
+                    del self._entries[loaded.key]
+                    self._entries[key] = entry
+                return Loaded(key, entry.stage, 0, monotonic() - started)
+        found = self.acquire(checkpoint, key, loras=loras)
+        self.release(loaded.key)
+        return found
 
     def release(self, key: StageKey) -> None:
         """The caller no longer uses the stage. It stays loaded while the budget allows."""
@@ -113,29 +165,55 @@ class StageStore:
                 entry.last_used = monotonic()
             return entry
 
-    def _make_room(self, checkpoint: Checkpoint, key: StageKey) -> None:
-        needed = span_bytes(checkpoint.spec, key.span, key.dtype.itemsize)
+    def _make_room(
+        self, checkpoint: Checkpoint, key: StageKey, patched: Collection[str] = (), keep: StageKey | None = None
+    ) -> None:
+        size = key.dtype.itemsize
+        wanted = checkpoint.spec.parameters_of(key.span)
+        # On a GPU, what patched weights were made from moves to host memory when there is no room.
+        twice = patched if self.device.type == "cpu" else ()
+        extra = sum(p.elements * size for name, p in wanted.items() if name in twice)
+        needed = span_bytes(checkpoint.spec, key.span, size) + extra
         if needed > self.budget:
             raise PlanDoesNotFit(
                 f"Blocks {key.span} need {needed / 1e9:.2f} GB, this worker offers {self.budget / 1e9:.2f} GB.",
                 hint="fewer blocks for this worker, or a larger --memory",
             )
         # Eviction frees parameters that the new stage shares last, so look at what is truly left each time.
-        while self._missing(checkpoint, key) + self.nbytes > self.budget:
-            with self._lock:
-                idle = [
-                    (k.fingerprint == key.fingerprint, e.last_used, k) for k, e in self._entries.items() if not e.users
-                ]
-                if not idle:
-                    break
-                del self._entries[min(idle, key=lambda item: item[:2])[2]]
+        while self._missing(checkpoint, key) + extra + self.nbytes > self.budget:
+            if not self._evict(key, keep) and not self._park():
+                break
         held = self.nbytes
-        if self._missing(checkpoint, key) + held > self.budget:
+        if self._missing(checkpoint, key) + extra + held > self.budget:
             raise PlanDoesNotFit(
                 f"Blocks {key.span} need {needed / 1e9:.2f} GB; other sessions use {held / 1e9:.2f} GB of "
                 f"{self.budget / 1e9:.2f} GB.",
                 hint="the same later, fewer blocks, or a larger --memory",
             )
+
+    def _evict(self, key: StageKey, keep: StageKey | None) -> bool:
+        """Free the idle stage that ``key`` shares least with and that was idle for longest, if there is one."""
+        with self._lock:
+            idle = [
+                (k.fingerprint == key.fingerprint, e.last_used, k)
+                for k, e in self._entries.items()
+                if not e.users and k != keep
+            ]
+            if idle:
+                del self._entries[min(idle, key=lambda item: item[:2])[2]]
+            return bool(idle)
+
+    def _park(self) -> bool:
+        """Move untouched versions of patched weights to host memory; whether there were any on a device."""
+        with self._lock:
+            entries = list(self._entries.items())
+        moved = False
+        for key, entry in entries:
+            for name, base in list(entry.patched.base.items()):
+                if base.device.type != "cpu":
+                    self._pool.put((key.fingerprint, name, torch.device("cpu"), key.dtype), entry.patched.park(name))
+                    moved = True
+        return moved
 
     def _missing(self, checkpoint: Checkpoint, key: StageKey) -> int:
         wanted = checkpoint.spec.parameters_of(key.span)
@@ -145,8 +223,42 @@ class StageStore:
             if self._pool.get((key.fingerprint, name, self.device, key.dtype)) is None
         )
 
+    def _patchable(self, checkpoint: Checkpoint, key: StageKey, stage: Stage) -> PatchedModel:
+        """The stage's parameters as LoRAs change them, each counted, and shared again once it is untouched."""
+        model = key.fingerprint
+
+        def merged(patched: PatchedModel, name: str, parameter: nn.Parameter) -> None:
+            self._pool.put((model, f"{name} merged {next(self._merges)}", self.device, key.dtype), parameter)
+            if self.device.type != "cpu" and self.nbytes > self.budget:
+                self._pool.put((model, name, torch.device("cpu"), key.dtype), patched.park(name))
+
+        def restored(name: str, base: nn.Parameter) -> nn.Parameter:
+            place = (model, name, self.device, key.dtype)
+            shared = self._pool.get(place)
+            if shared is None:
+                shared = nn.Parameter(base.data.to(self.device), requires_grad=False)
+                self._pool.put(place, shared)
+            return shared
+
+        parameters = checkpoint.spec.parameters_of(key.span)
+        return PatchedModel(stage.model, parameters, merged=merged, restored=restored)
+
+    def _merge(self, key: StageKey, entry: _Entry, loras: Sequence[Applied]) -> None:
+        entry.patched.apply(loras)
+        entry.loras = tuple(loras)
+        if self.nbytes > self.budget and not (self._park() and self.nbytes <= self.budget):
+            raise PlanDoesNotFit(
+                f"Blocks {key.span} with their LoRAs beside what other sessions share need {self.nbytes / 1e9:.2f} GB "
+                f"of {self.budget / 1e9:.2f} GB.",
+                hint="fewer blocks for this worker, or a larger --memory",
+            )
+
     def _watch(self, stage: Stage) -> None:
         if self._before_block is not None:
             check = self._before_block
             for block in stage.block_modules():
                 block.register_forward_pre_hook(lambda *_: check())
+
+
+def _patched(loras: Sequence[Applied]) -> set[str]:
+    return {name for applied in loras for patch in applied.lora.patches for name in patch.parameters}

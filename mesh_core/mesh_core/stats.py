@@ -70,11 +70,15 @@ class StepStats:
 
 @dataclass
 class RunStats:
-    """All steps since the session opened or `clear` was called."""
+    """All steps since the session opened or `clear` was called.
+
+    ``loras``: for each LoRA and worker, what was decided and why, and the bytes that were sent for it.
+    """
 
     steps: list[StepStats] = field(default_factory=list)
     constants_bytes: int = 0
     reconnects: int = 0
+    loras: list[dict[str, Any]] = field(default_factory=list)
 
     def clear(self) -> None:
         self.steps.clear()
@@ -114,6 +118,7 @@ class RunStats:
         resent = sum(s.resent for s in self.steps)
         if resent or self.reconnects:
             lines.append(f"{self.reconnects} reconnects, {resent} steps sent again")
+        lines += [f"LoRA {p['lora']} on {p['worker']} {p['span']}: {p['action']}, {p['reason']}" for p in self.loras]
         return lines
 
 

@@ -87,7 +87,9 @@ class WeightReader:
             key = (self.model, name, device, dtype)
             parameter = self._pool.get(key) if self.model else None
             if parameter is None:
-                parameter = nn.Parameter(self.read(spec).to(device, dtype), requires_grad=False)
+                kept = self._pool.get((self.model, name, torch.device("cpu"), dtype)) if self.model else None
+                data = self.read(spec) if kept is None else kept.data
+                parameter = nn.Parameter(data.to(device, dtype), requires_grad=False)
                 if self.model:
                     self._pool.put(key, parameter)
             assign(model, name, parameter)

@@ -1,7 +1,8 @@
 """A worker: one process that hosts stages for many hosts.
 
-Three kinds of thread: the one that calls `Worker.serve` owns the listener and answers at once whatever needs no
-computing; two load stages; one computes, each session in turn. Nothing that arrives may stop any of them.
+Four kinds of thread: the one that calls `Worker.serve` owns the listener and answers at once whatever needs no
+computing; two load stages; one takes in LoRAs; one computes, each session in turn. Nothing that arrives may stop any
+of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mesh_core.failure import describe
 from mesh_core.hosted import QUOTA
 from mesh_core.hosting import Hosting
 from mesh_core.library import Library
+from mesh_core.loras.shelf import own_shelf
 from mesh_core.plugins import Plugins
 from mesh_core.stages import StageStore
 from mesh_core.transport.base import Frame, Listener, Peer
@@ -48,6 +50,8 @@ class WorkerOptions:
         device: a torch device, for example ``"cuda:0"``.
         memory: bytes for weights; None for most of what is free now.
         client_key: the public key under which this worker connects to others.
+        loras: folders and files with LoRAs of the user's own.
+        preset: names of LoRAs, and strengths, that every session has before its own.
     """
 
     roots: tuple[Path, ...]
@@ -56,6 +60,8 @@ class WorkerOptions:
     memory: int | None = None
     client_key: str = ""
     settings: Settings = field(default_factory=Settings)
+    loras: tuple[Path, ...] = ()
+    preset: tuple[tuple[str, float], ...] = ()
 
 
 class Worker:
@@ -87,12 +93,16 @@ class Worker:
             speeds=self.speeds,
             send=self._send,
             fail=self._fail,
+            shelf=own_shelf(options.settings, options.loras),
+            preset=options.preset,
         )
+        # Of its own, so that what arrives over a slow link and what loads do not wait for each other.
+        self._receiver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora")
         self._loader = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
         self._requests: Counter[str] = Counter()
         self._requests_lock = threading.Lock()
         self._stopping = threading.Event()
-        hosting = self.hosting
+        hosting, loras = self.hosting, self.hosting.loras
         self._handlers: dict[type[wire.Message], _Handler] = {
             wire.Hello: lambda p, m, b: self._hello(p, m),
             wire.Enrol: lambda p, m, b: self._enrol(p, m),
@@ -104,6 +114,12 @@ class Worker:
             wire.Cancel: lambda p, m, b: hosting.cancel(p, m),
             wire.Close: lambda p, m, b: hosting.close(p, m),
             wire.Ping: lambda p, m, b: self._ping(p, m),
+            wire.Shelf: lambda p, m, b: self._load(p, m, lambda: loras.listing(p, m)),
+            wire.Discard: lambda p, m, b: self._load(p, m, lambda: loras.discard(p, m)),
+            wire.Seek: lambda p, m, b: self._load(p, m, lambda: loras.seek(p, m)),
+            wire.Offer: lambda p, m, b: self._load(p, m, lambda: loras.offer(p, m), self._receiver),
+            wire.Chunk: lambda p, m, b: self._load(p, m, lambda: loras.chunk(p, m, b), self._receiver),
+            wire.Adjust: lambda p, m, b: self._load(p, m, lambda: loras.adjust(p, m)),
             wire.Probe: self._probe,
         }
 
@@ -117,9 +133,11 @@ class Worker:
                 self._dispatch(*got)
             self.hosting.stop_orphans()
         self._executor.stop()
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._loader, self._receiver):
+            threads.shutdown(wait=True, cancel_futures=True)
         self.hosting.close_all()
         self.listener.close()
+        self.speeds.close()
         survey.join()
 
     def stop(self) -> None:
@@ -203,7 +221,9 @@ class Worker:
             raise WireTooLarge(f"A probe carries more than {wire.PROBE_BYTES} bytes.")
         self._send(peer.route, wire.Probed(message.id), [bytes(message.size)])
 
-    def _load(self, peer: Peer, message: wire.Message, work: Callable[[], None]) -> None:
+    def _load(
+        self, peer: Peer, message: wire.Message, work: Callable[[], None], threads: ThreadPoolExecutor | None = None
+    ) -> None:
         def run() -> None:
             try:
                 work()
@@ -218,7 +238,7 @@ class Worker:
             if self._requests[peer.key] >= QUOTA.requests:
                 raise WireTooLarge(f"{QUOTA.requests} requests of one host wait already.", hint="wait for the answers")
             self._requests[peer.key] += 1
-        self._loader.submit(run)
+        (threads or self._loader).submit(run)
 
     def _send(self, route: bytes, message: wire.Message, buffers: list[Frame] | None = None) -> None:
         self.listener.send(route, wire.pack(message, buffers or []))

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.adapters import tiny
-from tests.support.splitting import split
-from tests.support.workers import thread_workers
 from torch import Tensor
 
 from mesh_codec import CodecChoice, CodecStateLost, EntropyCodec, Limits
@@ -19,6 +16,9 @@ from mesh_core.payload import Streams
 from mesh_core.plugins import Plugins
 from mesh_core.runner import SplitRunner
 from mesh_core.sequences import MOST_SEQUENCES, Sequences
+from tests.adapters import tiny
+from tests.support.splitting import split
+from tests.support.workers import thread_workers
 
 STEPS = (1.0, 0.8, 0.5, 0.2)
 Open = Callable[[], AbstractContextManager[SplitRunner]]

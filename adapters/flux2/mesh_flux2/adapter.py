@@ -6,18 +6,18 @@ subclass with other data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Role, State
+from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Piece, Role, State
 from mesh_core.adapting import describe_parameters, full_config, unusual_strides
 from mesh_core.checkpoint import CheckpointHeader, TensorInfo
 from mesh_core.errors import CheckpointCorrupt, UnsupportedInput
 from mesh_core.spans import BlockSpan
-from mesh_flux2.layout import find_mark, pieces_of
+from mesh_flux2.layout import find_mark, layouts, pieces_of
 from mesh_flux2.stage import Flux2Stage
 
 MODEL_CLASS = "Flux2Transformer2DModel"
@@ -39,6 +39,7 @@ class Flux2Adapter(ModelAdapter):
     """FLUX.2 Dev: with guidance embedding."""
 
     family: ClassVar[str] = "flux2"
+    hosts: ClassVar[Mapping[str, str]] = {"comfy": "mesh_flux2.comfy:Flux2Comfy"}
     guidance: ClassVar[bool] = True
     variants: ClassVar[tuple[Variant, ...]] = (
         Variant("dev", 8, 48, 48, 15360, {"num_inference_steps": 28, "guidance_scale": 4.0}),
@@ -96,6 +97,9 @@ class Flux2Adapter(ModelAdapter):
 
     def finish(self, spec: ModelSpec, state: State) -> Tensor:
         return state["sample"]
+
+    def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
+        return layouts({name: p.shape for name, p in spec.parameters.items()})
 
 
 def _refuse_what_cannot_cross(inputs: Mapping[str, Any]) -> None:

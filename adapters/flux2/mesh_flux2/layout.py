@@ -8,7 +8,7 @@ Follows diffusers ``convert_flux2_transformer_checkpoint_to_diffusers``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from mesh_core.adapter import Piece
 from mesh_core.checkpoint import TensorInfo
@@ -68,9 +68,7 @@ def find_mark(tensors: Mapping[str, TensorInfo]) -> tuple[str, bool] | None:
     return None
 
 
-def pieces_of(
-    parameter: str, rows: int, tensors: Mapping[str, TensorInfo], prefix: str, bfl: bool
-) -> tuple[Piece, ...]:
+def pieces_of(parameter: str, rows: int, tensors: Container[str], prefix: str, bfl: bool) -> tuple[Piece, ...]:
     """The rows of file tensors that make ``parameter``, which has ``rows`` rows. The tensors may not exist."""
     if not bfl:
         return (Piece(prefix + parameter),)
@@ -92,6 +90,38 @@ def pieces_of(
     return (Piece(f"{prefix}{_TOP[stem]}.{leaf}"),)
 
 
-def _norm_name(stem: str, leaf: str, tensors: Mapping[str, TensorInfo]) -> str:
+def layouts(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[Piece, ...]]]:
+    """The namings in which LoRAs for the architecture come, for parameters of these shapes, beside diffusers' own:
+    that of Black Forest Labs with either name of its norms' scales, query, key and value fused as diffusers fuses
+    them, and the part of a single block that ComfyUI names for itself."""
+    named: list[dict[str, tuple[Piece, ...]]] = [
+        {name: pieces_of(name, shape[0], (), "", True) for name, shape in shapes.items()},
+        {name: pieces_of(name, shape[0], _EVERYTHING, "", True) for name, shape in shapes.items()},
+    ]
+    fused: dict[str, tuple[Piece, ...]] = {}
+    parts: dict[str, tuple[Piece, ...]] = {}
+    for name, shape in shapes.items():
+        stem, _, leaf = name.rpartition(".")
+        for inner, (source, third) in _THIRDS.items():
+            if stem.endswith(f".{inner}") and name.startswith("transformer_blocks."):
+                block = stem.removesuffix(f".{inner}")
+                whole = "attn.to_qkv" if source.startswith("img") else "attn.to_added_qkv"
+                fused[name] = (Piece(f"{block}.{whole}.{leaf}", third * shape[0], (third + 1) * shape[0]),)
+        if stem.endswith(".attn.to_qkv_mlp_proj"):
+            index, width = stem.split(".")[1], shapes[f"{stem.removesuffix('to_qkv_mlp_proj')}to_out.{leaf}"][0]
+            parts[name] = (Piece(f"single_blocks.{index}.linear1_qkv.{leaf}", 0, 3 * width),)
+    return [*named, fused, parts]
+
+
+class _Everything:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+_EVERYTHING = _Everything()
+
+
+def _norm_name(stem: str, leaf: str, tensors: Container[str]) -> str:
     scale = f"{stem}.scale"
-    return scale if scale in tensors else f"{stem}.{leaf}"
+    # Only norms have a scale; asked about anything else, a container of everything would say yes too.
+    return scale if scale in tensors and stem.endswith("_norm") else f"{stem}.{leaf}"

@@ -114,10 +114,10 @@ class Pictures:
         spec, transformer = checkpoint.spec, self.pipeline.transformer
         at = cut if cut is not None else spec.blocks // 2
         hidden = [name for name, role in spec.states[at].items() if role == "hidden"]
-        first, second = (
+        before, after = (
             checkpoint.adapter.stage(spec, span, transformer) for span in (BlockSpan(0, at), BlockSpan(at, spec.blocks))
         )
-        self.cut = _Cut(checkpoint, make(spec, ":", []), first, second, hidden)
+        self.cut = _Cut(checkpoint, make(spec, ":", []), before, after, hidden)
         attach(transformer, cast(SplitRunner, self.cut), torch.device("cpu"), transformer.dtype)
         self.size, self.prompts = size, PROMPTS[:prompts]
         with torch.no_grad():

@@ -35,6 +35,8 @@ COMMANDS: Mapping[str, Command] = {
     "keys": Command("mesh_core.cli.keys:keys", "List, invite and revoke those who may use this machine's workers."),
     "inspect": Command("mesh_core.cli.inspect:inspect", "Show what a checkpoint is, its blocks and where to cut it."),
     "generate": Command("mesh_core.cli.generate:generate", "Make a picture over several machines."),
+    "lora": Command("mesh_core.cli.lora:lora", "List, send, remove and examine LoRAs."),
+    "comfy": Command("mesh_core.cli.comfy:comfy", "Make the nodes known to a ComfyUI."),
     "bench": Command("mesh_core.cli.bench:bench", "Measure the mesh on this machine."),
     "doctor": Command("mesh_core.cli.doctor:doctor", "Check this machine, its plugins and its connections."),
     "plugins": Command("mesh_core.cli.plugins:plugins", "List plugins, what they provide and which failed to load."),

@@ -82,12 +82,12 @@ def link(
 
     Starts a host and a worker on this machine with a link of the given rate between them: network namespaces and a
     token bucket where the system is Linux and the user root, else a relay in user space. The synthetic model has the
-    state of Klein 9B at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes.
+    state of a 9B model at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes.
     """
-    from mesh_core.bench.link import KLEIN, SMALL, Workload, measure, table, with_ratios
+    from mesh_core.bench.link import LARGE, SMALL, Workload, measure, table, with_ratios
     from mesh_core.bench.report import save
 
-    shape = SMALL if small else KLEIN
+    shape = SMALL if small else LARGE
     workloads = [Workload(f"synthetic state {list(shape)}, bfloat16", steps, shape=shape)]
     if model is not None:
         workloads.append(Workload(f"{model.parent.name}/{model.name}, local {local}", steps, model, local))
@@ -127,7 +127,8 @@ def codec(
     folder: Path | None,
     label: str,
 ) -> None:
-    """Measure what each codec does to the final pictures of MODEL, a trained pipeline's folder, and in how many bits.
+    """Measure what each codec does to the final pictures of the trained pipeline in the folder MODEL, and in how many
+    bits.
 
     Everything runs in this process: the model's two halves with the codec between them. Takes a few minutes.
     """
@@ -151,8 +152,9 @@ def codec(
                 results.append(found)
         except ImportError as error:
             click.echo(f"{row.label} is left out: {error}", err=True)
-    text = "\n".join([table(results), "", *verdicts(results)])
     setup = {"model": model.as_posix(), "prompts": prompts, "cut": cut, "text tokens": text_tokens, "size": size}
+    listed = ", ".join(f"{name} {value}" for name, value in setup.items() if value is not None)
+    text = "\n".join([listed, "", table(results), "", *verdicts(results)])
     data = plain(results, setup)
     click.echo(json.dumps(data, indent=2) if as_json else text)
     if folder is not None:

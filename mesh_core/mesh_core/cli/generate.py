@@ -35,6 +35,7 @@ _QUALITIES = ("lossless", "transparent", "balanced", "fast")
     help="How exact the state crosses; lossless is bit for bit.",
 )
 @click.option("--codec", default=None, help="For example raw; left out: the fastest one for the link and the quality.")
+@click.option("--lora", "loras", multiple=True, help="FILE or NAME, or either with =STRENGTH. Repeat.")
 @click.option("--steps", type=click.IntRange(min=1), default=None, help="Left out: what the model's authors recommend.")
 @click.option("--guidance", type=float, default=None, help="Guidance scale; left out: as the authors recommend.")
 @click.option("--width", type=click.IntRange(min=16), default=None, help="Pixels.")
@@ -58,6 +59,7 @@ def generate(
     output: Path | None,
     quality: Any,
     codec: str | None,
+    loras: tuple[str, ...],
     steps: int | None,
     guidance: float | None,
     width: int | None,
@@ -74,6 +76,7 @@ def generate(
 
     from mesh_core import media
     from mesh_core.cli.progress import LoadingLine
+    from mesh_core.cli.serve import parse_lora
     from mesh_core.hosts.diffusers import check_call, load_pipeline, stats
 
     wanted = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
@@ -86,6 +89,7 @@ def generate(
         workers=[parse_worker(w) for w in workers],
         quality=quality,
         codec=codec,
+        loras=[parse_lora(text) for text in loras],
         device=device,
         dtype=getattr(torch, dtype) if dtype else None,
         report=LoadingLine(),

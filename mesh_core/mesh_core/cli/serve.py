@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 @click.option("--port", type=click.IntRange(0, 65535), default=None, help="0 lets the system choose. [default: 7777]")
 @click.option("--device", default=None, help="For example cuda:1 or cpu; left out: a GPU if any.")
 @click.option("--memory", default="", help="Weights kept at most, for example 20GB; left out: what is free.")
+@click.option(
+    "--loras", multiple=True, type=click.Path(path_type=Path), help="Folder with LoRAs that hosts may use. Repeat."
+)
+@click.option("--lora", "presets", multiple=True, help="FILE or FILE=STRENGTH: every session has it first. Repeat.")
 @click.option("--name", default=None, help="What hosts call this worker. [default: this machine's name]")
 @click.option("--insecure", is_flag=True, help="No encryption and no keys: whoever reaches the port is trusted.")
 @click.option("--force", is_flag=True, help="Allow --insecure on an address that other machines reach.")
@@ -35,6 +39,8 @@ def serve(
     port: int | None,
     device: str | None,
     memory: str,
+    loras: tuple[Path, ...],
+    presets: tuple[str, ...],
     name: str | None,
     insecure: bool,
     force: bool,
@@ -50,6 +56,13 @@ def serve(
     for path in models:
         if not path.exists():
             raise ConfigError(f"{path} does not exist.", hint="a folder with checkpoints, or one checkpoint")
+    for path in loras:
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist.", hint="a folder with LoRAs, or one LoRA")
+    preset = [parse_lora(text) for text in presets]
+    for file, _ in preset:
+        if not Path(file).is_file():
+            raise ConfigError(f"{file} is no file.", hint="--lora turbo.safetensors=0.8")
     from mesh_core.config import Settings, parse_bytes
     from mesh_core.device import checked_device, default_device
     from mesh_core.keys import KeyStore
@@ -64,6 +77,8 @@ def serve(
         memory=parse_bytes(memory) if memory else settings.worker.memory_budget,
         client_key="" if insecure else KeyStore().identity().client.public,
         settings=settings,
+        loras=(*loras, *(Path(file) for file, _ in preset)),
+        preset=tuple((Path(file).name, strength) for file, strength in preset),
     )
     host, number = bind or settings.worker.bind, settings.worker.port if port is None else port
     address = f"mesh://{f'[{host}]' if ':' in host else host}:{number}"
@@ -73,6 +88,15 @@ def serve(
     _stop_on_signals(worker)
     _announce(worker, listener.address)
     worker.serve()
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """``FILE`` or ``FILE=STRENGTH``; only what follows the last ``=`` and is a number is a strength."""
+    source, sign, number = text.rpartition("=")
+    try:
+        return (source, float(number)) if sign else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def _stop_on_signals(worker: Worker) -> None:
@@ -90,6 +114,8 @@ def _announce(worker: Worker, address: str) -> None:
 
     for checkpoint in worker.library.scan():
         click.echo(f"  {checkpoint.name}: {checkpoint.spec.family} {checkpoint.spec.variant}", err=True)
+    if known := worker.hosting.shelf.listing():
+        click.echo(f"  {len(known)} LoRAs", err=True)
     place = parse_place(address)
     if place.insecure:
         click.secho("NOT encrypted: whoever reaches this port can use this worker.", fg="red", err=True)

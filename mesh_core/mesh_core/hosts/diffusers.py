@@ -6,7 +6,8 @@ The pipeline keeps its own transformer object, so everything else of the pipelin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from mesh_core.config import Settings
 from mesh_core.device import checked_device, default_device, free_memory
 from mesh_core.errors import ConfigError, PlanDoesNotFit, PlanError
 from mesh_core.hops import Identity
+from mesh_core.hosts.loras import LoraChoice, adapters_of, chosen, put_back, put_on, set_loras, take_off
 from mesh_core.hosts.split_model import SplitModel, attach, detach
 from mesh_core.library import Checkpoint, recognise
 from mesh_core.plugins import Plugins, installed_plugins
 from mesh_core.runner import SplitRunner, Workers, open_session, place
-from mesh_core.session import Report, SessionOptions
+from mesh_core.session import Report, Session, SessionOptions
 from mesh_core.spans import BlockSpan
 from mesh_core.weights import WeightReader, assign
 
@@ -41,6 +43,7 @@ def load_pipeline(
     workers: Workers = (),
     quality: Quality = "lossless",
     codec: str | None = None,
+    loras: Sequence[LoraChoice] = (),
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     plugins: Plugins | None = None,
@@ -57,6 +60,7 @@ def load_pipeline(
         workers: addresses in execution order; ``(address, span)`` to say what one runs.
         quality: ``lossless`` (bit-exact), ``transparent``, ``balanced`` or ``fast``.
         codec: by name, for the state between machines; None for the one that is fastest at that quality.
+        loras: files or names, or pairs of one and a strength; see `set_loras`.
         device: for the whole pipeline; by default CUDA where there is one.
         dtype: in which the pipeline computes, here and on the workers; by default that of the transformer's file.
         report: called with (worker, what it does, done, total) while stages load.
@@ -79,11 +83,13 @@ def load_pipeline(
         stage = checkpoint.adapter.build_stage(
             checkpoint.spec, placement.plan.local, weights, device=target, dtype=options.dtype
         )
-        attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), target, options.dtype)
+        runner = SplitRunner(checkpoint, placement.plan, stage, session)
+        attach(stage.model, runner, target, options.dtype)
         pipeline = DiffusionPipeline.from_pretrained(
             str(path), transformer=stage.model, **{_dtype_name(): options.dtype}, **pipeline_arguments
         )
-        return pipeline.to(target)
+        pipeline = pipeline.to(target)
+        return set_loras(pipeline, loras) if loras else pipeline
     except BaseException:
         placement.close()
         raise
@@ -130,6 +136,7 @@ def split(
     workers: Workers = (),
     quality: Quality = "lossless",
     codec: str | None = None,
+    loras: Sequence[LoraChoice] | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
     report: Report | None = None,
@@ -138,34 +145,49 @@ def split(
 
     Blocks that run remotely are moved to the CPU until `unsplit`, so that they free the device's memory; those of a
     pipeline from `load_pipeline` are dropped, and read when they become local. Workers load or free only the
-    difference. When this fails, the pipeline is as it was. Arguments as for `load_pipeline`.
+    difference. LoRAs that diffusers loaded stay. When this fails, the pipeline is as it was. Arguments as for
+    `load_pipeline`; ``loras`` left out keeps those that it has.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
     model = pipeline.transformer
     old = model.mesh if isinstance(model, SplitModel) else None
-    checkpoint = old.checkpoint if old is not None else _checkpoint_in_memory(model, plugins)
-    device = torch.device(model.device)
-    options = SessionOptions(model.dtype, device, quality, settings, codec)
-    placement = place(checkpoint, local, workers, plugins, options, free_memory(device))
-
-    def identity() -> Identity:
-        known = old.session.identity if old is not None and old.session is not None else None
-        return known or _identify_loaded(checkpoint, pipeline, plugins, report)
-
+    taken = take_off(pipeline) if old is None else []
+    session: Session | None = None
     try:
-        session = open_session(identity, placement, options, plugins, report)
-    except PlanDoesNotFit:
-        if old is None:
-            raise
-        old.close()
-        session = open_session(identity, placement, options, plugins, report)
-    try:
+        checkpoint = old.checkpoint if old is not None else _checkpoint_in_memory(model, plugins)
+        device = torch.device(model.device)
+        options = SessionOptions(model.dtype, device, quality, settings, codec)
+        adapters = model._mesh_adapters if isinstance(model, SplitModel) else adapters_of(taken, checkpoint)
+        placement = place(checkpoint, local, workers, plugins, options, free_memory(device))
+        if loras is not None:
+            given = chosen(loras, checkpoint, settings, local=bool(len(placement.plan.local)))
+            adapters = replace(adapters, given=tuple(given))
+
+        def identity() -> Identity:
+            known = old.session.identity if old is not None and old.session is not None else None
+            return known or _identify_loaded(checkpoint, pipeline, plugins, report)
+
+        try:
+            session = open_session(identity, placement, options, plugins, report)
+        except PlanDoesNotFit:
+            if old is None:
+                raise
+            old.close()
+            session = open_session(identity, placement, options, plugins, report)
+        if session is not None:
+            session.set_loras(adapters.in_use())
+        if old is not None:
+            old.restore_local()
         _hold_only(model, checkpoint, placement.plan.local, device, options.dtype)
     except BaseException:
-        placement.close() if session is None else session.close()
+        if session is not None:
+            session.close()
+        put_back(pipeline, taken)
         raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
-    attach(model, SplitRunner(checkpoint, placement.plan, stage, session), device, options.dtype)
+    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    attach(model, runner, device, options.dtype, adapters)
+    runner.set_loras(adapters.in_use())
     if old is not None:
         old.close()
     return pipeline
@@ -174,16 +196,19 @@ def split(
 def unsplit(pipeline: Any) -> Any:
     """Undo `split`: the pipeline runs on this machine alone again. Returns the pipeline.
 
-    Remote blocks that were never read on this machine are read now.
+    Remote blocks that were never read on this machine are read now. LoRAs that diffusers' own calls loaded stay;
+    those of ``loras=`` and `set_loras` end with the split.
     """
     model = pipeline.transformer
     if isinstance(model, SplitModel):
-        runner, device, dtype = model.mesh, model.device, model.dtype
+        runner, device, dtype, adapters = model.mesh, model.device, model.dtype, model._mesh_adapters
         whole = BlockSpan(0, runner.checkpoint.spec.blocks)
+        runner.restore_local()
         _hold_only(model, runner.checkpoint, whole, device, dtype)
         runner.close()
         detach(model)
         model.to(device)
+        put_on(model, adapters)
     return pipeline
 
 

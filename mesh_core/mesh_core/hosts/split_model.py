@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mesh_core.errors import ConfigError, UnsupportedInput
+from mesh_core.hosts.adapters import Adapters, LoraCalls
 from mesh_core.runner import SplitRunner
 
 
-class SplitModel(nn.Module):
+class SplitModel(LoraCalls):
     """Mixed into a transformer's class by `attach`. ``mesh`` runs the plan."""
 
     mesh: SplitRunner
@@ -75,7 +76,13 @@ class SplitModel(nn.Module):
         raise ConfigError("A split model holds only a part of its weights and cannot be saved.", hint="unsplit() first")
 
 
-def attach(model: nn.Module, runner: SplitRunner, device: torch.device, dtype: torch.dtype) -> None:
+def attach(
+    model: nn.Module,
+    runner: SplitRunner,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapters: Adapters | None = None,
+) -> None:
     """Make ``model`` run ``runner``; also when it is split already."""
     own = _own_class(model)
     model.__class__ = type(own.__name__, (SplitModel, own), {"__module__": own.__module__})
@@ -83,16 +90,17 @@ def attach(model: nn.Module, runner: SplitRunner, device: torch.device, dtype: t
     split.mesh = runner
     split._mesh_place = (device, dtype)
     split._mesh_sequence = ""
+    split._mesh_adapters = adapters or Adapters(runner.checkpoint)
 
 
 def detach(model: nn.Module) -> None:
     """Make ``model`` an ordinary model again."""
     own = _own_class(model)
     model.__class__ = own
-    for name in ("mesh", "_mesh_place", "_mesh_sequence"):
+    for name in ("mesh", "_mesh_place", "_mesh_sequence", "_mesh_adapters"):
         model.__dict__.pop(name, None)
 
 
 def _own_class(model: nn.Module) -> type[nn.Module]:
     cls = type(model)
-    return cast("type[nn.Module]", cls.__mro__[2]) if issubclass(cls, SplitModel) else cls
+    return cast("type[nn.Module]", cls.__bases__[1]) if issubclass(cls, SplitModel) else cls

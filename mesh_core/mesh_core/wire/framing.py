@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from mesh_core.errors import WireMalformed, WireTooLarge, WireUnsupportedVersion
 from mesh_core.wire.limits import LIMITS, Limits
@@ -21,6 +21,7 @@ VERSION = 1
 
 Frame = bytes | bytearray | memoryview
 
+_WITH_ONE_BUFFER = frozenset({"Probe", "Probed", "Chunk"})
 _ENVELOPE = frozenset({"v", "t", "b"})
 _CHECKS = {kind: fields_of(kind) for kind in MESSAGES.values()}
 
@@ -142,13 +143,16 @@ def _check_fields(kind: type[Message], fields: dict[str, Any], where: str) -> No
 
 
 def _check_count(message: Message, buffers: int) -> None:
-    """The buffers must be those that the message's tensors account for; probes may have one of their own."""
+    """The buffers must be those that the message's tensors account for; some types have one of their own."""
     entries = getattr(message, "tensors", ())
     wanted = sum(entry["k"] for entry in entries)
+    kind = type(message).__name__
     if "tensors" in vars(message) and wanted != buffers:
         raise WireMalformed(f"The tensors account for {wanted} buffers, {buffers} came.")
-    if "tensors" not in vars(message) and buffers > int(type(message).__name__ in ("Probe", "Probed")):
-        raise WireMalformed(f"A {type(message).__name__.lower()} message has no buffers, {buffers} came.")
+    if "tensors" not in vars(message) and buffers > int(kind in _WITH_ONE_BUFFER):
+        raise WireMalformed(f"A {kind.lower()} message has no buffers, {buffers} came.")
+    if kind == "Chunk" and buffers != 1:
+        raise WireMalformed("A chunk message came without its bytes.")
 
 
 def _other_version(theirs: int) -> WireUnsupportedVersion:

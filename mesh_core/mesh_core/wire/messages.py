@@ -29,6 +29,15 @@ TensorEntry = Annotated[Plain, Keys(n=str, c=str, s=Plain, h=Plain, k=Uint)]
 ConstantEntry = Annotated[Plain, Keys(hash=str, n=str, c=str, s=Plain, h=Plain, k=Uint)]
 """A tensor entry and the hash that names its content."""
 
+Hash = Annotated[str, Length(64, 64)]
+
+LoraUse = Annotated[
+    Plain,
+    Keys(id=Annotated[str, Length(0, 64)], outline=Annotated[str, Length(0, 64)], name=str, strength=float, base=float),
+]
+"""A LoRA and its strengths: hash of what it does to the span, hash of the same without its tensors' content, a name.
+Without hashes, the one of the worker's own LoRAs that has the name."""
+
 NextWorker = Annotated[Plain, Keys(address=str, server_key=str, session=SessionId)]
 """Who continues after this worker, and the session there."""
 
@@ -104,7 +113,7 @@ class Open(Message):
     fingerprint: str
     span: Annotated[list[Uint], Count(2, 2)]
     dtype: str
-    loras: list[Plain]
+    loras: list[LoraUse]
     inputs: CodecChoices
     outputs: CodecChoices
     next: NextWorker | None
@@ -233,6 +242,81 @@ class Probed(Message):
     """Answer to `Probe`."""
 
 
+@dataclass(frozen=True)
+class Shelf(Message):
+    """Host to worker: which LoRAs do you have? Answered by `Shelved`."""
+
+
+@dataclass(frozen=True)
+class Shelved(Message):
+    """The worker's LoRAs: those of its user's folders, and those that it received."""
+
+    loras: list[Plain]
+
+
+@dataclass(frozen=True)
+class Discard(Message):
+    """Host to worker: forget this LoRA, which was sent to you. Answered by `Ok`."""
+
+    lora: Hash
+
+
+@dataclass(frozen=True)
+class Seek(Message):
+    """Host to worker: which of these do you have, for this span of that model? Answered by `Sought`."""
+
+    family: str
+    structure: str
+    span: Annotated[list[Uint], Count(2, 2)]
+    loras: list[LoraUse]
+
+
+@dataclass(frozen=True)
+class Sought(Message):
+    """Places in the list that was asked about, of those that are here."""
+
+    held: list[Uint]
+
+
+@dataclass(frozen=True)
+class Offer(Message):
+    """Host to worker: I am going to send this LoRA, a file of ``size`` bytes. Answered by `Offered`.
+
+    ``lora`` is the hash of what it does, ``digest`` that of the file's bytes.
+    """
+
+    lora: Hash
+    digest: Hash
+    size: Uint
+    family: str
+    structure: str
+    name: Annotated[str, Length(0, 256)]
+
+
+@dataclass(frozen=True)
+class Offered(Message):
+    """How many bytes of the file are here; all of them when it was verified and is kept."""
+
+    have: Uint
+
+
+@dataclass(frozen=True)
+class Chunk(Message):
+    """Host to worker: one buffer, the bytes from ``offset`` of a file that was offered. Answered by `Offered`."""
+
+    lora: Hash
+    offset: Uint
+
+
+@dataclass(frozen=True)
+class Adjust(Message):
+    """Host to worker: from now on, the session has these LoRAs. Answered by any number of `Progress`, then `Opened`
+    or `Failed`; after a failure it has those that it had."""
+
+    session: SessionId
+    loras: list[LoraUse]
+
+
 _ALL: tuple[type[Message], ...] = (
     Hello,
     Welcome,
@@ -255,6 +339,15 @@ _ALL: tuple[type[Message], ...] = (
     Pong,
     Probe,
     Probed,
+    Shelf,
+    Shelved,
+    Discard,
+    Seek,
+    Sought,
+    Offer,
+    Offered,
+    Chunk,
+    Adjust,
 )
 
 MESSAGES: Mapping[str, type[Message]] = {kind.__name__.lower(): kind for kind in _ALL}

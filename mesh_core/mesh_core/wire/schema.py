@@ -90,10 +90,11 @@ def fields_of(message: type[Any]) -> dict[str, Check]:
 
 
 def checker(hint: Any) -> Check:
-    """The check for an annotation: int, str, bytes, list, dict, Annotated with a class of this module, or None."""
+    """The check for an annotation: int, float, str, bytes, list, dict, one of them or None, Annotated with a class of
+    this module."""
     if hint is Any:
         return _anything
-    if hint in (int, str, bytes):
+    if hint in (int, float, str, bytes):
         return _exactly(hint)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:

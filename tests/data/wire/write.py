@@ -16,6 +16,8 @@ NEXT = bytes(range(16, 32))
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 CHOICE = {"codec": "raw", "settings": {}}
 ENTRY = {"n": "hidden", "c": "raw", "s": {}, "h": {"dtype": "bfloat16", "shape": [1, 2, 3]}, "k": 1}
+HASH, DIGEST = "0123456789abcdef" * 4, "fedcba9876543210" * 4
+LORA = {"id": HASH, "outline": DIGEST, "name": "turbo", "strength": 0.75, "base": 1.0}
 TRACE = [{"worker": "blue", "span": "4:8", "compute_ms": 12.5, "in_coded": 12}]
 
 EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
@@ -64,6 +66,15 @@ EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
     (wire.Pong(11), []),
     (wire.Probe(12, 1 << 20), []),
     (wire.Probed(12), [b"\0" * 16]),
+    (wire.Shelf(13), []),
+    (wire.Shelved(13, [{"name": "turbo.safetensors", "bytes": 1 << 31, "trigger": "turbo"}]), []),
+    (wire.Discard(14, HASH), []),
+    (wire.Seek(15, "flux2", "a" * 8, [4, 8], [LORA]), []),
+    (wire.Sought(15, [0]), []),
+    (wire.Offer(16, HASH, DIGEST, 1 << 31, "flux2", "a" * 8, "turbo"), []),
+    (wire.Offered(16, 1 << 22), []),
+    (wire.Chunk(17, HASH, 1 << 22), [b"twelve bytes"]),
+    (wire.Adjust(18, SESSION, [LORA, {**LORA, "id": "", "outline": "", "name": "ink"}]), []),
 ]
 
 

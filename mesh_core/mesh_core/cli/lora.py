@@ -1,0 +1,169 @@
+"""``mesh lora``: the LoRAs of this machine and of workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mesh_core.remote import Remote
+
+
+@click.group()
+def lora() -> None:
+    """List, send, remove and examine LoRAs.
+
+    A worker has those of the folders that it was started with (mesh serve --loras), and those that hosts sent.
+    """
+
+
+@lora.command("list")
+@click.argument("address", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_loras(address: str | None, as_json: bool) -> None:
+    """Show the LoRAs of the worker at ADDRESS; of this machine without one."""
+    if address is None:
+        from mesh_core.config import Settings
+        from mesh_core.loras.shelf import own_shelf
+
+        found = own_shelf(Settings.load()).listing()
+    else:
+        from mesh_core import wire
+        from mesh_core.remote import next_id
+
+        remote = _connected(address)
+        try:
+            found = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=60).loras
+        finally:
+            remote.close()
+    click.echo(json.dumps(found, indent=2) if as_json else _table(found))
+
+
+@lora.command()
+@click.argument("address")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="The checkpoint that they are for.")
+def push(address: str, files: tuple[Path, ...], model: Path) -> None:
+    """Send FILES to the library of the worker at ADDRESS, whole, whatever their size.
+
+    A transfer that broke off, or that Ctrl-C ended, goes on from where it was when the same command is run again.
+    """
+    from mesh_core import fingerprint
+    from mesh_core.checkpoint import read_header
+    from mesh_core.cli.progress import LoadingLine
+    from mesh_core.config import Settings
+    from mesh_core.library import recognise
+    from mesh_core.loras.desk import send
+    from mesh_core.loras.read import read_lora
+    from mesh_core.plugins import installed_plugins
+
+    checkpoint = recognise(read_header(model), installed_plugins())
+    loras = [read_lora(file, checkpoint) for file in files]
+    remote = _connected(address)
+    try:
+        for one in loras:
+            sent = send(remote, one, fingerprint.structure(checkpoint.spec), Settings.load(), LoadingLine())
+            click.echo(f"{one.name}  {one.id[:12]}  {f'{sent / 1e6:.1f} MB sent' if sent else 'was there'}")
+    finally:
+        remote.close()
+
+
+@lora.command()
+@click.argument("address")
+@click.argument("which")
+def rm(address: str, which: str) -> None:
+    """Remove a LoRA that was sent to the worker at ADDRESS. WHICH is its name or the start of its hash."""
+    from mesh_core import wire
+    from mesh_core.errors import LoraMissing
+    from mesh_core.remote import next_id
+
+    remote = _connected(address)
+    try:
+        listed = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=60).loras
+        received = [x for x in listed if x.get("received")]
+        found = [x for x in received if which == x["name"] or (len(which) >= 6 and x["id"].startswith(which))]
+        if len(found) != 1:
+            names = ", ".join(f"{x['name']} ({x['id'][:12]})" for x in found or received) or "none"
+            what = "several" if found else "no"
+            raise LoraMissing(f"{remote.name} received {what} LoRAs {which!r}: {names}.", hint="one of these hashes")
+        remote.ask(wire.Discard(next_id(), found[0]["id"]), wire.Ok, timeout=60)
+        click.echo(f"removed {found[0]['name']} ({found[0]['id'][:12]})")
+    finally:
+        remote.close()
+
+
+@lora.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", default=None, type=click.Path(path_type=Path), help="Say what it does to this checkpoint.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(file: Path, model: Path | None, as_json: bool) -> None:
+    """Show what the LoRA in FILE is; with --model, also which weights it changes, and which keys match none."""
+    from mesh_core.checkpoint import read_header
+    from mesh_core.loras.shelf import describe
+
+    header = read_header(file)
+    size = sum(t.nbytes for t in header.tensors.values())
+    facts: dict[str, Any] = {"file": str(file), "tensors": len(header.tensors), "bytes": size}
+    facts |= {k: v for k, v in describe(header.metadata).items() if v}
+    if model is not None:
+        facts |= _effect(file, model)
+    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
+
+
+def _effect(file: Path, model: Path) -> dict[str, Any]:
+    from collections import Counter
+
+    from mesh_core.checkpoint import read_header
+    from mesh_core.library import recognise
+    from mesh_core.loras.read import read_lora
+    from mesh_core.plugins import installed_plugins
+
+    checkpoint = recognise(read_header(model), installed_plugins())
+    found = read_lora(file, checkpoint)
+    return {
+        "family": checkpoint.spec.family,
+        "id": found.id,
+        "algorithms": dict(Counter(p.algorithm for p in found.patches)),
+        "parameters": len({name for p in found.patches for name in p.parameters}),
+        "unmatched": list(found.unmatched),
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    lines = [f"{facts['file']}: {facts['tensors']} tensors, {facts['bytes'] / 1e6:.2f} MB"]
+    lines += [f"  {key}: {facts[key]}" for key in ("title", "base", "trigger") if key in facts]
+    if "id" in facts:
+        kinds = ", ".join(f"{n} x {name}" for name, n in facts["algorithms"].items())
+        lines.append(f"  for {facts['family']}: {kinds}; changes {facts['parameters']} weights")
+        lines.append(f"  hash {facts['id']}")
+        lines.append(f"  {len(facts['unmatched'])} keys match nothing" + (":" if facts["unmatched"] else ""))
+        lines += [f"    {key}" for key in facts["unmatched"][:20]]
+        if len(facts["unmatched"]) > 20:
+            lines.append(f"    and {len(facts['unmatched']) - 20} more")
+    return lines
+
+
+def _table(loras: list[dict[str, Any]]) -> str:
+    if not loras:
+        return "no LoRAs"
+    rows = [["name", "MB", "hash", "for", "words"]]
+    for x in loras:
+        made_for = str(x.get("family") or x.get("base") or "")
+        size = f"{x['bytes'] / 1e6:.1f}"
+        rows.append([str(x["name"]), size, str(x["id"])[:12], made_for, str(x.get("trigger") or "")])
+    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _connected(address: str) -> Remote:
+    from mesh_core.config import Settings
+    from mesh_core.plugins import installed_plugins
+    from mesh_core.remote import Remote
+    from mesh_core.transport.base import Address
+
+    remote = Remote(Address(address), installed_plugins(), Settings.load())
+    remote.connect()
+    return remote

@@ -1,0 +1,248 @@
+"""The canonical form of a LoRA: patches of rows of a model's parameters. Knows no file, no naming, no family.
+
+Identity is content: two LoRAs are the same exactly when they patch the same rows in the same way with the same
+bits, whatever file, naming or program they came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import isfinite
+from typing import Any
+
+from blake3 import blake3
+
+from mesh_core.adapter import ModelSpec
+from mesh_core.errors import LoraError, LoraUnmatched
+from mesh_core.loras.algorithms import ALGORITHMS
+from mesh_core.loras.tensors import Source
+
+_VERSION = b"mesh-lora-1"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``start:stop`` of a parameter, along dimension 0."""
+
+    parameter: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change of one weight.
+
+    Attributes:
+        algorithm: a key of `mesh_core.loras.algorithms.ALGORITHMS`.
+        target: rows whose concatenation along dimension 0 is the weight that the patch was made for. A fused query,
+            key and value is the rows of three parameters.
+        tensors: by role, see `ALGORITHMS`.
+        alpha: as the file says; None for no scaling. Its meaning is the algorithm's.
+        narrow: (dim, start, size): only this part of the weight is patched.
+    """
+
+    algorithm: str
+    target: tuple[Rows, ...]
+    tensors: Mapping[str, Source]
+    alpha: float | None = None
+    narrow: tuple[int, int, int] | None = None
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        return frozenset(rows.parameter for rows in self.target)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def facts(self) -> list[Any]:
+        """All but the tensors, as plain values."""
+        return [self.algorithm, [[r.parameter, r.start, r.stop] for r in self.target], self.alpha, self.narrow]
+
+    @cached_property
+    def outline(self) -> str:
+        """Hash of all but the tensors' content: costs no reading, and differs where the patches differ in kind."""
+        shapes = {role: [t.dtype, list(t.shape)] for role, t in sorted(self.tensors.items())}
+        return blake3(json.dumps([self.facts(), shapes]).encode()).hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of everything."""
+        content = {role: t.digest() for role, t in sorted(self.tensors.items())}
+        return blake3(json.dumps([self.outline, content]).encode()).hexdigest()
+
+    def shape(self, spec: ModelSpec) -> tuple[int, ...]:
+        """Of the weight that is patched, before ``narrow``."""
+        rest = spec.parameters[self.target[0].parameter].shape[1:]
+        return (sum(len(r) for r in self.target), *rest)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raises:
+        LoraUnmatched: rows that the model does not have.
+        LoraError: tensors that do not fit the algorithm, or the weight.
+        """
+        algorithm = ALGORITHMS.get(self.algorithm)
+        if algorithm is None:
+            raise LoraError(
+                f"{str(self.algorithm)[:64]!r} is no known LoRA algorithm.", hint=f"one of {', '.join(ALGORITHMS)}"
+            )
+        if not self.target or not isfinite(self.alpha or 0.0):
+            raise LoraError(f"A {self.algorithm} patch names no rows, or an alpha that is no number.")
+        rests = set()
+        for rows in self.target:
+            parameter = spec.parameters.get(rows.parameter)
+            if parameter is None or not 0 <= rows.start < rows.stop <= (parameter.shape or (1,))[0]:
+                raise LoraUnmatched(
+                    f"The {spec.family} model has no rows {rows.start}:{rows.stop} of {rows.parameter[:200]!r}.",
+                    hint="a LoRA that was made for this model",
+                )
+            rests.add(parameter.shape[1:])
+        where = self.target[0].parameter
+        if len(rests) != 1:
+            raise LoraError(f"A patch of {where} joins weights of different widths.")
+        shape = self.shape(spec)
+        if self.narrow is not None:
+            dim, start, size = self.narrow
+            if not (0 <= dim < len(shape) and start >= 0 and size > 0 and start + size <= shape[dim]):
+                raise LoraError(f"A patch of {where} is for a part that the weight {shape} does not have.")
+            shape = (*shape[:dim], size, *shape[dim + 1 :])
+        shapes = {role: t.shape for role, t in self.tensors.items()}
+        problem = algorithm.problem(shape, shapes)
+        if problem:
+            listed = ", ".join(f"{role} {list(s)}" for role, s in sorted(shapes.items()))
+            raise LoraError(
+                f"A {self.algorithm} patch does not fit {where}, which is {list(shape)}: {problem} ({listed[:400]}).",
+                hint="a LoRA that was made for this model",
+            )
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Patches that belong together, in the order in which they apply.
+
+    Attributes:
+        name: for people.
+        unmatched: keys of the file that name no parameter of the model.
+        metadata: of the file.
+    """
+
+    name: str
+    family: str
+    patches: tuple[Patch, ...]
+    unmatched: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, spec: ModelSpec, patches: Iterable[Patch], **more: Any) -> Lora:
+        """``patches`` checked against ``spec`` and brought into the canonical order.
+
+        Raises:
+            LoraError, LoraUnmatched: see `Patch.check`.
+        """
+        checked = [_canonical(p) for p in patches]
+        for patch in checked:
+            patch.check(spec)
+        # Stable: patches of the same rows keep their order, which matters; that of others does not.
+        ordered = sorted(checked, key=lambda p: (p.target[0].parameter, p.target[0].start))
+        return cls(name, spec.family, tuple(ordered), **more)
+
+    @cached_property
+    def outline(self) -> str:
+        """Like `id`, without the content of tensors: what cannot be this LoRA is told apart without reading it."""
+        return _combine(p.outline for p in self.patches)
+
+    @cached_property
+    def id(self) -> str:
+        """Hash of everything that the LoRA does, in hex."""
+        return _combine(p.digest for p in self.patches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(p.nbytes for p in self.patches)
+
+    def __bool__(self) -> bool:
+        return bool(self.patches)
+
+    def restricted(self, parameters: Collection[str]) -> Lora:
+        """The patches that change one of ``parameters``."""
+        wanted = frozenset(parameters)
+        return replace(self, patches=tuple(p for p in self.patches if p.parameters & wanted))
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A LoRA with the strengths that it is used with.
+
+    Attributes:
+        strength: of the change.
+        strength_model: what the weight is multiplied with before; 1 everywhere but in ComfyUI's model merging.
+        send: have it sent to workers that lack it, however large it is.
+    """
+
+    lora: Lora
+    strength: float = 1.0
+    strength_model: float = 1.0
+    send: bool = False
+
+    @property
+    def key(self) -> tuple[str, float, float]:
+        """Equal for two that do the same."""
+        return self.lora.id, self.strength, self.strength_model
+
+
+def set_key(loras: Sequence[Applied]) -> tuple[tuple[str, float, float], ...]:
+    """Equal for two sets that do the same in the same order."""
+    return tuple(a.key for a in loras if a.lora)
+
+
+def _combine(digests: Iterable[str]) -> str:
+    hasher = blake3(_VERSION)
+    for digest in digests:
+        hasher.update(digest.encode())
+    return hasher.hexdigest()
+
+
+def _canonical(patch: Patch) -> Patch:
+    """The same patch, written in the one way in which it is hashed."""
+    rows: list[Rows] = []
+    for r in patch.target:
+        if rows and (rows[-1].parameter, rows[-1].stop) == (r.parameter, r.start):
+            rows[-1] = Rows(r.parameter, rows[-1].start, r.stop)
+        else:
+            rows.append(r)
+    target, narrow = tuple(rows), patch.narrow
+    if narrow is not None and narrow[0] == 0:
+        target, narrow = cut_rows(target, narrow[1], narrow[2]), None
+    algorithm = ALGORITHMS.get(patch.algorithm)
+    alpha = patch.alpha
+    if alpha is not None and algorithm is not None and algorithm.rank_role in patch.tensors:
+        shape = patch.tensors[algorithm.rank_role].shape
+        if shape and alpha == shape[0]:
+            alpha = None
+    return replace(patch, target=target, alpha=alpha, narrow=narrow)
+
+
+def cut_rows(target: Sequence[Rows], start: int, size: int) -> tuple[Rows, ...]:
+    """Rows ``start:start + size`` of the concatenation of ``target``.
+
+    Raises:
+        LoraError: it has fewer.
+    """
+    found: list[Rows] = []
+    position, stop = 0, start + size
+    for rows in target:
+        low, high = max(start, position), min(stop, position + len(rows))
+        if low < high:
+            found.append(Rows(rows.parameter, rows.start + low - position, rows.start + high - position))
+        position += len(rows)
+    if not 0 <= start < stop <= position:
+        raise LoraError(f"A patch is for rows {start}:{stop} of a weight that has {position}.")
+    return tuple(found)

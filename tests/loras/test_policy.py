@@ -1,0 +1,38 @@
+"""Which LoRA goes where: the core's policies, and that a plugin's word counts before theirs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mesh_core.config import Loras
+from mesh_core.loras.placement import POLICIES, DefaultLoraPlacement, LoraFacts
+from mesh_core.plan import WorkerInfo
+from mesh_core.spans import BlockSpan
+
+FACTS = LoraFacts("turbo", "0" * 64, 50 << 20, 100 << 20, False, "default", 64 << 20)
+LARGE = replace(FACTS, nbytes=65 << 20)
+
+
+@pytest.mark.parametrize(
+    ("policy", "held", "small", "large", "asked"),
+    [
+        ("default", "reference", "send", "refuse", "send"),
+        ("always-send", "reference", "send", "send", "send"),
+        ("never-send", "reference", "refuse", "refuse", "refuse"),
+        ("worker-only", "reference", "leave-out", "leave-out", "leave-out"),
+        ("local-only", "leave-out", "leave-out", "leave-out", "leave-out"),
+    ],
+)
+def test_the_policies_of_the_core(policy: str, held: str, small: str, large: str, asked: str) -> None:
+    expected = {replace(LARGE, held=True): held, FACTS: small, LARGE: large, replace(LARGE, asked=True): asked}
+    for facts, action in expected.items():
+        given = replace(facts, policy=policy)
+        placement = DefaultLoraPlacement().mesh_place_lora(given, BlockSpan(0, 4), WorkerInfo("blue"))
+        assert placement.action == action
+        assert placement.reason and len(placement.reason) < 200
+
+
+def test_the_settings_know_the_policies() -> None:
+    assert Loras.__dataclass_fields__["policy"].metadata["one_of"] == POLICIES

@@ -1,0 +1,354 @@
+"""LoRAs on their way to a worker: whatever goes wrong has a name, the library stays whole and the worker goes on."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mesh_core import fingerprint, wire
+from mesh_core.config import Loras, Settings
+from mesh_core.errors import CheckpointMismatch, LoraError, LoraMissing, LoraTooLarge, WireMalformed
+from mesh_core.library import Checkpoint
+from mesh_core.loras import desk
+from mesh_core.loras.part import Part, read_part
+from mesh_core.loras.patch import Applied, Lora
+from mesh_core.loras.read import lora_of_state, read_lora
+from mesh_core.loras.receive import Receiver
+from mesh_core.loras.shelf import Shelf
+from mesh_core.plugins import Plugins
+from mesh_core.remote import Remote, next_id
+from mesh_core.transport.base import Address
+from tests.adapters import tiny
+from tests.faults.processes import FastWorker
+from tests.support import loras
+from tests.support.splitting import checkpoint_at, split
+from tests.support.workers import mesh_home, thread_workers
+
+STEP = 1000
+"""Bytes of a chunk in these tests."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("models") / "klein"
+    tiny.transformer(guidance=False).save_pretrained(path)
+    return checkpoint_at(path, Plugins.load())
+
+
+def make(model: Checkpoint, seed: int = 0, rank: int = 3) -> Lora:
+    shapes = {"x_embedder": (model.spec.parameters["x_embedder.weight"].shape)}
+    shapes |= {n.removesuffix(".weight"): p.shape for n, p in model.spec.parameters.items() if ".to_q." in n}
+    return lora_of_state(loras.peft(shapes, seed=seed, rank=rank), model, f"lora {seed}", {})
+
+
+@dataclass
+class Inbox:
+    """A receiver, and a host that sends to it piece by piece."""
+
+    shelf: Shelf
+    receiver: Receiver
+    model: Checkpoint
+
+    def offer(self, what: Lora, owner: str = "host", **changes: Any) -> int:
+        part, lora = Part(what), what
+        structure = fingerprint.structure(self.model.spec)
+        message = wire.Offer(1, lora.id, part.digest(), part.nbytes, "klein", structure, lora.name)
+        return self.receiver.offer(owner, replace(message, **changes))
+
+    def chunk(self, lora: Lora, offset: int, data: bytes | None = None, owner: str = "host") -> int:
+        data = Part(lora).read(offset, STEP) if data is None else data
+        return self.receiver.chunk(owner, wire.Chunk(2, lora.id, offset), memoryview(data))
+
+    def send(self, lora: Lora, owner: str = "host") -> None:
+        have, size = self.offer(lora, owner), Part(lora).nbytes
+        while have < size:
+            have = self.chunk(lora, have, owner=owner)
+
+    def kept(self) -> list[str]:
+        return sorted(p.stem for p in self.shelf.folder.glob("*.safetensors"))
+
+    def drafts(self) -> list[Path]:
+        return list((self.shelf.folder / "incoming").glob("*"))
+
+
+@pytest.fixture
+def inbox(tmp_path: Path, model: Checkpoint) -> Iterator[Inbox]:
+    shelf = Shelf(tmp_path / "library", 10**6)
+    with mesh_home(tmp_path / "home"):
+        yield Inbox(shelf, Receiver(shelf, lambda family, structure: model), model)
+
+
+def test_what_arrives_is_what_was_sent(inbox: Inbox) -> None:
+    lora = make(inbox.model)
+    inbox.send(lora)
+    assert inbox.kept() == [lora.id] and inbox.drafts() == []
+    again = read_part(inbox.shelf.path_of(lora.id), inbox.model.spec)
+    assert again.id == lora.id
+    assert inbox.offer(lora) == Part(lora).nbytes, "it is not sent twice"
+
+
+def test_any_part_of_a_file_is_the_same_bytes_as_in_the_whole(model: Checkpoint) -> None:
+    part = Part(make(model))
+    whole = part.read(0, part.nbytes)
+    assert len(whole) == part.nbytes
+    pieces = b"".join(part.read(start, 777) for start in range(0, part.nbytes, 777))
+    assert pieces == whole and part.read(part.nbytes, 10) == b""
+
+
+def test_a_broken_transfer_goes_on_where_it_stopped(inbox: Inbox) -> None:
+    lora = make(inbox.model)
+    inbox.offer(lora)
+    have = inbox.chunk(lora, inbox.chunk(lora, 0))
+    assert have == 2 * STEP and inbox.kept() == []
+    restarted = Inbox(inbox.shelf, Receiver(inbox.shelf, lambda f, s: inbox.model), inbox.model)
+    assert restarted.offer(lora) == have
+    restarted.send(lora)
+    assert restarted.kept() == [lora.id]
+
+
+def test_two_hosts_that_send_the_same_at_once(inbox: Inbox) -> None:
+    lora = make(inbox.model)
+    inbox.offer(lora, "one"), inbox.offer(lora, "two")
+    inbox.chunk(lora, 0, owner="one"), inbox.chunk(lora, 0, owner="two")
+    inbox.send(lora, "two")
+    assert inbox.chunk(lora, STEP, owner="one") == Part(lora).nbytes, "the other one's is taken"
+    assert inbox.kept() == [lora.id] and inbox.drafts() == []
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+def test_content_that_is_not_what_was_offered(inbox: Inbox) -> None:
+    lora = make(inbox.model)
+    inbox.offer(lora)
+    have, size = 0, Part(lora).nbytes
+    with pytest.raises(LoraError, match="does not have the hash"):
+        while have < size:
+            data = Part(lora).read(have, STEP)
+            have = inbox.chunk(lora, have, flipped(data) if have + len(data) == size else data)
+    assert inbox.kept() == [] and inbox.drafts() == []
+    inbox.send(lora)
+    assert inbox.kept() == [lora.id]
+
+
+def test_a_lora_under_another_ones_hash(inbox: Inbox) -> None:
+    lora, other = make(inbox.model), make(inbox.model, seed=9)
+    part = Part(other)
+    inbox.offer(lora, digest=part.digest(), size=part.nbytes)
+    with pytest.raises(LoraError, match="not the LoRA that it was offered as"):
+        for start in range(0, part.nbytes, STEP):
+            inbox.chunk(lora, start, part.read(start, STEP))
+    assert inbox.kept() == [] and inbox.drafts() == []
+
+
+def test_values_that_are_not_finite(inbox: Inbox) -> None:
+    state = loras.peft({"x_embedder": inbox.model.spec.parameters["x_embedder.weight"].shape})
+    state["transformer.x_embedder.lora_A.weight"][0, 0] = float("nan")
+    with pytest.raises(LoraError, match="not finite"):
+        inbox.send(lora_of_state(state, inbox.model, "broken", {}))
+    assert inbox.kept() == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(STEP, 10), (0, 0), (0, 10**5)], ids=["a gap", "nothing", "more than announced"]
+)
+def test_pieces_that_do_not_follow(inbox: Inbox, offset: int, size: int) -> None:
+    lora = make(inbox.model)
+    inbox.offer(lora)
+    with pytest.raises(WireMalformed, match="does not follow"):
+        inbox.chunk(lora, offset, bytes(size))
+    inbox.send(lora)
+    assert inbox.kept() == [lora.id]
+
+
+def test_pieces_of_nothing_that_was_offered(inbox: Inbox) -> None:
+    with pytest.raises(WireMalformed, match="not offered"):
+        inbox.chunk(make(inbox.model), 0)
+
+
+def test_a_full_disk(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, kept = make(inbox.model), make(inbox.model, seed=5)
+    inbox.send(kept)
+    inbox.offer(lora)
+    opened = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "ab":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        with pytest.raises(LoraError, match="disk is full"):
+            inbox.chunk(lora, 0)
+    assert inbox.kept() == [kept.id] and inbox.drafts() == []
+    inbox.send(lora)
+    assert inbox.kept() == sorted([kept.id, lora.id])
+
+
+def test_the_least_recently_used_make_room_and_those_in_use_stay(inbox: Inbox) -> None:
+    made = [make(inbox.model, seed=i) for i in range(4)]
+    size = Part(made[0]).nbytes
+    inbox.shelf.limit = 2 * size + 100
+    inbox.send(made[0])
+    inbox.send(made[1])
+    parameters = inbox.model.spec.parameters
+    found = inbox.shelf.find(made[0].id, made[0].outline, inbox.model, parameters)
+    assert found is not None, "it counts as used now"
+    inbox.send(made[2])
+    assert inbox.kept() == sorted([made[0].id, made[2].id])
+    second = inbox.shelf.find(made[2].id, made[2].outline, inbox.model, parameters)
+    assert second is not None
+    inbox.shelf.hold([found, second])
+    with pytest.raises(LoraTooLarge, match="in use"):
+        inbox.send(made[3])
+    with pytest.raises(LoraError, match="in use"):
+        inbox.shelf.remove(made[0].id)
+    inbox.shelf.let_go([found, second])
+    inbox.send(made[3])
+    assert made[3].id in inbox.kept()
+
+
+def test_a_lora_that_is_larger_than_the_library(inbox: Inbox) -> None:
+    inbox.shelf.limit = 100
+    with pytest.raises(LoraTooLarge, match=r"library") as caught:
+        inbox.offer(make(inbox.model))
+    assert "config.toml" in caught.value.hint and inbox.drafts() == []
+
+
+@pytest.mark.parametrize("id_", ["../../../etc/passwd", "a" * 63, "A" * 64, "." * 64, "/" * 64, "..\\" + "a" * 61])
+def test_a_hash_that_is_none_is_no_path(inbox: Inbox, id_: str) -> None:
+    with pytest.raises(LoraError, match="not the hash"):
+        inbox.offer(make(inbox.model), lora=id_)
+    with pytest.raises(LoraError, match="not the hash"):
+        inbox.shelf.remove(id_)
+
+
+def test_names_lead_nowhere(inbox: Inbox) -> None:
+    lora = replace(make(inbox.model), name="../../evil\0\n<b>")
+    inbox.send(lora)
+    inside = {p.name for p in inbox.shelf.folder.rglob("*")}
+    assert inside == {f"{lora.id}.safetensors", f"{lora.id}.json", "incoming"}
+    with pytest.raises(LoraMissing):
+        inbox.shelf.named("../library/" + lora.id, inbox.model, inbox.model.spec.parameters)
+
+
+def test_a_file_that_changes_while_it_is_sent(inbox: Inbox, tmp_path: Path) -> None:
+    shapes = {"x_embedder": inbox.model.spec.parameters["x_embedder.weight"].shape}
+    file = loras.save(tmp_path / "moving.safetensors", loras.peft(shapes))
+    lora = read_lora(file, inbox.model)
+    inbox.offer(lora)
+    inbox.chunk(lora, 0)
+    loras.save(file, loras.peft(shapes, seed=77, rank=4))
+    with pytest.raises(LoraError, match="changed while"):
+        Part(lora).read(STEP, STEP)
+    assert inbox.kept() == []
+
+
+@pytest.fixture
+def worker(model: Checkpoint, tmp_path: Path) -> Iterator[FastWorker]:
+    with mesh_home(tmp_path / "home"):
+        started = FastWorker(model.header.path, "w0", Settings(), 4 << 30)
+        yield started
+        started.kill()
+
+
+def remote_of(worker: FastWorker) -> Remote:
+    remote = Remote(Address(worker.address), Plugins.load(), Settings())
+    remote.connect()
+    return remote
+
+
+def test_a_worker_that_is_killed_in_the_middle_and_a_transfer_that_is_cancelled(
+    worker: FastWorker, model: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "CHUNK", STEP)
+    lora, size = make(model, rank=8), Part(make(model, rank=8)).nbytes
+    structure = fingerprint.structure(model.spec)
+
+    class Enough(Exception):
+        pass
+
+    def stop_at(limit: int) -> Callable[..., None]:
+        def report(name: str, what: str, done: int, total: int) -> None:
+            assert total == size and what == "sending LoRA lora 0"
+            if done >= limit:
+                raise Enough
+
+        return report
+
+    remote = remote_of(worker)
+    with pytest.raises(Enough):
+        desk.send(remote, lora, structure, Settings(), stop_at(5 * STEP))
+    remote.close()
+    worker.restart()
+    remote = remote_of(worker)
+    sent = desk.send(remote, lora, structure, Settings(), None)
+    assert sent == size - 5 * STEP
+    assert desk.send(remote, lora, structure, Settings(), None) == 0
+    listed = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=20).loras
+    assert [x["id"] for x in listed] == [lora.id]
+    with pytest.raises(CheckpointMismatch):
+        desk.send(remote, make(model, seed=3), "0" * 64, Settings(), None)
+    remote.close()
+
+
+def test_steps_of_another_session_go_on_during_a_transfer(model: Checkpoint, tmp_path: Path) -> None:
+    """How fast they go on is measured in benchmarks/lora.py."""
+    plugins = Plugins.load()
+    inputs = tiny.inputs(guidance=False)
+    with mesh_home(tmp_path / "home"), thread_workers(model.header.path, 1, "mesh", plugins=plugins) as (w0,):
+        with split(model.header.path, ":1", [w0], plugins) as run:
+            expected = run(inputs)
+            remote, steps = remote_of(w0), []  # type: ignore[arg-type]
+            middle, done = threading.Event(), threading.Event()
+
+            def report(name: str, what: str, have: int, total: int) -> None:
+                if have == 0:
+                    middle.set()
+                    assert done.wait(30)
+
+            sender = threading.Thread(
+                target=desk.send, args=(remote, make(model), fingerprint.structure(model.spec), Settings(), report)
+            )
+            sender.start()
+            assert middle.wait(30)
+            steps = [torch.equal(run(inputs), expected) for _ in range(3)]
+            done.set()
+            sender.join(30)
+            assert steps == [True] * 3 and not sender.is_alive()
+            remote.close()
+
+
+def test_what_is_large_is_refused_with_the_two_ways_out_and_sent_when_asked(model: Checkpoint, tmp_path: Path) -> None:
+    plugins, lora = Plugins.load(), make(model)
+    settings = Settings(loras=Loras(largest_sent=100))
+    with mesh_home(tmp_path / "home"), thread_workers(model.header.path, 1, plugins=plugins) as (w0,):
+        with split(model.header.path, ":0", [w0], plugins, settings=settings) as run:
+            with pytest.raises(LoraTooLarge, match="more than the 0 MB") as caught:
+                run.set_loras([Applied(lora)])
+            assert "--loras" in caught.value.hint and "largest_sent" in caught.value.hint
+            assert w0.worker.hosting.shelf.listing() == []
+            run.set_loras([Applied(lora, send=True)])
+            assert [p["action"] for p in run.stats.loras] == ["send"]
+            run.set_loras([Applied(lora, 0.5)])
+            assert [p["action"] for p in run.stats.loras] == ["reference"]
+            assert str(run.stats.table()) and run.stats.loras[0]["reason"].endswith("has it")
+
+
+def test_a_part_holds_the_tensors_of_its_span_alone(model: Checkpoint, tmp_path: Path) -> None:
+    lora = make(model)
+    span = model.spec.span("1:2")
+    part = lora.restricted(model.spec.parameters_of(span))
+    path = tmp_path / "part.safetensors"
+    path.write_bytes(Part(part).read(0, 10**7))
+    assert len(load_file(path)) == 2 and len(lora.patches) > 2
