@@ -7,10 +7,10 @@ traceback at start-up.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
-WEB_DIRECTORY = "comfy_integration/web"
-"""From the folder that ComfyUI imports, which is this package's parent."""
+WEB_DIRECTORY = str(Path(__file__).parent / "web")
 
 log = logging.getLogger(__name__)
 

@@ -90,5 +90,5 @@ def worker(base: Path, home: Path) -> Iterator[ProcessWorker]:
     library.mkdir()
     shutil.copy(EXAMPLE / "loras" / "night.safetensors", library / "night-of-the-worker.safetensors")
     models = base / "models" / "diffusion_models"
-    with process_worker(models, home=home, name="shelf") as worker:
+    with process_worker(models, "--loras", str(library), home=home, name="shelf") as worker:
         yield worker

@@ -67,6 +67,16 @@ class Server:
             raise RunFailed({"exception_type": str(error.code), "exception_message": error.read().decode()}) from error
         return json.loads(text) if text.strip() else None
 
+    def status(self, path: str, method: str, body: Any = None) -> int:
+        """The status code of a request."""
+        data = json.dumps(body or {}).encode() if method == "POST" else None
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
     def queue(self, graph: Graph) -> str:
         """Queue a prompt; its id."""
         answer: str = self.send("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})["prompt_id"]
