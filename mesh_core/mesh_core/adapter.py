@@ -164,6 +164,9 @@ class ModelAdapter(ABC):
     """A model family. Stateless; one instance is registered through ``mesh_register_adapters``."""
 
     family: ClassVar[str]
+    hosts: ClassVar[Mapping[str, str]] = {}
+    """Host programs that have blocks of their own: name -> ``"module:class"`` of this family's side there, imported
+    only inside that program. For ``"comfy"`` the class is a `mesh_core.hosts.comfy.ComfySide`."""
 
     @abstractmethod
     def recognise(self, header: CheckpointHeader) -> ModelSpec | None:

@@ -10,7 +10,7 @@ path, size and modification time of the files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from blake3 import blake3
 from torch import Tensor, nn
@@ -61,11 +61,18 @@ def _memory(header: CheckpointHeader, spec: ModelSpec) -> Remembered:
 
 def of_model(spec: ModelSpec, model: nn.Module) -> str:
     """The fingerprint of a model in memory whose parameters are all present."""
-    parameters = dict(model.named_parameters())
-    return _combine(
-        (name, from_torch(parameters[name].dtype).safetensors, spec.parameters[name].shape, of_tensor(parameters[name]))
-        for name in sorted(spec.parameters)
-    )
+    return of_values(spec, dict(model.named_parameters()).__getitem__)
+
+
+def of_values(spec: ModelSpec, value: Callable[[str], Tensor]) -> str:
+    """The fingerprint of parameters that ``value`` gives by name, each in the type that it has in the checkpoint."""
+
+    def parts() -> Iterable[tuple[str, str, tuple[int, ...], bytes]]:
+        for name in sorted(spec.parameters):
+            tensor = value(name)
+            yield name, from_torch(tensor.dtype).safetensors, spec.parameters[name].shape, of_tensor(tensor)
+
+    return _combine(parts())
 
 
 def of_tensor(tensor: Tensor) -> bytes:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mesh_codec.base import CodecChoice, Encoded
+import torch
+
+from mesh_codec.base import CodecChoice, Encoded, Quality
 from mesh_core import wire
 from mesh_core.adapter import ModelSpec
+from mesh_core.config import Settings
 from mesh_core.errors import MeshError
 from mesh_core.negotiation import Crossed, Way
 from mesh_core.payload import Payload, Streams, entry
@@ -27,6 +30,20 @@ class Identity:
     spec: ModelSpec
     structure: str
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """``dtype``: in which stages compute. ``device``: where the host wants the result. ``codec``: by name, for the
+    hidden state; None for the one that is fastest. ``watch`` is called at least twice a second while a worker is waited
+    for; what it raises stops the work there too."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quality: Quality = "lossless"
+    settings: Settings = field(default_factory=Settings)
+    codec: str | None = None
+    watch: Callable[[], None] | None = None
 
 
 @dataclass(eq=False)

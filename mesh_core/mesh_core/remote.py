@@ -41,6 +41,8 @@ class Remote:
         address: where it listens, and its key.
         session: 16 random bytes; empty when no session is held, so that pings ask for none.
         measured: whether somebody measured this connection.
+
+    ``watch`` is called by every `beat`; what it raises ends the waiting.
     """
 
     def __init__(self, address: Address, plugins: Plugins, settings: Settings) -> None:
@@ -49,6 +51,7 @@ class Remote:
         self.address = self.transport.resolve(address)
         self.session = secrets.token_bytes(16)
         self.opened = self.measured = False
+        self.watch: Callable[[], None] | None = None
         self.lost_at: float | None = None
         self._channel: Channel | None = None
         self._pulse: Channel | None = None
@@ -151,6 +154,8 @@ class Remote:
             PeerLost: the worker has been silent for too long.
             SessionUnknown: it was restarted, or forgot the session.
         """
+        if self.watch is not None:
+            self.watch()
         if self._pulse is None:
             raise PeerLost(f"{self.name} is not connected.")
         while (frames := self._pulse.receive(0)) is not None:

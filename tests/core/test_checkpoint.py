@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.adapters import tiny
 
 from mesh_core.checkpoint import find_checkpoints, read_header
 from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+from tests.adapters import tiny
 
 TWO = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 

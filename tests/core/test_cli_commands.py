@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image, ImageChops
-from tests.adapters import tiny
-from tests.support.workers import ProcessWorker, mesh_home, process_worker
 
 from mesh_core.cli import FAILED, cli
 from mesh_core.plugins import installed_plugins
+from tests.adapters import tiny
+from tests.support.workers import ProcessWorker, mesh_home, process_worker
 
 TINY_KLEIN = Path(__file__).parents[2] / "examples" / "tiny-klein" / "model"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image, ImageChops
-from tests.support import loras, pipelines
-from tests.support.workers import ProcessWorker, mesh_home, process_worker
 
 from mesh_core.cli import cli
+from tests.support import loras, pipelines
+from tests.support.workers import ProcessWorker, mesh_home, process_worker
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.support.workers import wait_until
 
 from mesh_core.errors import Cancelled, WireTooLarge
 from mesh_core.executor import Executor, Job
+from tests.support.workers import wait_until
 
 
 class Log:

@@ -11,14 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tests.adapters import tiny
-from tests.support.workers import mesh_home
 
 from mesh_core import fingerprint
 from mesh_core.checkpoint import read_header
 from mesh_core.config import cache_dir
 from mesh_core.errors import CheckpointCorrupt
 from mesh_klein import KleinAdapter
+from tests.adapters import tiny
+from tests.support.workers import mesh_home
 
 ADAPTER = KleinAdapter()
 MODEL = tiny.transformer(guidance=False, doubles=1, singles=1)

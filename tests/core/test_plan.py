@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.specs import spec
 
 from mesh_core.errors import PlanDoesNotFit, PlanError
 from mesh_core.plan import RESERVE, DefaultSplit, Hop, Plan, WorkerInfo, check, divide, fitting, make, span_bytes
 from mesh_core.spans import BlockSpan
+from tests.support.specs import spec
 
 
 def spans(plan: Plan) -> list[str]:

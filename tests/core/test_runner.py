@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.adapters import tiny
-from tests.support.splitting import checkpoint_at, split
-from tests.support.workers import ThreadWorker, thread_workers
 
 from mesh_core.config import Deadlines, Settings
 from mesh_core.errors import PlanError, RemoteError, Unreachable
@@ -20,6 +17,9 @@ from mesh_core.plugins import Plugins
 from mesh_core.runner import Placement, place
 from mesh_core.session import SessionOptions
 from mesh_core.spans import BlockSpan
+from tests.adapters import tiny
+from tests.support.splitting import checkpoint_at, split
+from tests.support.workers import ThreadWorker, thread_workers
 
 OPTIONS = SessionOptions(torch.float32, torch.device("cpu"), settings=Settings(deadlines=Deadlines(connect=0.3)))
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.adapters import tiny
-from tests.support.splitting import split
-from tests.support.workers import ThreadWorker, thread_workers, wait_until
 from torch import Tensor, nn
 
 from mesh_core import wire
@@ -20,6 +17,9 @@ from mesh_core.config import Deadlines, Heartbeat, Settings
 from mesh_core.config import Worker as WorkerSettings
 from mesh_core.errors import ConstantsMissing, UnsupportedInput, WireMalformed
 from mesh_core.plugins import Plugins
+from tests.adapters import tiny
+from tests.support.splitting import split
+from tests.support.workers import ThreadWorker, thread_workers, wait_until
 
 BLOCKS = 5
 QUICK = Settings(deadlines=Deadlines(connect=2, load=20, step=20, reconnect=20), heartbeat=Heartbeat(0.2, 2.0))

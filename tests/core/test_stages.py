@@ -8,8 +8,6 @@ from threading import Barrier
 
 import pytest
 import torch
-from tests.adapters import tiny
-from tests.support.splitting import checkpoint_at
 
 from mesh_core import fingerprint
 from mesh_core.errors import Cancelled, PlanDoesNotFit
@@ -18,6 +16,8 @@ from mesh_core.plan import span_bytes
 from mesh_core.plugins import Plugins
 from mesh_core.spans import BlockSpan
 from mesh_core.stages import Loaded, StageKey, StageStore
+from tests.adapters import tiny
+from tests.support.splitting import checkpoint_at
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.adapters import tiny
 from torch import nn
 
 from mesh_core.adapter import ModelSpec, ParameterSpec, Piece
@@ -16,6 +15,7 @@ from mesh_core.errors import CheckpointCorrupt
 from mesh_core.spans import BlockSpan
 from mesh_core.weights import ParameterPool, WeightReader
 from mesh_klein import KleinAdapter
+from tests.adapters import tiny
 
 ADAPTER = KleinAdapter()
 MODEL = tiny.transformer(guidance=False)

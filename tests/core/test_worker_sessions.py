@@ -10,9 +10,6 @@ from secrets import token_bytes
 
 import pytest
 import torch
-from tests.adapters import tiny
-from tests.support.splitting import checkpoint_at, split
-from tests.support.workers import ThreadWorker, mesh_home, thread_workers, wait_until
 
 from mesh_core import fingerprint, wire
 from mesh_core.config import Settings
@@ -34,6 +31,9 @@ from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
 from mesh_core.spans import BlockSpan
 from mesh_core.transport.base import Address
+from tests.adapters import tiny
+from tests.support.splitting import checkpoint_at, split
+from tests.support.workers import ThreadWorker, mesh_home, thread_workers, wait_until
 
 SETTINGS = Settings()
 RAW = {"codec": "raw", "settings": {}}

@@ -39,6 +39,7 @@ class Flux2Adapter(ModelAdapter):
     """FLUX.2 Dev: with guidance embedding."""
 
     family: ClassVar[str] = "flux2"
+    hosts: ClassVar[Mapping[str, str]] = {"comfy": "mesh_flux2.comfy:Flux2Comfy"}
     guidance: ClassVar[bool] = True
     variants: ClassVar[tuple[Variant, ...]] = (
         Variant("dev", 8, 48, 48, 15360, {"num_inference_steps": 28, "guidance_scale": 4.0}),

@@ -22,8 +22,9 @@ def text_parts(folder: str) -> tuple[Any, Any]:
     """The text encoder and tokenizer of a pipeline directory."""
     from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-    encoder = Qwen3ForCausalLM.from_pretrained(Path(folder) / "text_encoder").float().eval()
-    return encoder, AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    place = Path(folder or MODEL)
+    encoder = Qwen3ForCausalLM.from_pretrained(place / "text_encoder").float().eval()
+    return encoder, AutoTokenizer.from_pretrained(place / "tokenizer")
 
 
 @lru_cache(maxsize=2)
@@ -31,7 +32,7 @@ def autoencoder(folder: str) -> Any:
     """The autoencoder of a pipeline directory, in float32."""
     from diffusers import AutoencoderKLFlux2
 
-    return AutoencoderKLFlux2.from_pretrained(Path(folder) / "vae").float().eval()
+    return AutoencoderKLFlux2.from_pretrained(Path(folder or MODEL) / "vae").float().eval()
 
 
 class TinyKleinTextEncode:
@@ -46,7 +47,7 @@ class TinyKleinTextEncode:
         return {
             "required": {
                 "text": ("STRING", {"multiline": True, "tooltip": "The name of an emoji, for instance: crying face"}),
-                "model_folder": ("STRING", {"default": str(MODEL), "tooltip": "Directory with model_index.json"}),
+                "model_folder": ("STRING", {"default": "", "tooltip": "Empty: the model beside this folder"}),
             }
         }
 
@@ -58,7 +59,7 @@ class TinyKleinTextEncode:
         embedding = Flux2KleinPipeline._get_qwen3_prompt_embeds(
             encoder, tokenizer, text, max_sequence_length=TEXT_TOKENS
         )
-        return ([[embedding.cpu(), {}]],)
+        return ([[embedding.cpu(), {"pooled_output": None}]],)
 
 
 class TinyKleinDecode:
@@ -73,7 +74,7 @@ class TinyKleinDecode:
         return {
             "required": {
                 "samples": ("LATENT", {"tooltip": "From a sampler that ran the tiny-klein transformer"}),
-                "model_folder": ("STRING", {"default": str(MODEL), "tooltip": "Directory with model_index.json"}),
+                "model_folder": ("STRING", {"default": "", "tooltip": "Empty: the model beside this folder"}),
             }
         }
 

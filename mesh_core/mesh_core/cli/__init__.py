@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": Command("mesh_core.cli.inspect:inspect", "Show what a checkpoint is, its blocks and where to cut it."),
     "generate": Command("mesh_core.cli.generate:generate", "Make a picture over several machines."),
     "lora": Command("mesh_core.cli.lora:lora", "List, send, remove and examine LoRAs."),
+    "comfy": Command("mesh_core.cli.comfy:comfy", "Make the nodes known to a ComfyUI."),
     "bench": Command("mesh_core.cli.bench:bench", "Measure the mesh on this machine."),
     "doctor": Command("mesh_core.cli.doctor:doctor", "Check this machine, its plugins and its connections."),
     "plugins": Command("mesh_core.cli.plugins:plugins", "List plugins, what they provide and which failed to load."),

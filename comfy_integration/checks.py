@@ -1,0 +1,82 @@
+"""What a workflow attaches to blocks that run on workers is carried there or refused here, before sampling starts.
+
+Looks at ComfyUI's patcher, its options and the conditionings. Knows no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from mesh_core.adapter import ModelSpec
+from mesh_core.errors import UnsupportedInput
+from mesh_core.hosts.comfy import ComfySide
+
+from .shadow import ROOT
+
+_HINT = "all blocks local (local_blocks = number of blocks), or the workflow without it"
+
+
+def refuse_what_cannot_cross(
+    patcher: Any, options: Mapping[str, Any], conditionings: Iterable[Mapping[str, Any]], split: Any
+) -> None:
+    """Refuse what would be lost at the cut of ``split``.
+
+    Raises:
+        UnsupportedInput: names it and says what to do.
+    """
+    found = [
+        *_block_patches(options.get("transformer_options", {}), split.side, split.spec, split.cut),
+        *_on_weights(patcher, split.remote_names),
+        *_on_modules(patcher),
+        *_in_conditionings(conditionings, split.side),
+    ]
+    if found:
+        listed = "; ".join(dict.fromkeys(found))
+        raise UnsupportedInput(
+            f"Blocks {split.cut} and later run on a worker, where this would be lost: {listed}.", hint=_HINT
+        )
+
+
+def _block_patches(options: Mapping[str, Any], side: ComfySide, spec: ModelSpec, cut: int) -> Iterator[str]:
+    local = {side.block_key(spec, block) for block in range(cut)}
+    for kind, by_block in options.get("patches_replace", {}).items():
+        for key in by_block:
+            if kind != "dit" or tuple(key) not in local:
+                yield f"a replacement of {kind} {' '.join(str(part) for part in key)} (patches_replace)"
+    for kind, patches in options.get("patches", {}).items():
+        if patches and (kind not in side.patches or cut == 0):
+            yield f"a block patch of kind {kind!r}"
+    if "optimized_attention_override" in options:
+        yield "a replaced attention function (optimized_attention_override)"
+
+
+def _on_weights(patcher: Any, remote: frozenset[str]) -> Iterator[str]:
+    for patches in patcher.hook_patches.values():
+        touched = [key for key in patches if key in remote]
+        if touched:
+            yield f"a LoRA or model hook on {len(touched)} weights of remote blocks"
+    for name in patcher.weight_wrapper_patches:
+        if name in remote:
+            yield f"a weight wrapper on {name.removeprefix(ROOT)}"
+    for name in patcher.object_patches:
+        if name == ROOT[:-1] or name.startswith(ROOT):
+            yield f"a replaced part of the model ({name})"
+
+
+def _on_modules(patcher: Any) -> Iterator[str]:
+    for name in patcher.injections:
+        yield f"an injection into the model ({name})"
+
+
+def _in_conditionings(conditionings: Iterable[Mapping[str, Any]], side: ComfySide) -> Iterator[str]:
+    for conditioning in conditionings:
+        control = conditioning.get("control")
+        while control is not None:
+            yield f"a ControlNet ({type(control).__name__})"
+            control = getattr(control, "previous_controlnet", None)
+        if conditioning.get("gligen") is not None:
+            yield "GLIGEN boxes"
+        for name, why in side.refused.items():
+            if conditioning.get(name) is not None:
+                yield f"{name} in a conditioning ({why})"

@@ -1,0 +1,57 @@
+"""Are the parts of ComfyUI that this pack builds on as it expects them? Looked at when ComfyUI starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from mesh_core.errors import PluginNotFound
+from mesh_core.hosts.comfy import Expected, side_of
+from mesh_core.plugins import Plugins
+
+OLDEST = "0.3.75"
+"""The oldest ComfyUI that this pack was tried with."""
+
+EXPECTED = (
+    Expected("comfy.model_patcher", "ModelPatcher.clone"),
+    Expected("comfy.model_patcher", "ModelPatcher.__init__", ("model", "load_device", "offload_device", "size")),
+    Expected("comfy.model_patcher", "ModelPatcher.add_wrapper_with_key", ("wrapper_type", "key", "wrapper")),
+    Expected("comfy.model_patcher", "ModelPatcher.add_callback_with_key", ("call_type", "key", "callback")),
+    Expected("comfy.model_patcher", "ModelPatcher.set_attachments"),
+    Expected("comfy.patcher_extension", "WrappersMP.DIFFUSION_MODEL"),
+    Expected("comfy.patcher_extension", "WrappersMP.OUTER_SAMPLE"),
+    Expected("comfy.samplers", "CFGGuider.outer_sample"),
+    Expected("comfy.model_management", "throw_exception_if_processing_interrupted"),
+    Expected("comfy.model_management", "load_models_gpu", ("models",)),
+    Expected("comfy.model_base", "BaseModel.get_dtype"),
+)
+
+
+def problems(expected: Iterable[Expected]) -> list[str]:
+    return [problem for item in expected if (problem := item.problem()) is not None]
+
+
+def check(plugins: Plugins) -> str:
+    """One message for everything that is not as expected; empty when all is well."""
+    expected = list(EXPECTED)
+    for adapter in plugins.adapters().values():
+        try:
+            expected += side_of(adapter).expects
+        except PluginNotFound:
+            continue
+    found = problems(expected)
+    if not found:
+        return ""
+    return (
+        f"This ComfyUI ({version()}) is not one that ComfyUI-Mesh was made for: {'; '.join(found)}. "
+        f"Try: update both; this version was tried with ComfyUI {OLDEST}."
+    )
+
+
+@lru_cache(maxsize=1)
+def version() -> str:
+    try:
+        from comfyui_version import __version__
+    except ImportError:
+        return "of unknown version"
+    return str(__version__)

@@ -1,0 +1,187 @@
+"""What a model that ComfyUI holds is: its family, its blocks, and the fingerprint that workers know it by.
+
+ComfyUI may hold weights in another type than the file has (on a CPU bfloat16 becomes float32), and workers hash what
+is in the file. So the hash is taken over the weights in memory, in the types that a file of this model may have.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mesh_codec.dtypes import from_safetensors
+from mesh_core import fingerprint
+from mesh_core.adapter import ModelSpec, ParameterSpec
+from mesh_core.checkpoint import read_header
+from mesh_core.errors import CheckpointError, CheckpointUnrecognised
+from mesh_core.hops import Identity
+from mesh_core.hosts.comfy import ComfySide, header_of, side_of
+from mesh_core.hosts.diffusers import identify
+from mesh_core.library import Checkpoint, recognise
+from mesh_core.plugins import Plugins
+from mesh_core.weights import WeightReader
+
+from .shadow import ROOT
+
+log = logging.getLogger(__name__)
+
+_FOLDERS = ("diffusion_models", "checkpoints")
+
+
+class _Claims:
+    """Identities of one model, found one after the other and remembered."""
+
+    def __init__(self, more: Iterator[Identity]) -> None:
+        self._found: list[Identity] = []
+        self._more = more
+
+    def __iter__(self) -> Iterator[Identity]:
+        yield from self._found
+        for identity in self._more:
+            self._found.append(identity)
+            yield identity
+
+
+_claims: WeakKeyDictionary[Any, _Claims] = WeakKeyDictionary()
+
+
+def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
+    """The checkpoint that ``model`` (ComfyUI's BaseModel) is, and its family's side of ComfyUI.
+
+    Raises:
+        CheckpointUnrecognised: no adapter knows it, or its weights are in a form that none computes with.
+        PluginNotFound: the adapter does not know ComfyUI.
+    """
+    header = header_of(model.diffusion_model)
+    try:
+        checkpoint = recognise(header, plugins)
+    except CheckpointUnrecognised as error:
+        kind = type(model).__name__
+        found = ", ".join(sorted({t.dtype for t in header.tensors.values()}))
+        families = ", ".join(sorted(plugins.adapters())) or "none"
+        raise CheckpointUnrecognised(
+            f"No installed adapter can cut this model ({kind}, weights {found}). Installed: {families}.",
+            hint="the loader's weight_dtype 'default', a bfloat16 file, or the adapter for this family",
+        ) from error
+    return checkpoint, side_of(checkpoint.adapter)
+
+
+def originals(patcher: Any) -> Callable[[str], Tensor]:
+    """The unpatched weights of a patcher's model by the name that a file gives them."""
+    own = dict(patcher.model.diffusion_model.named_parameters())
+    kept = {name.removeprefix(ROOT): entry.weight for name, entry in patcher.backup.items()}
+    kept |= {name.removeprefix(ROOT): entry[0] for name, entry in patcher.hook_backup.items()}
+    return lambda name: kept[name] if name in kept else own[name]
+
+
+def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[Identity]:
+    """By what workers may know the weights in ``patcher``'s memory, the likeliest first; each is hashed once.
+
+    Raises:
+        CheckpointUnrecognised: while iterating: no file of this model can hold these weights.
+    """
+    if patcher.model not in _claims:
+        _claims[patcher.model] = _Claims(_find(checkpoint.spec, originals(patcher)))
+    return _claims[patcher.model]
+
+
+def _find(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[Identity]:
+    seen: set[str] = set()
+    for claimed in _as_in_files(spec):
+        structure = fingerprint.structure(claimed)
+        if structure not in seen:
+            seen.add(structure)
+            identity = _hashed(claimed, structure, weights)
+            if identity is not None:
+                yield identity
+    yield from _from_wider_files(spec, weights)
+
+
+def _candidates() -> Iterator[Path]:
+    import folder_paths
+
+    for folder in _FOLDERS:
+        for name in folder_paths.get_filename_list(folder):
+            if name.endswith(".safetensors"):
+                path = folder_paths.get_full_path(folder, name)
+                if path is not None:
+                    yield Path(path)
+
+
+def _files_like(spec: ModelSpec) -> Iterator[Checkpoint]:
+    from mesh_core.plugins import installed_plugins
+
+    shapes = {name: p.shape for name, p in spec.parameters.items()}
+    for path in _candidates():
+        try:
+            found = recognise(read_header(path), installed_plugins())
+        except CheckpointError as error:
+            log.debug("%s is not looked at: %s", path, error)
+            continue
+        if found.spec.family == spec.family and {n: p.shape for n, p in found.spec.parameters.items()} == shapes:
+            yield found
+
+
+def _as_in_files(spec: ModelSpec) -> Iterator[ModelSpec]:
+    """The types that a file may have: those of files here with these shapes, one for all, those in memory."""
+    for found in _files_like(spec):
+        yield _retyped(spec, {name: p.dtype for name, p in found.spec.parameters.items()})
+    for dtype in ("BF16", "F16", "F32"):
+        yield _retyped(spec, dict.fromkeys(spec.parameters, dtype))
+    yield spec
+
+
+def _retyped(spec: ModelSpec, dtypes: Mapping[str, str]) -> ModelSpec:
+    return replace(spec, parameters={n: replace(p, dtype=dtypes[n]) for n, p in spec.parameters.items()})
+
+
+def _hashed(spec: ModelSpec, structure: str, weights: Callable[[str], Tensor]) -> Identity | None:
+    """The identity of the weights in the types of ``spec``; None when that would change a weight."""
+
+    class Loses(Exception):
+        pass
+
+    def value(name: str) -> Tensor:
+        parameter = spec.parameters[name]
+        held = joined(parameter, weights)
+        cast = held.to(from_safetensors(parameter.dtype).torch)
+        if cast.dtype != held.dtype and not torch.equal(cast.to(held.dtype), held):
+            raise Loses
+        if cast.element_size() > held.element_size():
+            raise Loses  # a wider file would hold more than what is here
+        return cast
+
+    try:
+        return Identity(spec, structure, fingerprint.of_values(spec, value))
+    except Loses:
+        return None
+
+
+def joined(parameter: ParameterSpec, weights: Callable[[str], Tensor]) -> Tensor:
+    """A parameter of the model from the rows of file tensors that make it."""
+    pieces = [weights(p.tensor).detach()[p.start : p.stop].cpu() for p in parameter.pieces]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _from_wider_files(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[Identity]:
+    """Files with more bits than ComfyUI kept, whose weights round to what is in memory."""
+    for found in _files_like(spec):
+        reader = WeightReader(found.header)
+        wider = all(
+            from_safetensors(p.dtype).itemsize >= from_safetensors(spec.parameters[n].dtype).itemsize
+            for n, p in found.spec.parameters.items()
+        )
+        if not wider or found.spec.dtypes == spec.dtypes:
+            continue
+        if all(
+            torch.equal(reader.read(p).to(held.dtype), held)
+            for p, held in ((p, joined(spec.parameters[n], weights)) for n, p in found.spec.parameters.items())
+        ):
+            yield identify(found)

@@ -1,0 +1,110 @@
+"""LoRAs in the graph, for the blocks on workers: what ComfyUI's patcher holds for them when sampling starts.
+
+The patcher holds the weights of a LoRA as patches of tensors, wherever in the graph its loader was, so that is what is
+read; blocks that run here get them from ComfyUI itself. LoRAs that only the workers have are named by Mesh Remote LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mesh_core.errors import LoraMissing, UnsupportedInput
+from mesh_core.loras.desk import AnyLora, Borrowed
+from mesh_core.loras.memory import NamedPatch, from_comfy_weights, lora_from_patches
+from mesh_core.loras.patch import Applied
+
+if TYPE_CHECKING:
+    from .split import Split
+
+REMOTE = "mesh_remote_loras"
+"""The attachment of a patcher that lists LoRAs of the workers."""
+
+
+@dataclass(frozen=True)
+class RemoteLora:
+    """A LoRA by its name in a worker's listing."""
+
+    name: str
+    strength: float
+
+
+class RemoteLoras(tuple):  # type: ignore[type-arg]
+    """Those of a patcher, in their order; clones of the patcher share them."""
+
+    def on_model_patcher_clone(self) -> RemoteLoras:
+        return self
+
+
+def add_remote(patcher: Any, name: str, strength: float) -> Any:
+    """A clone of ``patcher`` with a LoRA of the worker's library; as any other LoRA when the file is here as well."""
+    import folder_paths
+
+    result = patcher.clone()
+    path = folder_paths.get_full_path("loras", name)
+    if path is not None:
+        import comfy.sd
+        import comfy.utils
+
+        return comfy.sd.load_lora_for_models(result, None, comfy.utils.load_torch_file(path), strength, 0.0)[0]
+    before: RemoteLoras = result.get_attachment(REMOTE) or RemoteLoras()
+    result.set_attachments(REMOTE, RemoteLoras((*before, RemoteLora(name, strength))))
+    return result
+
+
+def transfer(patcher: Any, split: Split) -> None:
+    """Have the workers apply what ``patcher`` holds for their blocks; nothing crosses when that did not change.
+
+    Raises:
+        UnsupportedInput: something that cannot be carried; named.
+        LoraError: the policy of the node, or a worker, refuses one.
+    """
+    remote: RemoteLoras = patcher.get_attachment(REMOTE) or RemoteLoras()
+    if remote and split.cut:
+        names = ", ".join(lora.name for lora in remote)
+        raise LoraMissing(
+            f"Only workers have {names}, and {split.cut} blocks run here: those would be drawn without it.",
+            hint="local_blocks 0, or the same file in models/loras here",
+        )
+    in_graph: list[AnyLora] = list(_in_graph(patcher, split))
+    split.session.set_loras([*in_graph, *(Borrowed(lora.name, lora.strength) for lora in remote)])
+
+
+def _in_graph(patcher: Any, split: Split) -> Iterator[Applied]:
+    """One LoRA per loader node, so that a changed strength or another LoRA beside it sends nothing again."""
+    groups: dict[tuple[object, float, float], list[NamedPatch]] = {}
+    for key, entries in patcher.patches.items():
+        if key not in split.remote_names:
+            continue
+        for strength, value, strength_model, offset, function in entries:
+            if function is not None:
+                raise UnsupportedInput(
+                    f"A patch of {key} that is computed by another node cannot cross a cut.",
+                    hint="all blocks local, or the workflow without that node",
+                )
+            algorithm, weights = _parts(key, value)
+            tensors, alpha = from_comfy_weights(algorithm, weights)
+            patch = NamedPatch(key, algorithm, tensors, alpha, offset)
+            groups.setdefault((_loader(value), float(strength), float(strength_model)), []).append(patch)
+    for number, ((_, strength, strength_model), patches) in enumerate(groups.items(), 1):
+        name = f"LoRA {number} of the workflow ({len(patches)} weights of remote blocks)"
+        yield Applied(lora_from_patches(split.checkpoint, patches, name), strength, strength_model)
+
+
+def _loader(value: Any) -> object:
+    """What the patches of one loader node have in common: ComfyUI gives them one set of the keys that it found."""
+    return id(value.loaded_keys) if hasattr(value, "loaded_keys") else None
+
+
+def _parts(key: str, value: Any) -> tuple[str, Sequence[Any]]:
+    if hasattr(value, "weights") and hasattr(value, "name"):
+        return value.name, value.weights
+    if isinstance(value, tuple) and len(value) == 1:
+        return "diff", value
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        return value[0], value[1]
+    raise UnsupportedInput(
+        f"A merge of whole models changes {key}, which runs on a worker.",
+        hint="save the merged model and load that on all machines, or all blocks local",
+    )

@@ -1,0 +1,145 @@
+"""What the page asks for: the workers that are known here, and what the nodes are doing.
+
+A connection is only made by a POST, to a worker that is known already or named by an invite in the body; never to
+an address in a query string. Work that waits for a network runs in a thread, so the page stays alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from time import monotonic
+from typing import Any
+
+from aiohttp import web
+
+from mesh_codec.errors import CodecError
+from mesh_core import wire
+from mesh_core.config import Settings
+from mesh_core.errors import ConfigError, MeshError
+from mesh_core.invites import accept_invite
+from mesh_core.keys import KeyStore, KnownWorker
+from mesh_core.remote import Remote, next_id
+from mesh_core.transport.base import Address
+
+from .hub import Hub
+from .workers import choices, label
+
+_LONGEST = 2000
+_TEST_WITHIN = 5.0
+
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+
+def add_routes(routes: web.RouteTableDef, hub: Hub) -> None:
+    """Add this pack's routes, all under /mesh."""
+
+    @routes.get("/mesh/status")
+    async def status(request: web.Request) -> web.Response:
+        return web.json_response({"nodes": hub.status.all(), "message": hub.message})
+
+    @routes.get("/mesh/workers")
+    async def workers(request: web.Request) -> web.Response:
+        return web.json_response({"workers": _listed(), "choices": choices()})
+
+    @routes.post("/mesh/workers")
+    @_answers
+    async def join(body: dict[str, Any]) -> Any:
+        invite = _text(body, "invite").removeprefix("mesh join ").strip().strip('"')
+        worker = await asyncio.to_thread(accept_invite, invite)
+        return {"added": label(worker), "workers": _listed(), "choices": choices()}
+
+    @routes.post("/mesh/workers/rename")
+    @_answers
+    async def rename(body: dict[str, Any]) -> Any:
+        name = _text(body, "name")
+        if not name.isprintable() or not 0 < len(name) <= 100:
+            raise ConfigError("A worker's name is one line of at most 100 characters.")
+        KeyStore().remember(replace(_known(_text(body, "address")), name=name))
+        return {"workers": _listed(), "choices": choices()}
+
+    @routes.post("/mesh/workers/remove")
+    @_answers
+    async def remove(body: dict[str, Any]) -> Any:
+        KeyStore().forget(_known(_text(body, "address")).address)
+        return {"workers": _listed(), "choices": choices()}
+
+    @routes.post("/mesh/workers/test")
+    @_answers
+    async def test(body: dict[str, Any]) -> Any:
+        return await asyncio.to_thread(_tried, _known(_text(body, "address")), hub)
+
+    @routes.post("/mesh/loras")
+    @_answers
+    async def loras(body: dict[str, Any]) -> Any:
+        return await asyncio.to_thread(_loras_of, _known(_text(body, "address")), hub)
+
+
+def _answers(handler: Callable[[dict[str, Any]], Awaitable[Any]]) -> Handler:
+    """A handler of a JSON object, whose errors are told to the page."""
+
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            body = await request.json()
+        except ValueError:
+            return web.json_response({"error": "The request is not JSON."}, status=400)
+        if request.query_string or request.content_type != "application/json" or not isinstance(body, dict):
+            return web.json_response({"error": "A JSON object in the body is expected."}, status=400)
+        try:
+            return web.json_response(await handler(body))
+        except (MeshError, CodecError) as error:
+            return web.json_response({"error": error.message, "hint": error.hint}, status=400)
+
+    return answer
+
+
+def _text(body: dict[str, Any], name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or len(value) > _LONGEST:
+        raise ConfigError(f"{name} must be text of at most {_LONGEST} characters.")
+    return value.strip()
+
+
+def _known(address: str) -> KnownWorker:
+    worker = KeyStore().worker(address)
+    if worker is None:
+        raise ConfigError("No such worker is known here.", hint="paste its invite first")
+    return worker
+
+
+def _listed() -> list[dict[str, str]]:
+    return [{"name": w.name, "address": w.address, "label": label(w)} for w in KeyStore().workers()]
+
+
+@contextmanager
+def _connected(worker: KnownWorker, hub: Hub) -> Iterator[Remote]:
+    remote = Remote(Address(f"mesh://{worker.address}"), hub.plugins, Settings.load())
+    try:
+        remote.connect(_TEST_WITHIN)
+        yield remote
+    finally:
+        remote.close()
+
+
+def _loras_of(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
+    with _connected(worker, hub) as remote:
+        shelved = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=_TEST_WITHIN)
+    return {"loras": [str(item.get("name", "")) for item in shelved.loras]}
+
+
+def _tried(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
+    began = monotonic()
+    with _connected(worker, hub) as remote:
+        devices = [
+            {"name": d.get("name", d.get("device", "?")), "budget": d.get("budget"), "loaded": d.get("loaded")}
+            for d in remote.welcome.devices
+        ]
+        return {
+            "name": remote.welcome.name,
+            "version": remote.welcome.package,
+            "families": sorted(remote.welcome.adapters),
+            "devices": devices,
+            "ms": (monotonic() - began) * 1e3,
+        }

@@ -1,0 +1,84 @@
+"""A diffusion model in ComfyUI of which nothing was read yet: its class, its names, its sizes; weights on demand.
+
+Follows ``comfy.sd.load_diffusion_model_state_dict``, except that the model is made without memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy import model_detection
+from comfy.patcher_extension import WrappersMP
+
+from mesh_codec.dtypes import from_safetensors
+from mesh_core.checkpoint import CheckpointHeader, read_header
+from mesh_core.errors import CheckpointUnrecognised, PlanError
+from mesh_core.hosts.comfy import side_of
+from mesh_core.library import recognise
+
+from .hub import Hub
+from .shadow import shadow
+from .source import FILE, ModelFile
+
+_HINT = "ComfyUI's own loader, with Mesh Split behind it"
+
+
+def load(path: str, hub: Hub) -> Any:
+    """A patcher of the model in the file ``path``; `cut` reads what it needs.
+
+    Raises:
+        CheckpointError: no adapter or not this ComfyUI can use the file.
+    """
+    header = read_header(path)
+    checkpoint = recognise(header, hub.plugins)
+    model, prefix = _without_weights(header)
+    missing = [n for n in model.diffusion_model.state_dict() if prefix + n not in header.tensors]
+    if missing or any(b.is_meta for b in model.buffers()):
+        raise CheckpointUnrecognised(
+            f"{header.path.name} is not stored as ComfyUI names its parts ({(missing or ['buffers'])[0]}): it cannot "
+            "be read in parts.",
+            hint=_HINT,
+        )
+    file = ModelFile(checkpoint, side_of(checkpoint.adapter), prefix, model.get_dtype())
+    load_device, offload_device = (
+        comfy.model_management.get_torch_device(),
+        comfy.model_management.unet_offload_device(),
+    )
+    model.device = offload_device
+    patcher = comfy.model_patcher.ModelPatcher(shadow(model, lambda name: None), load_device, offload_device, size=1)
+    patcher.set_attachments(FILE, file)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, FILE, _uncut)
+    return patcher
+
+
+def _uncut(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    raise PlanError("Nothing of this model was read: it is not cut.", hint=f"Mesh Split behind its loader, or {_HINT}")
+
+
+def _without_weights(header: CheckpointHeader) -> tuple[Any, str]:
+    """ComfyUI's model on the meta device, and what precedes its names in the file."""
+    named = {
+        name: torch.empty(t.shape, dtype=from_safetensors(t.dtype).torch, device="meta")
+        for name, t in header.tensors.items()
+    }
+    prefix = model_detection.unet_prefix_from_state_dict(named)
+    inner = comfy.utils.state_dict_prefix_replace(dict(named), {prefix: ""}, filter_keys=True)
+    named, prefix = (inner, prefix) if inner else (named, "")
+    config = model_detection.model_config_from_unet(named, "", metadata=dict(header.metadata) or None)
+    if config is None:
+        raise CheckpointUnrecognised(
+            f"This ComfyUI does not know the model in {header.path.name}.", hint="update ComfyUI"
+        )
+    types = list(config.supported_inference_dtypes)
+    dtype = comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(named),
+        supported_dtypes=types,
+        weight_dtype=comfy.utils.weight_dtype(named),
+    )
+    device = comfy.model_management.get_torch_device()
+    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, types))
+    return config.get_model(named, "", device=torch.device("meta")), prefix

@@ -1,0 +1,105 @@
+// The settings page: workers that are known here. Add by pasting an invite, rename, test, remove.
+
+import { bytes, part } from "./panel.js";
+
+async function post(api, path, body) {
+  const answer = await api.fetchApi(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+  });
+  const value = await answer.json();
+  if (!answer.ok) throw new Error(value.hint ? `${value.error} Try: ${value.hint}` : value.error);
+  return value;
+}
+
+function button(text, act) {
+  const element = part("button", "mesh-button", text);
+  element.type = "button";
+  element.addEventListener("click", act);
+  return element;
+}
+
+function tested(answer) {
+  const devices = answer.devices.map((device) => {
+    const room = device.budget ? `, ${bytes(device.budget)} for weights` : "";
+    return `${device.name}${room}`;
+  });
+  return `answers in ${answer.ms.toFixed(0)} ms; runs ${answer.families.join(", ") || "no family"}; ${devices.join("; ")}`;
+}
+
+export function workersPage(api, changed) {
+  const page = part("div", "mesh-page");
+  const list = part("div", "mesh-list");
+  const invite = part("textarea", "mesh-invite");
+  invite.placeholder = 'mesh join "mesh://..."';
+  invite.rows = 2;
+  const said = part("div", "mesh-said");
+
+  function say(text, bad = false) {
+    said.textContent = text;
+    said.classList.toggle("mesh-bad", bad);
+  }
+
+  async function act(work) {
+    try {
+      const answer = await work();
+      if (answer?.workers) show(answer.workers);
+      changed();
+      return answer;
+    } catch (error) {
+      say(error.message, true);
+      return undefined;
+    }
+  }
+
+  function row(worker) {
+    const line = part("div", "mesh-row");
+    line.dataset.address = worker.address;
+    const name = part("input", "mesh-input");
+    name.value = worker.name;
+    name.title = "Name; Enter to keep it";
+    name.addEventListener("change", () =>
+      act(() => post(api, "/mesh/workers/rename", { address: worker.address, name: name.value })),
+    );
+    const result = part("div", "mesh-dim mesh-result");
+    const test = button("Test", async () => {
+      result.textContent = "connecting ...";
+      result.classList.remove("mesh-bad");
+      try {
+        result.textContent = tested(await post(api, "/mesh/workers/test", { address: worker.address }));
+      } catch (error) {
+        result.textContent = error.message;
+        result.classList.add("mesh-bad");
+      }
+    });
+    const remove = button("Remove", () => act(() => post(api, "/mesh/workers/remove", { address: worker.address })));
+    const top = part("div", "mesh-row-top");
+    top.append(name, part("span", "mesh-dim mesh-address", worker.address), test, remove);
+    line.append(top, result);
+    return line;
+  }
+
+  function show(workers) {
+    const empty = part("div", "mesh-dim", "No worker is known here yet.");
+    list.replaceChildren(...(workers.length ? workers.map(row) : [empty]));
+  }
+
+  const add = button("Add", async () => {
+    say("connecting ...");
+    const answer = await act(() => post(api, "/mesh/workers", { invite: invite.value }));
+    if (!answer) return;
+    invite.value = "";
+    say(`Added ${answer.added}.`);
+  });
+  const how = part(
+    "div",
+    "mesh-dim",
+    "On the machine with the spare GPU run: mesh serve MODELS --bind 0.0.0.0. Paste the line that it prints here.",
+  );
+  const form = part("div", "mesh-form");
+  form.append(invite, add);
+  page.append(list, how, form, said);
+  api.fetchApi("/mesh/workers").then(async (answer) => show((await answer.json()).workers));
+  return page;
+}

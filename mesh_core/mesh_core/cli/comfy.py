@@ -1,0 +1,45 @@
+"""``mesh comfy``: make the nodes of an installed package known to a ComfyUI. Imports neither ComfyUI nor the nodes."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from mesh_core.config import atomic_write
+from mesh_core.errors import ConfigError
+
+FOLDER = "comfyui-mesh"
+_TEXT = '''"""Written by mesh comfy link; loads the nodes from the installed package."""
+
+from comfy_integration import *  # noqa: F403
+'''
+
+
+@click.group()
+def comfy() -> None:
+    """Use the mesh in ComfyUI."""
+
+
+@comfy.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def link(path: Path) -> None:
+    """Make the nodes known to the ComfyUI in the folder PATH.
+
+    For an installation with pip, into ComfyUI's own Python. A clone of the repository in custom_nodes needs no link.
+    """
+    nodes = path / "custom_nodes"
+    if not nodes.is_dir() and (path / "ComfyUI" / "custom_nodes").is_dir():
+        nodes = path / "ComfyUI" / "custom_nodes"
+    if not nodes.is_dir():
+        raise ConfigError(f"{path} is no ComfyUI: it has no custom_nodes.", hint="the folder that holds main.py")
+    if find_spec("comfy_integration") is None:
+        raise ConfigError(
+            "The nodes are not part of this installation.", hint="pip install --force-reinstall comfyui-mesh"
+        )
+    target = nodes / FOLDER / "__init__.py"
+    if (nodes / FOLDER / "pyproject.toml").exists():
+        raise ConfigError(f"{nodes / FOLDER} is a clone of the repository already; it needs no link.")
+    atomic_write(target, _TEXT.encode())
+    click.echo(f"Linked {target.parent}. Restart ComfyUI; the nodes are in the category mesh.")

@@ -1,0 +1,177 @@
+"""ComfyUI's page in a real browser: the workflow opens, the node lives, the settings add a worker, a picture comes out.
+
+Screenshots go to the folder that MESH_SCREENSHOTS names, to show in the documentation; else to a temporary one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+from mesh_core.invites import create_invite
+from mesh_core.keys import KeyStore
+from tests.comfy.server import ROOT, Server
+from tests.support.workers import ProcessWorker, mesh_home, wait_until
+
+WORKFLOWS = sorted((ROOT / "examples").glob("mesh-*.json"))
+_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+_PATIENCE = 120_000
+_WIDGETS = "window.app.graph.nodes.find(n => n.type === 'MeshSplit').widgets"
+_COMBO = f"{_WIDGETS}.find(w => w.name === 'worker')"
+
+
+def _chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert found, "The page is tested in a browser. Try: apt-get install chromium"
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    _set(server, vue=False)
+    with sync_playwright() as playwright:
+        profile = tmp_path_factory.mktemp("profile")
+        size = {"width": 1400, "height": 900}
+        context = playwright.chromium.launch_persistent_context(
+            str(profile), executable_path=_chromium(), args=list(_FLAGS), headless=True, viewport=size
+        )
+        page = context.new_page()
+        page.set_default_timeout(_PATIENCE)
+        _open(page, server)
+        yield page
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(os.environ.get("MESH_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
+
+
+def _set(server: Server, *, vue: bool) -> None:
+    plain = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+    server.send("/settings", {**plain, "Comfy.VueNodes.Enabled": vue})
+
+
+def _open(page: Page, server: Server) -> None:
+    page.goto(server.url)
+    page.wait_for_function("window.app?.graph && window.app.extensionManager")
+    page.wait_for_selector("canvas#graph-canvas")
+    page.wait_for_timeout(2000)
+
+
+def _load(page: Page, workflow: Any) -> None:
+    page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
+    page.wait_for_timeout(700)
+    page.evaluate("window.app.canvas.fitViewToSelectionAnimated?.()")
+
+
+def _workflow(name: str) -> Any:
+    return json.loads((ROOT / "examples" / f"{name}.json").read_text("utf-8"))
+
+
+def _close_banner(page: Page) -> None:
+    page.evaluate("document.querySelectorAll('.p-toast, [class*=banner]').forEach(e => e.remove())")
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_the_examples_open_without_missing_nodes(page: Page, file: Path) -> None:
+    workflow = json.loads(file.read_text("utf-8"))
+    kinds = sorted({node["type"] for node in workflow["nodes"]})
+    assert "MeshSplit" in kinds
+    missing = page.evaluate("kinds => kinds.filter(kind => !(kind in LiteGraph.registered_node_types))", kinds)
+    assert missing == []
+    _load(page, workflow)
+    assert page.evaluate("window.app.graph.nodes.length") == len(workflow["nodes"])
+    assert page.evaluate("window.app.graph.nodes.every(node => !node.has_errors)")
+    # What the workflow stores is where the node expects it.
+    values = page.evaluate(f"Object.fromEntries({_WIDGETS}.map(w => [w.name, w.value]))")
+    assert values["quality"] == "lossless" and values["on_failure"] == "wait for it" and values["address"] == ""
+
+
+def test_a_worker_is_added_renamed_tested_and_removed(
+    page: Page, worker: ProcessWorker, home: Path, shots: Path
+) -> None:
+    with mesh_home(home):
+        invite = create_invite(worker.address.partition("?")[0], name="shelf", keys=KeyStore())
+    place = str(invite.place.netloc)
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    page.get_by_text("Mesh", exact=True).first.click()
+    page.wait_for_selector(".mesh-page")
+    page.fill(".mesh-invite", f'mesh join "{invite}"')
+    page.click(".mesh-form .mesh-button")
+    row = f'.mesh-row[data-address="{place}"]'
+    page.wait_for_selector(row)
+    assert [w.name for w in KeyStore(home / "config").workers() if w.address == place] == ["shelf"]
+    page.fill(f"{row} .mesh-input", "the machine in the attic")
+    page.press(f"{row} .mesh-input", "Enter")
+    wait_until(lambda: any(w.name == "the machine in the attic" for w in KeyStore(home / "config").workers()), 20)
+    page.click(f"{row} .mesh-button >> text=Test")
+    page.locator(f"{row} .mesh-result", has_text="answers in").wait_for()
+    page.screenshot(path=shots / "comfyui-settings.png")
+    page.fill(".mesh-invite", "mesh://example")
+    page.click(".mesh-form .mesh-button")
+    page.wait_for_selector(".mesh-said.mesh-bad")
+    page.keyboard.press("Escape")
+    page.wait_for_function(
+        f"choice => {_COMBO}.options.values.includes(choice)", arg=f"the machine in the attic @ {place}"
+    )
+
+
+def test_a_picture_with_the_node_live(page: Page, server: Server, worker: ProcessWorker, shots: Path) -> None:
+    _load(page, _workflow("mesh-tiny-klein"))
+    place = worker.address.removeprefix("mesh://").partition("?")[0]
+    page.evaluate(f"choice => {{ {_COMBO}.value = choice }}", f"the machine in the attic @ {place}")
+    assert page.locator(".mesh-panel").inner_text() == "Not run yet."
+    page.evaluate("window.app.queuePrompt(0)")
+    page.wait_for_selector('.mesh-panel[data-state="connected"] .mesh-bar')
+    text = page.locator(".mesh-panel").inner_text()
+    assert "connected" in text and "shelf" in text and "crossed" in text and "raw" in text
+    page.wait_for_function("Object.values(window.app.nodeOutputs ?? {}).some(output => output.images?.length)")
+    page.wait_for_timeout(1500)
+    _close_banner(page)
+    page.screenshot(path=shots / "comfyui-node.png")
+    pictures = list((server.base / "output").glob("mesh_*.png"))
+    assert pictures and pictures[0].stat().st_size > 2000
+
+
+def test_the_panel_in_vue_nodes(page: Page, server: Server, shots: Path) -> None:
+    _set(server, vue=True)
+    _open(page, server)
+    _load(page, _workflow("mesh-tiny-klein"))
+    panel = page.locator("[data-node-id] .mesh-panel")
+    panel.wait_for(state="visible")
+    assert "crossed" in panel.inner_text()  # the page caught up with the run before it was opened
+    page.wait_for_timeout(1000)
+    _close_banner(page)
+    page.screenshot(path=shots / "comfyui-node-vue.png")
+    _set(server, vue=False)
+
+
+def test_no_address_from_a_query_string_is_connected_to(server: Server) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(1.0)
+        address = f"127.0.0.1:{trap.getsockname()[1]}"
+        for path in ("status", "workers", "workers/test", "loras"):
+            for method in ("GET", "POST"):
+                code = server.status(f"/mesh/{path}?address={address}&invite=mesh://{address}", method)
+                assert code == 200 if (method, path) in (("GET", "status"), ("GET", "workers")) else code >= 400
+        unknown = server.status("/mesh/workers/test", "POST", {"address": address})
+        assert unknown == 400
+        with pytest.raises(TimeoutError):
+            trap.accept()
