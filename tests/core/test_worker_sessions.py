@@ -214,7 +214,7 @@ def visitor(worker: ThreadWorker, plugins: Plugins, path: Path, home: Path) -> I
     store.revoke(home.name)
 
 
-@pytest.mark.parametrize("what", ["step", "constants", "cancel", "close", "admit", "ping"])
+@pytest.mark.parametrize("what", ["step", "constants", "cancel", "close", "admit", "ping", "adjust"])
 def test_another_users_session_cannot_be_used_or_closed(
     ours: tuple[ThreadWorker, Host], plugins: Plugins, path: Path, tmp_path: Path, what: str
 ) -> None:
@@ -227,6 +227,7 @@ def test_another_users_session_cannot_be_used_or_closed(
         "close": wire.Close(next_id(), session),
         "admit": wire.Admit(next_id(), session, KeyStore().identity().client.public),
         "ping": wire.Ping(next_id(), session),
+        "adjust": wire.Adjust(next_id(), session, []),
     }
     with visitor(worker, plugins, path, tmp_path / "visitor") as other:
         with pytest.raises(SessionUnknown):
@@ -263,6 +264,10 @@ def test_a_neighbour_may_send_steps_for_its_session_and_nothing_else(
         wire.Constants(next_id(), session, []),
         wire.Admit(next_id(), session, key),
         wire.Cancel(next_id(), session, 1),
+        wire.Adjust(next_id(), session, []),
+        wire.Shelf(next_id()),
+        wire.Discard(next_id(), "0" * 64),
+        wire.Offer(next_id(), "0" * 64, "0" * 64, 1, "klein", "", ""),
     ):
         with pytest.raises(NotAuthorised):
             neighbour.ask(message)
