@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from mesh_core.cli import cli
 from mesh_core.hosts.comfy import Expected
 from tests.comfy.install import ComfyUI
 from tests.comfy.server import ROOT, Server
@@ -43,12 +43,18 @@ def test_the_package_carries_the_nodes_and_their_page(tmp_path: Path) -> None:
 
 
 def test_link(tmp_path: Path) -> None:
-    (tmp_path / "ComfyUI" / "custom_nodes").mkdir(parents=True)
-    done = CliRunner().invoke(cli, ["comfy", "link", str(tmp_path)])
-    assert done.exit_code == 0, done.output
-    linked = tmp_path / "ComfyUI" / "custom_nodes" / "comfyui-mesh" / "__init__.py"
+    def link(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mesh_core.cli", "comfy", "link", str(path)]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    shutil.copytree(ROOT / "comfy_integration", tmp_path / "installed" / "comfy_integration")
+    (tmp_path / "portable" / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    done = link(tmp_path / "portable")
+    assert done.returncode == 0, done.stderr
+    linked = tmp_path / "portable" / "ComfyUI" / "custom_nodes" / "comfyui-mesh" / "__init__.py"
     assert "comfy_integration" in linked.read_text("utf-8")
-    assert CliRunner().invoke(cli, ["comfy", "link", str(tmp_path / "elsewhere")]).exit_code != 0
+    assert "has no custom_nodes" in link(tmp_path).stderr
 
 
 def test_what_is_missing_becomes_a_message_in_the_nodes() -> None:
