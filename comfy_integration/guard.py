@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from mesh_core.errors import PluginNotFound
 from mesh_core.hosts.comfy import Expected, side_of
-from mesh_core.plugins import Plugins
+
+if TYPE_CHECKING:
+    from mesh_core.plugins import Plugins
 
 OLDEST = "0.3.75"
 """The oldest ComfyUI that this pack was tried with."""
@@ -31,15 +34,23 @@ def problems(expected: Iterable[Expected]) -> list[str]:
     return [problem for item in expected if (problem := item.problem()) is not None]
 
 
+def check_pack() -> str:
+    """What the pack itself relies on; costs nothing at start-up. Empty when all is well."""
+    return _message(problems(EXPECTED))
+
+
 def check(plugins: Plugins) -> str:
-    """One message for everything that is not as expected; empty when all is well."""
+    """The same for the families that are installed too."""
     expected = list(EXPECTED)
     for adapter in plugins.adapters().values():
         try:
             expected += side_of(adapter).expects
         except PluginNotFound:
             continue
-    found = problems(expected)
+    return _message(problems(expected))
+
+
+def _message(found: list[str]) -> str:
     if not found:
         return ""
     return (
