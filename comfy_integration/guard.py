@@ -1,16 +1,13 @@
-"""Are the parts of ComfyUI that this pack builds on as it expects them? Looked at when ComfyUI starts."""
+"""Are the parts of ComfyUI that this pack builds on as it expects them? What a family builds on is looked at when a
+model of that family is used: one that this ComfyUI lacks must not stand in the way of the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
-from mesh_core.errors import PluginNotFound
-from mesh_core.hosts.comfy import Expected, side_of
-
-if TYPE_CHECKING:
-    from mesh_core.plugins import Plugins
+from mesh_core.errors import PluginIncompatible
+from mesh_core.hosts.comfy import ComfySide, Expected
 
 OLDEST = "0.3.75"
 """The oldest ComfyUI that this pack was tried with."""
@@ -39,15 +36,13 @@ def check_pack() -> str:
     return _message(problems(EXPECTED))
 
 
-def check(plugins: Plugins) -> str:
-    """The same for the families that are installed too."""
-    expected = list(EXPECTED)
-    for adapter in plugins.adapters().values():
-        try:
-            expected += side_of(adapter).expects
-        except PluginNotFound:
-            continue
-    return _message(problems(expected))
+def check_family(side: ComfySide) -> None:
+    """Raises:
+    PluginIncompatible: this ComfyUI lacks something that the family's side relies on.
+    """
+    message = _message(problems(side.expects))
+    if message:
+        raise PluginIncompatible(message)
 
 
 def _message(found: list[str]) -> str:

@@ -32,10 +32,8 @@ class Hub:
 
     @cached_property
     def message(self) -> str:
-        """Why this ComfyUI cannot be used; empty when it can. Loads the adapters: not asked at start-up."""
-        from mesh_core.plugins import installed_plugins
-
-        message = guard.check(installed_plugins())
+        """Why this ComfyUI cannot be used; empty when it can."""
+        message = guard.check_pack()
         if message:
             log.error("%s", message)
         return message
