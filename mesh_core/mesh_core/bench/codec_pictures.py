@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 import torch
 from torch import Tensor
 
