@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -82,7 +84,8 @@ def link(
 
     Starts a host and a worker on this machine with a link of the given rate between them: network namespaces and a
     token bucket where the system is Linux and the user root, else a relay in user space. The synthetic model has the
-    state of a 9B model at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes.
+    state of a 9B model at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes; Ctrl-C ends it with
+    what was measured so far.
     """
     from mesh_core.bench.link import LARGE, SMALL, Workload, measure, table, with_ratios
     from mesh_core.bench.report import save
@@ -91,9 +94,10 @@ def link(
     workloads = [Workload(f"synthetic state {list(shape)}, bfloat16", steps, shape=shape)]
     if model is not None:
         workloads.append(Workload(f"{model.parent.name}/{model.name}, local {local}", steps, model, local))
-    found = []
-    for workload in workloads:
-        for rate in rates:
+    found: list[dict[str, Any]] = []
+    with suppress(KeyboardInterrupt):
+        # What is there by then is still worth a table.
+        for workload, rate in product(workloads, rates):
             for row in measure(rate, workload, relay=relay):
                 click.echo(f"{rate} {workload.name}: {row['name']} ...", err=True)
                 found.append(row)
