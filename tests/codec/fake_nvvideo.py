@@ -44,8 +44,7 @@ class cudaVideoCodec(IntEnum):
     HEVC = 8
 
 
-class cudaVideoChromaFormat(IntEnum):
-    cudaVideoChromaFormat_444 = 3
+cudaVideoChromaFormat = IntEnum("cudaVideoChromaFormat", {"420": 1, "422": 2, "444": 3})
 
 
 class PacketData:
@@ -58,21 +57,24 @@ class FakeNvVideo:
     """The module. ``encodes`` is whether the GPU has NVENC; ``sessions`` how many it opens at a time; ``in_flight``
     frames stay in an encoder, and ``drains`` says whether `EndEncode` gives them out; with ``forgets`` the frame after
     it is an IDR picture; decoded 10-bit pixels are ``shift`` bits up; decoded pixels are ``off_by`` too
-    large, but where all are grey."""
+    large, but where all are grey; ``counts`` is whether the number of engines is told."""
 
     NV_ENC_PIC_FLAGS, NV_ENC_PIC_PARAMS, PacketData = NV_ENC_PIC_FLAGS, NV_ENC_PIC_PARAMS, PacketData
     VideoPacketFlag, DisplayDecodeLatencyType = VideoPacketFlag, DisplayDecodeLatencyType
     cudaVideoCodec, cudaVideoChromaFormat = cudaVideoCodec, cudaVideoChromaFormat
 
-    def __init__(self, *, encodes=True, sessions=8, in_flight=3, drains=True, forgets=False, shift=6, off_by=0):
+    def __init__(
+        self, *, encodes=True, sessions=8, in_flight=3, drains=True, forgets=False, shift=6, off_by=0, counts=True
+    ):
         self.encodes, self.sessions, self.in_flight, self.drains = encodes, sessions, in_flight, drains
         self.forgets, self.shift, self.off_by = forgets, shift, off_by
-        self.opened = self.open = 0
+        self.counts, self.opened, self.open = counts, 0, 0
 
     def GetEncoderCaps(self, gpuid=0, codec="h264"):
-        return {"num_encoder_engines": 3}
+        return {"num_encoder_engines": 3} if self.counts else {}
 
     def GetDecoderCaps(self, gpuid, codec, chromaformat, bitdepth):
+        assert chromaformat == 3
         return {"num_decoder_engines": 2}
 
     def CreateEncoder(self, width, height, fmt, usecpuinputbuffer, **options):

@@ -102,6 +102,7 @@ def test_each_engine_of_the_gpu_gets_a_strip():
     assert hardware().settings("fast", peer)["strips"] == 3
     assert SOFTWARE.settings("fast", hardware().capabilities())["strips"] == 3
     assert SOFTWARE.settings("fast", peer)["strips"] == 2
+    assert hardware(counts=False).settings("fast", peer)["strips"] == 2
 
 
 @pytest.mark.parametrize("shift", [0, 6])

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -58,19 +58,26 @@ class NvVideoEngine(Engine):
 
     def engines(self) -> int:
         """How many hardware encoders or decoders work side by side here, whichever are more."""
-        if not any(self._probed):
-            return 0
-        with named(CodecUnsupported, "The capabilities of NVENC and NVDEC cannot be read"):
-            nvc = self._module
-            encoders = nvc.GetEncoderCaps(gpuid=self._place.index or 0, codec="hevc").get("num_encoder_engines", 1)
-            decoders = nvc.GetDecoderCaps(
-                gpuid=self._place.index or 0,
+        counts = (self._count_encoders, self._count_decoders)
+        return max(count() if able else 0 for count, able in zip(counts, self._probed, strict=True))
+
+    def _count_encoders(self) -> int:
+        return _engines(lambda: self._module.GetEncoderCaps(gpuid=self._gpu, codec="hevc")["num_encoder_engines"])
+
+    def _count_decoders(self) -> int:
+        nvc = self._module
+        return _engines(
+            lambda: nvc.GetDecoderCaps(
+                gpuid=self._gpu,
                 codec=nvc.cudaVideoCodec.HEVC,
-                chromaformat=nvc.cudaVideoChromaFormat.cudaVideoChromaFormat_444,
+                chromaformat=getattr(nvc.cudaVideoChromaFormat, "444"),
                 bitdepth=8,
-            ).get("num_decoder_engines", 1)
-        able = zip((encoders, decoders), self._probed, strict=True)
-        return max(int(count) for count, works in able if works)
+            )["num_decoder_engines"]
+        )
+
+    @property
+    def _gpu(self) -> int:
+        return self._place.index or 0
 
     def encoder(self, geometry: Geometry, coding: Coding, device: torch.device) -> FrameEncoder:
         return _Encoder(self._module, geometry, coding, self._place)
@@ -133,6 +140,16 @@ class NvVideoEngine(Engine):
         if lowest != highest or lowest not in found:
             raise CodecUnsupported(f"NVDEC decodes grey to pixels from {lowest} to {highest}.")
         return found[lowest]
+
+
+def _engines(ask: Callable[[], Any]) -> int:
+    """The count that ``ask`` gives; at least 1, since the probe has found one at work."""
+    try:
+        with named(CodecUnsupported, "the number of video engines is not known"):
+            return max(1, int(ask()))
+    except CodecUnsupported as error:
+        _log.info("%s", error)
+        return 1
 
 
 class _Encoder(FrameEncoder):
