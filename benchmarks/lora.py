@@ -22,14 +22,14 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from split_on_gpu import GEOMETRIES, random_inputs, random_model, start_worker, timed
+from split_on_gpu import pictures, random_inputs, random_model, start_worker, timed
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-klein" / "model" / "transformer"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", choices=["tiny-klein", *GEOMETRIES], default="tiny-klein")
+    parser.add_argument("--geometry", choices=["tiny-klein", *pictures()], default="tiny-klein")
     parser.add_argument("--size", type=int, default=128, help="pixels of a step's picture")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--changes", type=int, default=20)

@@ -1,11 +1,12 @@
-"""A FLUX.2 transformer of real size cut over two processes on one GPU: is it exact, and what does the cut cost?
+"""A transformer of real size cut over two processes on one GPU: is it exact, and what does the cut cost?
 
     python benchmarks/split_on_gpu.py --geometry klein-9b --save benchmarks/results/split_on_gpu.md
+    python benchmarks/split_on_gpu.py --geometry ltx-2.3 --worker-memory 48GB --steps 4 --save ...
 
-Weights are random, in bfloat16, written to a temporary folder (18 GB for klein-9b) so that stages are read from disk as
-users read them. In one run: the uncut model's step; then, for each cut and quality, the same step with the blocks
-after the cut in worker processes on the same GPU, over encrypted loopback. The uncut step is what a GPU that holds
-the whole model would need; the difference is what the mesh adds.
+Weights are random, in bfloat16, written to a temporary folder (18 GB for klein-9b, 44 GB for ltx-2.3) so that stages
+are read from disk as users read them. In one run: the uncut model's step; then, for each cut and quality, the same step
+with the blocks after the cut in worker processes on the same GPU, over encrypted loopback. The uncut step is what a GPU
+that holds the whole model would need; the difference is what the mesh adds.
 """
 
 from __future__ import annotations
@@ -22,19 +23,56 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-GEOMETRIES = {
-    "klein-9b": {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
-    "klein-4b": {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
-    "small": {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4, "joint_attention_dim": 512},
+GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "klein-9b": (
+        "Flux2Transformer2DModel",
+        {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
+    ),
+    "klein-4b": (
+        "Flux2Transformer2DModel",
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    ),
+    "small": (
+        "Flux2Transformer2DModel",
+        {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 4, "joint_attention_dim": 512},
+    ),
+    "ltx-2.3": ("LTX2VideoTransformer3DModel", {"num_layers": 48}),
+    "small-ltx": (
+        "LTX2VideoTransformer3DModel",
+        {
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "cross_attention_dim": 512,
+            "audio_num_attention_heads": 4,
+            "audio_cross_attention_dim": 256,
+        },
+    ),
+}
+"""Model class, and what of its arguments is not as for all models of the class."""
+
+COMMON: dict[str, dict[str, Any]] = {
+    "Flux2Transformer2DModel": {"guidance_embeds": False},
+    "LTX2VideoTransformer3DModel": {
+        "gated_attn": True,
+        "audio_gated_attn": True,
+        "cross_attn_mod": True,
+        "audio_cross_attn_mod": True,
+        "use_prompt_embeddings": False,
+        "perturbed_attn": True,
+        "rope_type": "split",
+    },
 }
 TEXT_TOKENS = 512
+VIDEO_TEXT_TOKENS = 1024
 QUALITIES = ("lossless", "transparent", "balanced", "fast")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=GEOMETRIES, default="klein-9b")
-    parser.add_argument("--size", type=int, default=1024, help="pixels; a token is 16 x 16 of them")
+    parser.add_argument("--size", type=int, default=1024, help="pixels of a picture's side; a token is 16 x 16 of them")
+    parser.add_argument("--video", default="768x512x121", help="width, height and frames of a video")
+    parser.add_argument("--worker-memory", default="30GB")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--folder", default=None, help="where the temporary checkpoint goes")
@@ -70,7 +108,9 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
     identity = identify(checkpoint)
     notes["fingerprint s"] = perf_counter() - began
     notes["checkpoint GB"] = sum(f.stat().st_size for f in checkpoint.header.files) / 1e9
-    workers = [start_worker(stack, folder, f"worker-{i + 1}", arguments.device) for i in range(2)]
+    workers = [
+        start_worker(stack, folder, f"worker-{i + 1}", arguments.device, arguments.worker_memory) for i in range(2)
+    ]
     blocks, rows = checkpoint.spec.blocks, []
     for cuts, qualities in (
         ((blocks // 4,), QUALITIES),
@@ -81,7 +121,7 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
             rows.append(split_row(checkpoint, identity, cuts, quality, workers, inputs, expected, arguments, device))
     return {
         "geometry": arguments.geometry,
-        "pixels": arguments.size,
+        "size": arguments.video if is_video(arguments.geometry) else f"{arguments.size}x{arguments.size}",
         "device": label(device),
         "torch": torch.__version__,
         "uncut_ms": uncut_ms,
@@ -93,17 +133,36 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
 def uncut(arguments: argparse.Namespace, folder: Path, device: Any) -> tuple[dict[str, Any], Any, float]:
     """Write the checkpoint; the inputs, the uncut model's result and the milliseconds of its step."""
     model = random_model(arguments.geometry, device)
-    inputs = random_inputs(model, arguments.size, device)
+    video = tuple(int(n) for n in arguments.video.split("x"))
+    inputs = random_inputs(model, video if is_video(arguments.geometry) else arguments.size, device)
     model.save_pretrained(folder / "models" / arguments.geometry, max_shard_size="8GB")
-    return inputs, *timed(lambda: model(**inputs, return_dict=False)[0], arguments.steps, device)
+    return inputs, *timed(lambda: as_tuple(model(**inputs, return_dict=False)), arguments.steps, device)
+
+
+def pictures() -> list[str]:
+    """The geometries that make pictures."""
+    return [name for name in GEOMETRIES if not is_video(name)]
+
+
+def is_video(geometry: str) -> bool:
+    return GEOMETRIES[geometry][0] == "LTX2VideoTransformer3DModel"
+
+
+def as_tuple(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def outputs(runner: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    return as_tuple(runner(inputs))
 
 
 def random_model(geometry: str, device: Any) -> Any:
+    import diffusers
     import torch
-    from diffusers import Flux2Transformer2DModel
 
+    name, config = GEOMETRIES[geometry]
     with torch.device("meta"):
-        model = Flux2Transformer2DModel(guidance_embeds=False, **GEOMETRIES[geometry])
+        model = getattr(diffusers, name)(**COMMON[name], **config)
     model = model.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -114,7 +173,13 @@ def random_model(geometry: str, device: Any) -> Any:
     return model
 
 
-def random_inputs(model: Any, pixels: int, device: Any) -> dict[str, Any]:
+def random_inputs(model: Any, size: int | tuple[int, ...], device: Any) -> dict[str, Any]:
+    """Arguments of forward() for a picture of ``size`` pixels each way, or a video of (width, height, frames)."""
+    made = picture_inputs(model, size) if isinstance(size, int) else video_inputs(model, *size)
+    return {name: value.to(device) if hasattr(value, "to") else value for name, value in made.items()}
+
+
+def picture_inputs(model: Any, pixels: int) -> dict[str, Any]:
     import torch
 
     side = pixels // 16
@@ -124,7 +189,7 @@ def random_inputs(model: Any, pixels: int, device: Any) -> dict[str, Any]:
     img_ids[:, 2] = torch.arange(side).repeat(side)
     txt_ids = torch.zeros(TEXT_TOKENS, 4, dtype=torch.int64)
     txt_ids[:, 3] = torch.arange(TEXT_TOKENS)
-    inputs = {
+    return {
         "hidden_states": torch.randn(1, side * side, model.config.in_channels, generator=generator).bfloat16(),
         "encoder_hidden_states": torch.randn(
             1, TEXT_TOKENS, model.config.joint_attention_dim, generator=generator
@@ -133,7 +198,31 @@ def random_inputs(model: Any, pixels: int, device: Any) -> dict[str, Any]:
         "img_ids": img_ids,
         "txt_ids": txt_ids,
     }
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def video_inputs(model: Any, width: int, height: int, frames: int) -> dict[str, Any]:
+    """Of the published strides: 32 x 32 pixels and 8 frames to a token, 25 audio tokens to a second of 24 frames."""
+    import torch
+
+    generator, config = torch.Generator("cpu").manual_seed(1), model.config
+    grid = {"num_frames": (frames - 1) // 8 + 1, "height": height // 32, "width": width // 32}
+    tokens, audio = grid["num_frames"] * grid["height"] * grid["width"], round(frames / 24 * 25)
+
+    def noise(*shape: int) -> Any:
+        return torch.randn(1, *shape, generator=generator).bfloat16()
+
+    return {
+        "hidden_states": noise(tokens, config.in_channels),
+        "audio_hidden_states": noise(audio, config.audio_in_channels),
+        "encoder_hidden_states": noise(VIDEO_TEXT_TOKENS, config.cross_attention_dim),
+        "audio_encoder_hidden_states": noise(VIDEO_TEXT_TOKENS, config.audio_cross_attention_dim),
+        "timestep": torch.tensor([700.0]),
+        "sigma": torch.tensor([700.0]),
+        "use_cross_timestep": True,
+        "fps": 24.0,
+        "audio_num_frames": audio,
+        **grid,
+    }
 
 
 def timed(step: Any, steps: int, device: Any) -> tuple[Any, float]:
@@ -153,11 +242,11 @@ def timed(step: Any, steps: int, device: Any) -> tuple[Any, float]:
     return result, sorted(times[2:])[len(times[2:]) // 2]
 
 
-def start_worker(stack: ExitStack, folder: Path, name: str, device: str) -> str:
+def start_worker(stack: ExitStack, folder: Path, name: str, device: str, memory: str = "30GB") -> str:
     command = [sys.executable, "-m", "mesh_core.cli", "serve", str(folder / "models"), "--port", "0"]
     process = stack.enter_context(
         subprocess.Popen(
-            [*command, "--name", name, "--device", device, "--memory", "30GB"], stderr=subprocess.PIPE, text=True
+            [*command, "--name", name, "--device", device, "--memory", memory], stderr=subprocess.PIPE, text=True
         )
     )
     stack.callback(process.kill)
@@ -201,15 +290,16 @@ def split_row(
         checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device=device, dtype=torch.bfloat16
     )
     runner = SplitRunner(checkpoint, placement.plan, stage, session)
-    result, ms = timed(partial(runner, inputs), arguments.steps, device)
+    result, ms = timed(partial(outputs, runner, inputs), arguments.steps, device)
     steps = runner.stats.steps[2:]
     row = {
         "cut": " + ".join([f":{cuts[0]}", *(span for _, span in chosen)]),
         "quality": quality,
-        "exact": torch.equal(result, expected),
+        "exact": all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)),
         "step_ms": ms,
         "local_ms": median(s.local_ms for s in steps),
         "remote_compute_ms": median(sum(h.compute_ms for h in s.hops) for s in steps),
+        "block_ms": median(sum(h.compute_ms for h in s.hops) for s in steps) / (bounds[-1] - bounds[0]),
         "codec_ms": median(s.encode_ms + s.decode_ms + sum(h.encode_ms + h.decode_ms for h in s.hops) for s in steps),
         "wire_ms": median(s.wire_ms for s in steps),
         "overhead_ms": median(s.overhead_ms for s in steps),
@@ -224,7 +314,7 @@ def split_row(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    names = ["cut", "quality", "exact", "step_ms", "local_ms", "remote_compute_ms", "codec_ms", "wire_ms"]
+    names = ["cut", "quality", "exact", "step_ms", "local_ms", "remote_compute_ms", "block_ms", "codec_ms", "wire_ms"]
     names += ["overhead_ms", "MB_per_step", "open_s"]
 
     def cell(value: Any) -> str:
@@ -233,7 +323,7 @@ def markdown(report: dict[str, Any]) -> str:
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
     lines = [
-        f"# {report['geometry']}, random weights, {report['pixels']}x{report['pixels']}, {report['device']}",
+        f"# {report['geometry']}, random weights, {report['size']}, {report['device']}",
         "",
         f"torch {report['torch']}, bfloat16. Uncut step: {report['uncut_ms']:.1f} ms. Host and workers share the GPU; "
         "the link is loopback with CURVE. Medians.",

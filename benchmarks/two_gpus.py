@@ -24,7 +24,7 @@ from statistics import median
 from time import monotonic, perf_counter
 from typing import Any
 
-from split_on_gpu import GEOMETRIES, random_inputs, random_model, start_worker
+from split_on_gpu import pictures, random_inputs, random_model, start_worker
 
 WAYS: tuple[tuple[str, str | None], ...] = (
     ("lossless", "raw"),
@@ -55,7 +55,7 @@ class Cell:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="klein-9b")
+    parser.add_argument("--geometry", choices=pictures(), default="klein-9b")
     parser.add_argument("--devices", nargs=2, default=["cuda:0", "cuda:1"], metavar=("HOST", "WORKER"))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 1536], help="pixels; a token is 16 x 16 of them")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4])

@@ -19,6 +19,7 @@ from mesh_core.runner import Placement, Workers, place
 from mesh_core.session import Session, SessionOptions
 from mesh_core.spans import BlockSpan
 
+from .guard import check_family
 from .hub import Hub
 from .identity import recognised
 from .shadow import ROOT, shadow
@@ -110,6 +111,7 @@ def _source(patcher: Any, hub: Hub) -> Source:
     if file is not None:
         return file
     checkpoint, side = recognised(patcher.model, hub.plugins)
+    check_family(side)
     return LoadedModel(patcher, checkpoint, side)
 
 

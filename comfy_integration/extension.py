@@ -7,6 +7,7 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
+from .guard import check_pack
 from .hub import current
 from .nodes import NODES
 from .routes import add_routes
@@ -18,6 +19,7 @@ class MeshExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         hub = current()
         add_routes(PromptServer.instance.routes, hub)
-        if hub.message:
-            log.error("%s", hub.message)
+        message = check_pack()
+        if message:
+            log.error("%s", message)
         return NODES

@@ -1,13 +1,13 @@
-"""Are the parts of ComfyUI that this pack builds on as it expects them? Looked at when ComfyUI starts."""
+"""Are the parts of ComfyUI that this pack builds on as it expects them? What a family builds on is looked at when a
+model of that family is used: one that this ComfyUI lacks must not stand in the way of the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
 
-from mesh_core.errors import PluginNotFound
-from mesh_core.hosts.comfy import Expected, side_of
-from mesh_core.plugins import Plugins
+from mesh_core.errors import PluginIncompatible
+from mesh_core.hosts.comfy import ComfySide, Expected
 
 OLDEST = "0.3.75"
 """The oldest ComfyUI that this pack was tried with."""
@@ -31,15 +31,21 @@ def problems(expected: Iterable[Expected]) -> list[str]:
     return [problem for item in expected if (problem := item.problem()) is not None]
 
 
-def check(plugins: Plugins) -> str:
-    """One message for everything that is not as expected; empty when all is well."""
-    expected = list(EXPECTED)
-    for adapter in plugins.adapters().values():
-        try:
-            expected += side_of(adapter).expects
-        except PluginNotFound:
-            continue
-    found = problems(expected)
+def check_pack() -> str:
+    """What the pack itself relies on; costs nothing at start-up. Empty when all is well."""
+    return _message(problems(EXPECTED))
+
+
+def check_family(side: ComfySide) -> None:
+    """Raises:
+    PluginIncompatible: this ComfyUI lacks something that the family's side relies on.
+    """
+    message = _message(problems(side.expects))
+    if message:
+        raise PluginIncompatible(message)
+
+
+def _message(found: list[str]) -> str:
     if not found:
         return ""
     return (

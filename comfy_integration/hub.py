@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from mesh_core.errors import PluginIncompatible
-from mesh_core.plugins import Plugins, installed_plugins
-from mesh_core.session import Session
 
 from . import guard
 from .status import Statuses
+
+if TYPE_CHECKING:
+    from mesh_core.plugins import Plugins
+    from mesh_core.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,10 @@ class Hub:
     @cached_property
     def message(self) -> str:
         """Why this ComfyUI cannot be used; empty when it can."""
-        return guard.check(installed_plugins())
+        message = guard.check_pack()
+        if message:
+            log.error("%s", message)
+        return message
 
     @property
     def plugins(self) -> Plugins:
@@ -40,6 +45,8 @@ class Hub:
         """
         if self.message:
             raise PluginIncompatible(self.message)
+        from mesh_core.plugins import installed_plugins
+
         return installed_plugins()
 
     def keep(self, node: str, session: Session) -> None:

@@ -22,7 +22,7 @@ from mesh_core.adapter import ModelSpec, ParameterSpec
 from mesh_core.checkpoint import read_header
 from mesh_core.errors import CheckpointError, CheckpointUnrecognised
 from mesh_core.hops import Identity
-from mesh_core.hosts.comfy import ComfySide, header_of, side_of
+from mesh_core.hosts.comfy import ComfySide, header_of, recognise_module
 from mesh_core.hosts.diffusers import identify
 from mesh_core.library import Checkpoint, recognise
 from mesh_core.plugins import Plugins
@@ -59,18 +59,16 @@ def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
         CheckpointUnrecognised: no adapter knows it, or its weights are in a form that none computes with.
         PluginNotFound: the adapter does not know ComfyUI.
     """
-    header = header_of(model.diffusion_model)
     try:
-        checkpoint = recognise(header, plugins)
+        return recognise_module(model.diffusion_model, plugins)
     except CheckpointUnrecognised as error:
         kind = type(model).__name__
-        found = ", ".join(sorted({t.dtype for t in header.tensors.values()}))
+        found = ", ".join(sorted({t.dtype for t in header_of(model.diffusion_model).tensors.values()}))
         families = ", ".join(sorted(plugins.adapters())) or "none"
         raise CheckpointUnrecognised(
             f"No installed adapter can cut this model ({kind}, weights {found}). Installed: {families}.",
             hint="the loader's weight_dtype 'default', a bfloat16 file, or the adapter for this family",
         ) from error
-    return checkpoint, side_of(checkpoint.adapter)
 
 
 def originals(patcher: Any) -> Callable[[str], Tensor]:

@@ -11,21 +11,19 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from mesh_codec.errors import CodecError
-from mesh_core import wire
-from mesh_core.config import Settings
 from mesh_core.errors import ConfigError, MeshError
-from mesh_core.invites import accept_invite
 from mesh_core.keys import KeyStore, KnownWorker
-from mesh_core.remote import Remote, next_id
-from mesh_core.transport.base import Address
 
 from .hub import Hub
 from .workers import choices, label
+
+if TYPE_CHECKING:
+    from mesh_core.remote import Remote
 
 _LONGEST = 2000
 _TEST_WITHIN = 5.0
@@ -38,7 +36,8 @@ def add_routes(routes: web.RouteTableDef, hub: Hub) -> None:
 
     @routes.get("/mesh/status")
     async def status(request: web.Request) -> web.Response:
-        return web.json_response({"nodes": hub.status.all(), "message": hub.message})
+        message = await asyncio.to_thread(lambda: hub.message)
+        return web.json_response({"nodes": hub.status.all(), "message": message})
 
     @routes.get("/mesh/workers")
     async def workers(request: web.Request) -> web.Response:
@@ -47,6 +46,8 @@ def add_routes(routes: web.RouteTableDef, hub: Hub) -> None:
     @routes.post("/mesh/workers")
     @_answers
     async def join(body: dict[str, Any]) -> Any:
+        from mesh_core.invites import accept_invite
+
         invite = _text(body, "invite").removeprefix("mesh join ").strip().strip('"')
         worker = await asyncio.to_thread(accept_invite, invite)
         return {"added": label(worker), "workers": _listed(), "choices": choices()}
@@ -115,6 +116,10 @@ def _listed() -> list[dict[str, str]]:
 
 @contextmanager
 def _connected(worker: KnownWorker, hub: Hub) -> Iterator[Remote]:
+    from mesh_core.config import Settings
+    from mesh_core.remote import Remote
+    from mesh_core.transport.base import Address
+
     remote = Remote(Address(f"mesh://{worker.address}"), hub.plugins, Settings.load())
     try:
         remote.connect(_TEST_WITHIN)
@@ -124,6 +129,9 @@ def _connected(worker: KnownWorker, hub: Hub) -> Iterator[Remote]:
 
 
 def _loras_of(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
+    from mesh_core import wire
+    from mesh_core.remote import next_id
+
     with _connected(worker, hub) as remote:
         shelved = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=_TEST_WITHIN)
     return {"loras": [str(item.get("name", "")) for item in shelved.loras]}

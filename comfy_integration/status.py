@@ -9,9 +9,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic, time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mesh_core.stats import StepStats
+if TYPE_CHECKING:
+    from mesh_core.stats import StepStats
 
 EVENT = "mesh.status"
 _PAUSE = 0.2

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh_core.errors import ConfigError
-from mesh_core.invites import accept_invite, parse_invite
 from mesh_core.keys import KeyStore, KnownWorker
 
 PASTED = "pasted below"
@@ -48,6 +47,8 @@ def address_of(choice: str, pasted: str) -> str:
         )
     if "token=" not in text:
         return text
+    from mesh_core.invites import accept_invite, parse_invite
+
     invite = parse_invite(text)
     known = KeyStore().worker(invite.place.netloc)
     if known is None or known.key != invite.server_key:

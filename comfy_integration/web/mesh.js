@@ -65,7 +65,9 @@ function offerLoras(node) {
 async function catchUp() {
   const answer = await api.fetchApi("/mesh/status");
   if (!answer.ok) return;
-  for (const status of Object.values((await answer.json()).nodes)) nodeOf(status.node)?.(status);
+  const { nodes, message } = await answer.json();
+  if (message) app.extensionManager.toast.add({ severity: "error", summary: "Mesh", detail: message });
+  for (const status of Object.values(nodes)) nodeOf(status.node)?.(status);
 }
 
 app.registerExtension({

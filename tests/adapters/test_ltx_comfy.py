@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mesh_core import fingerprint
 from mesh_core.adapter import Conditioning, ModelSpec, State
 from mesh_core.checkpoint import read_header
-from mesh_core.errors import UnsupportedInput
-from mesh_core.hosts.comfy import ComfySide, side_of
+from mesh_core.errors import CheckpointUnrecognised, UnsupportedInput
+from mesh_core.hosts.comfy import ComfySide, recognise_module, side_of
+from mesh_core.plugins import Plugins
 from mesh_core.spans import BlockSpan
 from mesh_ltx import LtxAdapter
 from tests.adapters import comfy_ltx, tiny_ltx
@@ -126,6 +127,13 @@ def test_comfyuis_model_is_the_same_model_as_the_folder(rig: Rig, tmp_path: Path
     folder = ADAPTER.recognise(read_header(tmp_path))
     assert folder is not None
     assert fingerprint.structure(rig.spec) == fingerprint.structure(folder)
+
+
+def test_the_model_is_recognised_among_all_families(rig: Rig) -> None:
+    checkpoint, side = recognise_module(rig.comfy, Plugins.load())
+    assert checkpoint.spec == rig.spec and type(side) is type(SIDE)
+    with pytest.raises(CheckpointUnrecognised):
+        recognise_module(nn.Linear(2, 2), Plugins.load())
 
 
 @pytest.mark.parametrize(

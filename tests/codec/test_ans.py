@@ -230,7 +230,7 @@ def test_the_entropy_codec_takes_the_device_format_where_both_ends_have_it():
         assert (one.estimate(agreed, tensor.dtype).engine == "emulated") is device
         sender, receiver = one.encoder(agreed), other.decoder(agreed)
         assert isinstance(sender, AnsEncoder) is device
-        assert relative_error(tensor, receiver.decode(sender.encode(tensor))) < 0.1
+        assert relative_error(tensor, receiver.decode(sender.encode(tensor))) < 0.2
     with pytest.raises(CodecUnsupported, match="cannot code"):
         portable.encoder({"step": 0.2, "format": EmulatedAns.format})
     with pytest.raises(CodecUnsupported):

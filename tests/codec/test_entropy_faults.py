@@ -31,6 +31,13 @@ def squeezed(data: bytes, **options: bool) -> bytes:
     return zstandard.ZstdCompressor(**options).compress(data)
 
 
+def one_piece(method: int, frames: list[bytes], exceptions: int = 0, gap_bytes: int = 0) -> list[bytes]:
+    """The buffers of a key frame of one piece, by hand."""
+    numbers = [*map(len, frames), exceptions, gap_bytes]
+    table = bytes([method]) + b"".join(n.to_bytes(4, "little") for n in numbers)
+    return [table, BUFFERS[CHANNELS], b"".join(frames), BUFFERS[OUTLIERS]]
+
+
 def outliers(gaps: list[int]) -> bytes:
     planes = np.array(gaps, dtype="<u4").view(np.uint8).reshape(-1, 4).T.tobytes()
     return squeezed(planes + bytes(4 * len(gaps)))
@@ -87,14 +94,52 @@ def test_a_buffer_that_is_short_long_empty_missing_or_another(place):
     assert_refused(CODED.header, [*BUFFERS, b""])
 
 
-def test_a_packing_that_does_not_exist():
-    assert_refused(CODED.header, replaced(TABLE, b"\x09" + BUFFERS[TABLE][1:]))
+def test_pieces_of_our_making_are_read_else():
+    symbols = squeezed(bytes([121]) * -(-TENSOR.numel() // 5))
+    exceptions = [squeezed(b"\x07\xff\x03"), squeezed(b"\x00\x05")]
+    buffers = one_piece(1, [symbols, *exceptions, b""], exceptions=2, gap_bytes=3)
+    back = CODEC.decoder(SETTINGS).decode(Encoded(CODED.header, buffers))
+    assert (back.shape, back.dtype) == (TENSOR.shape, TENSOR.dtype)
+
+
+@pytest.mark.parametrize("method", [6, 9, 0x7F, 0x86, 0xFF])
+def test_a_packing_that_does_not_exist(method):
+    assert_refused(CODED.header, replaced(TABLE, bytes([method]) + BUFFERS[TABLE][1:]))
+
+
+def test_a_key_frame_that_holds_changes():
+    assert_refused(CODED.header, replaced(TABLE, bytes([BUFFERS[TABLE][0] | 0x80]) + BUFFERS[TABLE][1:]))
 
 
 def test_a_packed_byte_that_stands_for_no_symbols():
-    frame = squeezed(b"\xff" * -(-TENSOR.numel() // 5))
-    table = b"\x00" + len(frame).to_bytes(4, "little")
-    assert_refused(CODED.header, [table, BUFFERS[CHANNELS], frame, BUFFERS[OUTLIERS]])
+    assert_refused(CODED.header, one_piece(1, [squeezed(b"\xff" * -(-TENSOR.numel() // 5)), b"", b"", b""]))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "low", "high"),
+    [
+        (b"\x01\x02", b"\x00", b""),
+        (b"\x01", b"\x00\x00", b""),
+        (b"\x01\xff", b"\x00\x00", b""),
+        (b"\xff" * (TENSOR.numel() // 255) + b"\xfe", b"\x00", b""),
+        (b"\x01", b"\xff", b"\xff"),
+        (b"\x01\x02", b"\x00\x00", b"\x00"),
+    ],
+)
+def test_exceptions_that_do_not_add_up(gaps, low, high):
+    frames = [b"", *(squeezed(data) if data else b"" for data in (gaps, low, high))]
+    assert_refused(CODED.header, one_piece(0, frames, exceptions=len(low), gap_bytes=len(gaps)))
+
+
+def test_more_exceptions_than_symbols_allocate_nothing():
+    bomb = squeezed(bytes(1 << 28))
+    tracemalloc.start()
+    try:
+        assert_refused(CODED.header, one_piece(0, [b"", bomb, bomb, bomb], exceptions=1 << 28, gap_bytes=1 << 28))
+        assert_refused(CODED.header, one_piece(5, [bomb, b"", b"", b""]))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_means_that_are_not_finite():
@@ -115,8 +160,7 @@ def test_outliers_of_our_making_are_read_else():
 def test_a_frame_that_hides_its_size_or_announces_another():
     symbols = TENSOR.numel()
     for frame in (squeezed(bytes(symbols), write_content_size=False), squeezed(bytes(1 << 26)), squeezed(b"")):
-        table = b"\x03" + len(frame).to_bytes(4, "little")
-        assert_refused(CODED.header, [table, BUFFERS[CHANNELS], frame, BUFFERS[OUTLIERS]])
+        assert_refused(CODED.header, one_piece(4, [frame, b"", b"", b""]))
 
 
 def test_a_small_payload_that_announces_a_large_tensor_allocates_nothing():

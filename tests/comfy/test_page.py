@@ -30,6 +30,7 @@ _FLAGS = (
     "--disable-sync",
 )
 _PATIENCE = 120_000
+_CANVAS = {"x": 62, "y": 130, "width": 1100, "height": 560}
 _WIDGETS = "window.app.graph.nodes.find(n => n.type === 'MeshSplit').widgets"
 _COMBO = f"{_WIDGETS}.find(w => w.name === 'worker')"
 
@@ -76,15 +77,18 @@ def _open(page: Page, server: Server) -> None:
 def _load(page: Page, workflow: Any) -> None:
     page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)
     page.wait_for_timeout(700)
-    page.evaluate("window.app.canvas.fitViewToSelectionAnimated?.()")
+    page.evaluate(
+        """() => {
+          const { ds } = window.app.canvas, [x, y] = window.app.graph.nodes.find(n => n.type === "MeshSplit").pos;
+          ds.scale = 1;
+          ds.offset = [330 - x, 170 - y];
+          window.app.canvas.setDirty(true, true);
+        }"""
+    )
 
 
 def _workflow(name: str) -> Any:
     return json.loads((ROOT / "examples" / f"{name}.json").read_text("utf-8"))
-
-
-def _close_banner(page: Page) -> None:
-    page.evaluate("document.querySelectorAll('.p-toast, [class*=banner]').forEach(e => e.remove())")
 
 
 @pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
@@ -142,8 +146,7 @@ def test_a_picture_with_the_node_live(page: Page, server: Server, worker: Proces
     assert "connected" in text and "shelf" in text and "crossed" in text and "raw" in text
     page.wait_for_function("Object.values(window.app.nodeOutputs ?? {}).some(output => output.images?.length)")
     page.wait_for_timeout(1500)
-    _close_banner(page)
-    page.screenshot(path=shots / "comfyui-node.png")
+    page.screenshot(path=shots / "comfyui-node.png", clip=_CANVAS)
     pictures = list((server.base / "output").glob("mesh_*.png"))
     assert pictures and pictures[0].stat().st_size > 2000
 
@@ -156,8 +159,7 @@ def test_the_panel_in_vue_nodes(page: Page, server: Server, shots: Path) -> None
     panel.wait_for(state="visible")
     assert "crossed" in panel.inner_text()  # the page caught up with the run before it was opened
     page.wait_for_timeout(1000)
-    _close_banner(page)
-    page.screenshot(path=shots / "comfyui-node-vue.png")
+    page.screenshot(path=shots / "comfyui-node-vue.png", clip=_CANVAS)
     _set(server, vue=False)
 
 

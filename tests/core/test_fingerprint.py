@@ -130,13 +130,13 @@ def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
     assert of(file) != before
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"state": 1}', '{"fingerprint": "short"}', "null"])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"state": 1}', '{"value": "short"}', "null"])
 def test_a_damaged_note_is_ignored(folder: Path, content: str) -> None:
     expected = of(folder)
     (note,) = (cache_dir() / "fingerprints").iterdir()
     note.write_text(content)
     assert of(folder) == expected
-    assert json.loads(note.read_text())["fingerprint"] == expected, "it is written anew"
+    assert json.loads(note.read_text())["value"] == expected, "it is written anew"
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -111,7 +111,12 @@ class LoneHost(FaultyProcess):
 
     def __init__(self, model: Path, address: str, inputs: dict[str, Any], settings: Settings) -> None:
         self.results, theirs = _context().Pipe()
-        self.start(_generate, model, address, inputs, settings, os.environ["MESH_HOME"], theirs)
+        self._ready = _context().Event()
+        self.start(_generate, model, address, inputs, settings, os.environ["MESH_HOME"], self._ready, theirs)
+
+    def wait_for_step(self) -> None:
+        """Return once it has opened its session and sends its first step."""
+        assert self._ready.wait(60), "the host did not begin"
 
 
 @contextmanager
@@ -156,10 +161,13 @@ def _serve(folder: Path, name: str, settings: Settings, memory: int, port: int, 
     worker.serve()
 
 
-def _generate(model: Path, address: str, inputs: dict[str, Any], settings: Settings, home: str, results: Any) -> None:
+def _generate(
+    model: Path, address: str, inputs: dict[str, Any], settings: Settings, home: str, ready: Any, results: Any
+) -> None:
     _prepare(home)
     logging.disable(logging.ERROR)
     with split(model, ":0", [address], Plugins.load(), settings=settings) as runner:
+        ready.set()
         while True:
             output = runner(inputs)
             results.send((runner.stats.steps[-1].resent, output))

@@ -26,6 +26,7 @@ from tests.support.workers import wait_until
 
 def test_a_host_that_dies_in_a_step(quick: Case, endless: dict[str, Any], steady: FastWorker, plugins: Plugins) -> None:
     host = LoneHost(quick.path, steady.address, endless, IMPATIENT)
+    host.wait_for_step()
     steady.wait_for_work(0.5)
     host.kill()
     wait_until(steady.idle, 10, "freeing the worker")
@@ -35,10 +36,11 @@ def test_a_host_that_dies_in_a_step(quick: Case, endless: dict[str, Any], steady
 
 def test_a_host_that_slept_in_a_step_sends_it_again(case: Callable[..., Case]) -> None:
     """The worker stops the step of a host that fell silent; the host, awake again, does not fail for that."""
-    long = case(height=48, width=40, batch=3)
+    long = case(height=48, width=40, batch=4)
     with workers(long.path.parent, 1, replace(IMPATIENT, worker=Worker(orphaned_after=0.6))) as (worker,):
         host = LoneHost(long.path, worker.address, long.inputs, IMPATIENT)
-        worker.wait_for_work(0.1)
+        host.wait_for_step()
+        worker.wait_for_work(0.3)
         host.pause()
         wait_until(worker.idle, 10, "freeing the worker")
         host.resume()
@@ -99,7 +101,7 @@ def test_what_dead_hosts_held_makes_room_for_others(tmp_path: Path, plugins: Plu
     host = tiny.inputs(guidance=False)
     with workers(folder, 1, settings, memory=one_model * 3 // 2) as (worker,):
         dead = LoneHost(first, worker.address, host, IMPATIENT)
-        worker.wait_for_work()
+        dead.wait_for_step()
         with pytest.raises(PlanDoesNotFit, match="other sessions"), split(second, ":0", [worker.address], plugins):
             pass
         dead.kill()

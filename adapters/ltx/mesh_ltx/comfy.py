@@ -49,8 +49,10 @@ class LtxComfy(ComfySide):
 
     def header(self, model: nn.Module) -> CheckpointHeader:
         """With the dimensions that a file states in its metadata and no tensor shows."""
-        config = json.dumps({"transformer": _config(model)})
-        return replace(super().header(model), metadata={"config": config})
+        header = super().header(model)
+        if not hasattr(model, "audio_inner_dim"):
+            return header
+        return replace(header, metadata={"config": json.dumps({"transformer": _config(model)})})
 
     def block_key(self, spec: ModelSpec, block: int) -> tuple[str, int]:
         return "double_block", block

@@ -106,7 +106,7 @@ def link(
 
 @bench.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
-@click.option("--prompts", type=click.IntRange(1, 28), default=6, show_default=True, help="How many.")
+@click.option("--prompts", type=click.IntRange(1, 28), default=4, show_default=True, help="How many.")
 @click.option("--steps", "all_steps", multiple=True, type=int, default=(4, 8, 28), show_default=True, help="Repeat.")
 @click.option("--cut", type=int, default=None, help="Block before which the state crosses; left out: the middle.")
 @click.option("--text-tokens", type=int, default=64, show_default=True, help="That a prompt is padded to.")
@@ -140,7 +140,7 @@ def codec(
     from mesh_core.bench.report import save
     from mesh_core.plugins import installed_plugins
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     pictures = Pictures(model, installed_plugins(), prompts, cut, text_tokens, size)
     results: list[Quality] = []
     for row in ROWS:
@@ -152,8 +152,9 @@ def codec(
                 results.append(found)
         except ImportError as error:
             click.echo(f"{row.label} is left out: {error}", err=True)
-    text = "\n".join([table(results), "", *verdicts(results)])
     setup = {"model": model.as_posix(), "prompts": prompts, "cut": cut, "text tokens": text_tokens, "size": size}
+    listed = ", ".join(f"{name} {value}" for name, value in setup.items() if value is not None)
+    text = "\n".join([listed, "", table(results), "", *verdicts(results)])
     data = plain(results, setup)
     click.echo(json.dumps(data, indent=2) if as_json else text)
     if folder is not None:

@@ -36,7 +36,8 @@ def link(path: Path) -> None:
         raise ConfigError(f"{path} is no ComfyUI: it has no custom_nodes.", hint="the folder that holds main.py")
     if find_spec("comfy_integration") is None:
         raise ConfigError(
-            "The nodes are not part of this installation.", hint="pip install --force-reinstall comfyui-mesh"
+            "The nodes are not part of this installation; it is linked to a checkout.",
+            hint="a link to the checkout in custom_nodes, or pip install comfyui-mesh",
         )
     target = nodes / FOLDER / "__init__.py"
     if (nodes / FOLDER / "pyproject.toml").exists():

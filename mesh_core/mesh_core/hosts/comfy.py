@@ -7,6 +7,7 @@ Imports nothing of ComfyUI: an adapter's ``comfy.py`` and the node pack do. The 
 from __future__ import annotations
 
 import inspect
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,11 @@ from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecUnsupported
 from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, State
 from mesh_core.checkpoint import CheckpointHeader, TensorInfo
-from mesh_core.errors import PluginNotFound
+from mesh_core.errors import CheckpointUnrecognised, PluginNotFound
+from mesh_core.library import Checkpoint, recognise
+from mesh_core.plugins import Plugins
+
+log = logging.getLogger(__name__)
 
 HOST = "comfy"
 """The key of ComfyUI in `ModelAdapter.hosts`."""
@@ -86,7 +91,10 @@ class ComfySide(ABC):
         self.adapter = adapter
 
     def header(self, model: nn.Module) -> CheckpointHeader:
-        """Names, shapes and types of ``model``'s tensors, as the adapter recognises them in a file."""
+        """Names, shapes and types of ``model``'s tensors, as the adapter recognises them in a file.
+
+        A family whose files state in their metadata what no tensor shows adds it. Called with any family's models.
+        """
         return header_of(model)
 
     @abstractmethod
@@ -127,6 +135,41 @@ def header_of(model: nn.Module) -> CheckpointHeader:
             dtype = str(tensor.dtype).removeprefix("torch.")
         tensors[name] = TensorInfo(name, dtype, tuple(tensor.shape), MEMORY, 0, tensor.nbytes)
     return CheckpointHeader(MEMORY, tensors)
+
+
+def recognise_module(model: nn.Module, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
+    """The checkpoint that ComfyUI's ``diffusion_model`` is, and its family's side of ComfyUI.
+
+    Raises:
+        CheckpointUnrecognised: no adapter knows it, or its weights are in a form that none computes with.
+        PluginNotFound: the adapter does not know ComfyUI.
+    """
+    try:
+        checkpoint = recognise(header_of(model), plugins)
+    except CheckpointUnrecognised:
+        # Names and shapes alone do not say it; a family may know more of its own models.
+        for adapter in plugins.adapters().values():
+            found = _recognised_by(adapter, model)
+            if found is not None:
+                return found
+        raise
+    return checkpoint, side_of(checkpoint.adapter)
+
+
+def _recognised_by(adapter: ModelAdapter, model: nn.Module) -> tuple[Checkpoint, ComfySide] | None:
+    if HOST not in adapter.hosts:
+        return None
+    try:
+        side = side_of(adapter)
+        header = side.header(model)
+        spec = adapter.recognise(header)
+    except ImportError as error:
+        log.debug("%s is not asked, its side does not load in this ComfyUI: %s", adapter.family, error)
+        return None
+    except CheckpointUnrecognised as error:
+        log.debug("%s: %s", adapter.family, error)
+        return None
+    return None if spec is None else (Checkpoint(header, spec, adapter), side)
 
 
 def side_of(adapter: ModelAdapter) -> ComfySide:

@@ -1,0 +1,104 @@
+"""The node pack outside of a run: what it asks for, what it ships, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mesh_core.hosts.comfy import Expected
+from tests.comfy.install import ComfyUI
+from tests.comfy.server import ROOT, Server
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def _needed(file: Path) -> set[str]:
+    lines = tomllib.loads(file.read_text("utf-8"))["project"]["dependencies"]
+    return {line for line in lines if not line.startswith(("comfyui-mesh", "torch", "numpy"))}
+
+
+def test_requirements_are_what_the_packages_need() -> None:
+    """ComfyUI-Manager installs requirements.txt, then the packages of this repository without what they need."""
+    folders = (ROOT, ROOT / "codec", ROOT / "adapters" / "flux2", ROOT / "adapters" / "klein")
+    listed = {line for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines() if not line.startswith("#")}
+    assert listed == set().union(*(_needed(folder / "pyproject.toml") for folder in folders))
+
+
+def test_the_package_carries_the_nodes_and_their_page(tmp_path: Path) -> None:
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*wheel, str(ROOT)], check=True, capture_output=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {"comfy_integration/__init__.py", "comfy_integration/web/mesh.js", "mesh_core/__init__.py"} <= set(names)
+    assert {f"comfy_integration/web/docs/{n}.md" for n in ("MeshSplit", "MeshWorkers", "MeshRemoteLora")} <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "install", "__init__"))]
+
+
+def test_link(tmp_path: Path) -> None:
+    def link(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mesh_core.cli", "comfy", "link", str(path)]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    shutil.copytree(ROOT / "comfy_integration", tmp_path / "installed" / "comfy_integration")
+    (tmp_path / "portable" / "ComfyUI" / "custom_nodes").mkdir(parents=True)
+    done = link(tmp_path / "portable")
+    assert done.returncode == 0, done.stderr
+    linked = tmp_path / "portable" / "ComfyUI" / "custom_nodes" / "comfyui-mesh" / "__init__.py"
+    assert "comfy_integration" in linked.read_text("utf-8")
+    assert "has no custom_nodes" in link(tmp_path).stderr
+
+
+def test_what_is_missing_becomes_a_message_in_the_nodes() -> None:
+    """Outside of ComfyUI there is no V3 schema, as in a ComfyUI that is too old."""
+    code = (
+        "import comfy_integration as pack; node = pack.NODE_CLASS_MAPPINGS['MeshSplit'];"
+        "print(node.VALIDATE_INPUTS()); print(node.RETURN_TYPES, sorted(pack.NODE_CLASS_MAPPINGS))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "too old for ComfyUI-Mesh. Try: update ComfyUI" in done.stdout and "MeshRemoteLora" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"),
+    [
+        (Expected("json", "loads", ("s",)), None),
+        (Expected("json", "loads", ("s", "speed")), "json.loads has no parameter speed"),
+        (Expected("json", "JSONDecoder.vanished"), "json.JSONDecoder.vanished is missing"),
+        (Expected("comfy_of_another_age", "x"), "comfy_of_another_age.x is missing"),
+    ],
+)
+def test_a_changed_extension_point_is_named(expected: Expected, said: str | None) -> None:
+    problem = expected.problem()
+    assert problem is None if said is None else said in (problem or "")
+
+
+def test_every_input_has_a_tooltip_and_every_node_a_page(server: Server) -> None:
+    pages = ROOT / "comfy_integration" / "web" / "docs"
+    nodes = {name: info for name, info in server.get("/object_info").items() if info["category"] == "mesh"}
+    assert sorted(nodes) == ["MeshLoadDiffusionModel", "MeshRemoteLora", "MeshSplit", "MeshWorkers"]
+    for name, info in nodes.items():
+        assert (pages / f"{name}.md").is_file()
+        for inputs in info["input"].values():
+            for key, value in inputs.items():
+                if key != "unique_id":
+                    assert value[1].get("tooltip"), f"{name}.{key}"
+
+
+def test_start_up_waits_for_nothing_slow(comfy: ComfyUI, server: Server) -> None:
+    """What ComfyUI imports when it starts; sessions, sockets and adapters are imported when a node or the page asks."""
+    code = (
+        "import sys, torch; from comfy_integration import guard, hub, routes, status, workers;"
+        "print([m for m in ('zmq', 'diffusers', 'mesh_core.session', 'mesh_flux2') if m in sys.modules])"
+    )
+    done = subprocess.run([str(comfy.python), "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+    assert server.get("/mesh/status")["message"] == ""
