@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mesh_core import wire
+from mesh_core.errors import PlanDoesNotFit
 from mesh_core.library import Checkpoint
 from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import read_lora
+from mesh_core.plan import span_bytes
 from mesh_core.plugins import Plugins
 from tests.adapters import tiny
 from tests.support import loras
@@ -149,6 +151,28 @@ def test_sessions_with_other_loras_share_what_is_not_patched(rig: Rig) -> None:
             assert torch.equal(plain(rig.inputs), expected)
             other.set_loras([])
             assert torch.equal(other(rig.inputs), expected)
+
+
+def test_two_sessions_with_the_same_loras_part_when_one_changes(rig: Rig) -> None:
+    first, second = [Applied(rig.ink, 0.5)], [Applied(rig.ink, -0.5)]
+    with split(rig.path, ":0", rig.workers[:1], rig.plugins) as one:
+        one.set_loras(first)
+        with split(rig.path, ":0", rig.workers[:1], rig.plugins) as other:
+            other.set_loras(first)
+            other.set_loras(second)
+            assert torch.equal(other(rig.inputs), rig.whole(*second))
+            assert torch.equal(one(rig.inputs), rig.whole(*first))
+
+
+def test_loras_that_do_not_fit_are_refused_and_the_session_goes_on(rig: Rig) -> None:
+    spec = rig.checkpoint.spec
+    size = span_bytes(spec, spec.span(":"), 4)
+    with thread_workers(rig.path, 1, plugins=rig.plugins, memory=size + 1000) as workers:
+        with split(rig.path, ":0", workers, rig.plugins) as run:
+            with pytest.raises(PlanDoesNotFit, match=r"need .* GB"):
+                run.set_loras([Applied(rig.ink)])
+            assert torch.equal(run(rig.inputs), rig.whole())
+            assert workers[0].worker.stages.nbytes == size
 
 
 def test_a_worker_that_restarts_has_the_same_loras_again(rig: Rig) -> None:

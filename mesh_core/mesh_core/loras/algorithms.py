@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,5 +249,3 @@ ALGORITHMS: Mapping[str, Algorithm] = {
     "set": Algorithm(("value",), (), _same("value"), _set),
 }
 """Every algorithm by name."""
-
-Roles = dict[str, Any]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_core import fingerprint
-from mesh_core.checkpoint import MAX_DEPTH, Progress, read_header
+from mesh_core.checkpoint import MAX_DEPTH, read_header
 from mesh_core.config import Settings, atomic_write, data_dir
 from mesh_core.errors import CheckpointError, ConfigError, LoraError, LoraMissing, LoraTooLarge
 from mesh_core.library import Checkpoint
@@ -48,14 +48,7 @@ class Shelf:
 
     # Finding
 
-    def find(
-        self,
-        id_: str,
-        outline: str,
-        checkpoint: Checkpoint,
-        parameters: Collection[str],
-        progress: Progress | None = None,
-    ) -> Lora | None:
+    def find(self, id_: str, outline: str, checkpoint: Checkpoint, parameters: Collection[str]) -> Lora | None:
         """The LoRA that does exactly this to ``parameters``, from any file that contains it; None if none does."""
         direct = self.path_of(id_)
         for path in [*([direct] if direct.is_file() else []), *self._files()]:
@@ -63,7 +56,7 @@ class Shelf:
             if lora is None:
                 continue
             part = lora.restricted(parameters)
-            if part and part.outline == outline and _id(part, progress) == id_:
+            if part and part.outline == outline and part.id == id_:
                 if path.parent == self.folder:
                     with suppress(OSError):  # it counts as used; without a note it only goes earlier
                         os.utime(path.with_suffix(".json"))
@@ -85,7 +78,7 @@ class Shelf:
         if not found and len(name) >= 8 and set(name) <= set("0123456789abcdef"):
             for path in self._files():
                 lora = self._parse(path, checkpoint)
-                if lora is not None and _id(lora, None).startswith(name):
+                if lora is not None and lora.id.startswith(name):
                     found.append((self._label(path), path))
         if len(found) != 1:
             raise _no_such(name, [label for label, _ in found], [self._label(p) for p in self._files()])
@@ -319,10 +312,6 @@ def _frequent_tags(text: str, most: int = 5) -> str:
     except (ValueError, AttributeError, TypeError, RecursionError):
         return ""
     return ", ".join(sorted(counts, key=lambda t: -counts[t])[:most])
-
-
-def _id(lora: Lora, progress: Progress | None) -> str:
-    return lora.id
 
 
 def _no_such(name: str, several: list[str], known: list[str]) -> LoraMissing:
