@@ -109,7 +109,8 @@ def link(
 
 
 @bench.command()
-@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.argument("model", type=click.Path(path_type=Path, exists=True), required=False)
+@click.option("--device", default=None, help="Time the codec engines of this GPU instead, for example cuda; no MODEL.")
 @click.option("--prompts", type=click.IntRange(1, 28), default=4, show_default=True, help="How many.")
 @click.option("--steps", "all_steps", multiple=True, type=int, default=(4, 8, 28), show_default=True, help="Repeat.")
 @click.option("--cut", type=int, default=None, help="Block before which the state crosses; left out: the middle.")
@@ -121,7 +122,8 @@ def link(
 )
 @click.option("--label", default="", help="What the saved results call this machine; left out: cores and processor.")
 def codec(
-    model: Path,
+    model: Path | None,
+    device: str | None,
     prompts: int,
     all_steps: tuple[int, ...],
     cut: int | None,
@@ -136,6 +138,11 @@ def codec(
 
     Everything runs in this process: the model's two halves with the codec between them. Takes a few minutes.
     """
+    if device is not None:
+        _engines(device, as_json, folder, label)
+        return
+    if model is None:
+        raise click.UsageError("Name a pipeline's folder, for example examples/tiny-klein/model, or a --device.")
     import torch
 
     from mesh_core.bench.codec_pictures import Pictures, Quality
@@ -166,4 +173,23 @@ def codec(
         picture = saved[0].with_suffix(".png")
         plot(results, picture)
         for path in (*saved, picture):
+            click.echo(f"saved {path}", err=True)
+
+
+def _engines(device: str, as_json: bool, folder: Path | None, label: str) -> None:
+    from dataclasses import asdict
+
+    from mesh_core.bench.codec_device import run, table
+    from mesh_core.bench.report import save
+    from mesh_core.device import checked_device
+    from mesh_core.device import label as name_of
+
+    target, rows = checked_device(device), []
+    for row in run(target):
+        click.echo(f"{list(row.shape)} {row.codec} ...", err=True)
+        rows.append(row)
+    text, data = table(rows), {"rows": [asdict(row) for row in rows]}
+    click.echo(json.dumps(data, indent=2) if as_json else text)
+    if folder is not None:
+        for path in save(folder, "codec-device", label or name_of(target), data, text):
             click.echo(f"saved {path}", err=True)
