@@ -190,7 +190,8 @@ def split_row(
 
     bounds = [*cuts, checkpoint.spec.blocks]
     chosen = [(w, f"{a}:{b}") for w, a, b in zip(workers, bounds, bounds[1:], strict=False)]
-    options = SessionOptions(torch.bfloat16, device, quality)
+    codec = "raw" if quality == "lossless" else "entropy"
+    options = SessionOptions(torch.bfloat16, device, quality, codec=codec)
     plugins = installed_plugins()
     placement = place(checkpoint, f":{cuts[0]}", chosen, plugins, options, None)
     began = perf_counter()

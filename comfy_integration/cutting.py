@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.model_management
 import torch
 
-import comfy.model_management
 from mesh_codec.base import Quality
 from mesh_codec.errors import CodecError
 from mesh_core.config import Settings

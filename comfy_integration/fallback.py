@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
+
 from mesh_core.errors import MeshError, PlanDoesNotFit
 
 from .shadow import shadow

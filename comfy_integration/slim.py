@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
+import torch
 from comfy import model_detection
 from comfy.patcher_extension import WrappersMP
+
 from mesh_codec.dtypes import from_safetensors
 from mesh_core.checkpoint import CheckpointHeader, read_header
 from mesh_core.errors import CheckpointUnrecognised, PlanError

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
-import torch
-
 import comfy.model_management
+import torch
 from comfy.patcher_extension import WrappersMP
+
 from mesh_core.adapter import Conditioning, ModelSpec, State
 from mesh_core.device import synchronise
 from mesh_core.errors import MeshError, PeerLost, TransportTimeout, Unreachable

@@ -6,6 +6,7 @@ Decides on what `mesh_core.crossing` says and keeps nothing of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mesh_core.hookspecs import hookimpl
@@ -44,9 +45,11 @@ class DefaultCodecChoice:
         if role == "exact":
             return CodecChoice(_PLAIN, {}, "exact") if any(c.name == _PLAIN for c in codecs) else None
         wanted: Quality = quality if role == "hidden" else "lossless"
-        costs = list(_costs(wanted, codecs, peer, crossing))
+        able = list(_able(wanted, codecs, peer))
+        costs = list(_costs(wanted, able, crossing))
         if not costs:
-            return None
+            # Nothing is known of the one codec that the user allows, or of all that there are.
+            return CodecChoice(able[0][0].name, able[0][1], f"{able[0][0].name}, not measured yet") if able else None
         codec, settings, cost = min(costs, key=lambda c: _rank(c[0], c[2]))
         present = _present(costs, crossing)
         if present is not None and not _worth_changing(cost, present[2]):
@@ -58,17 +61,19 @@ class DefaultCodecChoice:
 _Candidate = tuple[str, dict[str, Any], "Cost"]
 
 
-def _costs(quality: Quality, codecs: Sequence[Codec], peer: dict[str, Any], crossing: Crossing) -> Iterator[_Candidate]:
-    """The codecs that meet the quality, and what they cost."""
+def _able(quality: Quality, codecs: Sequence[Codec], peer: dict[str, Any]) -> Iterator[tuple[Codec, dict[str, Any]]]:
+    """The codecs that both ends have and that meet the quality, with their settings."""
     from mesh_codec.errors import CodecError
 
     for codec in codecs:
-        if codec.name not in peer:
-            continue
-        try:
-            settings = codec.settings(quality, peer[codec.name])
-        except CodecError:
-            continue
+        if codec.name in peer:
+            with suppress(CodecError):
+                yield codec, codec.settings(quality, peer[codec.name])
+
+
+def _costs(quality: Quality, able: Sequence[tuple[Codec, dict[str, Any]]], crossing: Crossing) -> Iterator[_Candidate]:
+    """What they cost, as far as it is known."""
+    for codec, settings in able:
         cost = crossing.cost(codec, settings)
         if cost is not None and (cost.exact or quality != "lossless"):
             yield codec.name, settings, cost

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -15,11 +17,13 @@ from threading import Lock
 from time import perf_counter, time
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from mesh_codec.base import Codec, Quality
 from mesh_codec.errors import CodecError
+from mesh_codec.raw import RawCodec
 from mesh_core import __version__
 from mesh_core.config import atomic_write, cache_dir
 from mesh_core.device import label, synchronise
@@ -43,14 +47,15 @@ _TRIES, _TRIES_WITHIN = 8, 0.2
 """How often a sample is coded, and the seconds after which it is not coded again. The best try counts: whatever else
 the machine does at the moment only makes it slower."""
 
-_KEPT = 86400
-"""Seconds after which a measurement is made again: it may have met a busy machine."""
+_KEPT, _KEPT_IF_BUSY = 30 * 86400, 600
+"""Seconds after which a measurement is made again; sooner if the machine had more to do than processors."""
 
 _MOST_FIXED, _RATES = 10.0, (1e4, 1e13)
 """Seconds per call and bytes per second that a machine may claim; anything beyond is taken for the nearest."""
 
 _REPRESENTATIVE: tuple[Quality, ...] = ("balanced", "lossless")
-"""The qualities at which a machine tells others its speeds."""
+_DTYPE = torch.bfloat16
+"""Qualities and element type at which a machine tells others its speeds."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,10 @@ class CodecSpeed:
     exact: bool = False
 
 
+COPYING = CodecSpeed(Speed(0.0, 5e9), Speed(0.0, 5e9), exact=True)
+"""Of the raw codec, which does nothing else: not worth a measurement."""
+
+
 class SpeedBook:
     """The speeds of this machine's codecs on one device. Any thread may use it.
 
@@ -90,33 +99,70 @@ class SpeedBook:
         self._device = device
         self._folder = folder or cache_dir() / "codec-speed"
         self._known: dict[str, CodecSpeed | None] = {}
-        self._told: dict[tuple[str, str], CodecSpeed] = {}
-        self._measuring, self._telling = Lock(), Lock()
+        self._alike: dict[tuple[str, str], CodecSpeed] = {}
+        self._pending: set[str] = set()
+        self._lock = Lock()
+        self._closed = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="codec-speed")
+
+    def look(self, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> CodecSpeed | None:
+        """The speed of ``codec`` as far as it is known, at once; what is not known is measured meanwhile.
+
+        None if nothing is known yet, or it cannot code at all here. Until these very settings are measured, others of
+        the same engine stand for them.
+        """
+        if type(codec) is RawCodec:
+            return COPYING
+        key, kind = _key(codec, settings, dtype, self._device), _kind(codec, settings, dtype)
+        with self._lock:
+            if key in self._known:
+                return self._known[key]
+            if not self._closed and key not in self._pending and not self._recall(key, kind):
+                self._pending.add(key)
+                for others in _representative(codec):
+                    self._recall(_key(codec, others, _DTYPE, self._device), _kind(codec, others, _DTYPE))
+                self._pool.submit(self.find, codec, dict(settings), dtype)
+            return self._known.get(key) or self._alike.get(kind)
 
     def find(self, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> CodecSpeed | None:
-        """The speed of ``codec``, measured if it is not known yet; None if it cannot code at all here."""
-        key = _key(codec, settings, dtype, self._device)
-        with self._measuring:
-            if key not in self._known:
-                self._known[key] = self._read(key) or self._measure(key, codec, settings, dtype)
-            return self._known[key]
+        """The speed of ``codec``, measured now if it is not known; None if it cannot code at all here."""
+        key, kind = _key(codec, settings, dtype, self._device), _kind(codec, settings, dtype)
+        with self._lock:
+            if key in self._known or self._recall(key, kind):
+                return self._known[key]
+        found = self._measured(key, codec, settings, dtype)
+        with self._lock:
+            self._learn(key, kind, found)
+            self._pending.discard(key)
+        return found
 
-    def survey(self, codecs: Iterable[Codec], dtype: torch.dtype = torch.bfloat16) -> None:
+    def survey(self, codecs: Iterable[Codec]) -> None:
         """Measure what this machine tells others, as far as it is not known."""
         for codec in codecs:
-            for quality in _REPRESENTATIVE:
-                try:
-                    settings = codec.settings(quality, codec.capabilities())
-                except CodecError:
-                    continue
-                found = self.find(codec, settings, dtype)
-                if found is not None:
-                    with self._telling:
-                        self._told.setdefault((codec.name, codec.estimate(settings, dtype).engine), found)
+            for settings in _representative(codec):
+                self.find(codec, settings, _DTYPE)
+
+    def close(self) -> None:
+        """Measure nothing more. May be called twice."""
+        with self._lock:
+            self._closed = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _recall(self, key: str, kind: tuple[str, str]) -> bool:
+        """Whether a note of an earlier process told; call with the lock held."""
+        noted = self._read(key)
+        if noted is not None:
+            self._learn(key, kind, noted)
+        return noted is not None
+
+    def _learn(self, key: str, kind: tuple[str, str], found: CodecSpeed | None) -> None:
+        self._known[key] = found
+        if found is not None:
+            self._alike.setdefault(kind, found)
 
     def plain(self) -> list[dict[str, Any]]:
-        """What `survey` has found so far, as `read_speeds` reads it. Does not wait for a measurement."""
-        with self._telling:
+        """What is known so far, as `read_speeds` reads it."""
+        with self._lock:
             return [
                 {
                     "codec": codec,
@@ -124,10 +170,10 @@ class SpeedBook:
                     "encode": [speed.encode.fixed, speed.encode.rate],
                     "decode": [speed.decode.fixed, speed.decode.rate],
                 }
-                for (codec, engine), speed in self._told.items()
+                for (codec, engine), speed in self._alike.items()
             ]
 
-    def _measure(self, key: str, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> CodecSpeed | None:
+    def _measured(self, key: str, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> CodecSpeed | None:
         try:
             found = time_codec(codec, settings, dtype, self._device)
         except Exception as error:
@@ -135,7 +181,8 @@ class SpeedBook:
             log.warning("codec %r cannot be used on %s: %s", codec.name, self._device, error)
             return None
         try:
-            kept = {"at": time(), **asdict(found)}
+            busy = psutil.getloadavg()[0] > (psutil.cpu_count() or 1)
+            kept = {"at": time(), "busy": busy, **asdict(found)}
             atomic_write(self._folder / f"{key}.json", json.dumps(kept).encode())
         except ConfigError as error:
             log.debug("the speed of codec %r is not remembered: %s", codec.name, error)
@@ -144,7 +191,7 @@ class SpeedBook:
     def _read(self, key: str) -> CodecSpeed | None:
         try:
             kept = json.loads((self._folder / f"{key}.json").read_text("utf-8"))
-            if not 0 <= time() - kept["at"] < _KEPT:
+            if not 0 <= time() - kept["at"] < (_KEPT_IF_BUSY if kept["busy"] else _KEPT):
                 return None
             encode, decode = (read_speed([kept[way]["fixed"], kept[way]["rate"]]) for way in ("encode", "decode"))
             bits = float(kept["bits"])
@@ -244,6 +291,19 @@ def _fit(sizes: list[int], seconds: list[float]) -> Speed:
     rate = (sizes[1] - sizes[0]) / max(seconds[1] - seconds[0], seconds[1] / 4, 1e-9)
     rate = min(max(rate, lowest), highest)
     return Speed(min(max(seconds[0] - sizes[0] / rate, 0.0), _MOST_FIXED), rate)
+
+
+def _representative(codec: Codec) -> Iterator[dict[str, Any]]:
+    """Settings that stand for all others of the codec."""
+    if type(codec) is not RawCodec:
+        for quality in _REPRESENTATIVE:
+            with suppress(CodecError):
+                yield codec.settings(quality, codec.capabilities())
+
+
+def _kind(codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, str]:
+    """Codec and engine: what settings have in common that run at about the same speed."""
+    return codec.name, codec.estimate(settings, dtype).engine
 
 
 def _key(codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> str:

@@ -87,9 +87,9 @@ class Crossing:
     current: CodecChoice | None = None
 
     def cost(self, codec: Codec, settings: Mapping[str, Any]) -> Cost | None:
-        """What the tensors would cost with ``codec``; None if it cannot be used on this machine, which then cannot
-        tell of others either."""
-        mine = self.here.find(codec, settings, self.dtype)
+        """What the tensors would cost with ``codec``; None while nothing is known of it, or if it cannot be used on
+        this machine, which then cannot tell of others either."""
+        mine = self.here.look(codec, settings, self.dtype)
         if mine is None:
             return None
         estimate = codec.estimate(settings, self.dtype)

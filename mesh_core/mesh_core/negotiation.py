@@ -30,7 +30,7 @@ _ASSUMED: Mapping[Role, int] = {
     "prediction": 4096 * 128,
     "exact": 4096,
 }
-"""Elements of a picture of 1024x1024 in Klein's geometry: what is expected until the first step."""
+"""Elements of a picture of 1024x1024 in a model 4096 wide: what is expected until the first step."""
 
 _CONTRADICTION, _PATIENCE = 3.0, 4
 """Factor between what a link was measured at and what steps say of it that has it measured again, and the steps that
@@ -111,11 +111,16 @@ class Negotiation:
         self._ways: dict[tuple[int, int, int], Way] = {}
         self._arranged: list[Way] = []
 
+    def close(self) -> None:
+        """Measure nothing more. May be called twice."""
+        self._book.close()
+
     # Facts
 
     def connected(self, remote: Remote) -> None:
         """Measure the way to a worker that was just connected, and take what it says of itself."""
         there, back = measure(remote)
+        remote.measured = True
         self._links = {ends: link for ends, link in self._links.items() if id(remote) not in ends}
         self._take({(_HERE, id(remote)): there, (id(remote), _HERE): back})
         self._tell(remote, [speeds for device in remote.welcome.devices for speeds in _listed(device.get("speeds"))])

@@ -6,8 +6,9 @@ other way is refused.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from mesh_codec.base import Buffer, Codec, CodecChoice, Decoder, Encoded, Encoder, Limits
 from mesh_core.adapter import State
 from mesh_core.errors import WireMalformed
+from mesh_core.sequences import MOST_SEQUENCES, pass_of
 
 _ALIGNMENT = 64
 """Bytes. Matrix libraries give other last bits on memory that is aligned differently; torch allocates at 64."""
@@ -32,8 +34,19 @@ class Payload:
     ms: float
 
 
+@dataclass
+class _Passes:
+    """The streams of one sequence, by tensor."""
+
+    sequence: str
+    encoders: dict[str, Encoder] = field(default_factory=dict)
+    decoders: dict[str, Decoder] = field(default_factory=dict)
+
+
 class Streams:
     """Encoders or decoders per (sequence, tensor). Used from one thread at a time.
+
+    Holds few sequences; both ends drop the same ones, and an end that dropped another asks for a key frame.
 
     Args:
         choices: codec and settings per tensor name, as agreed.
@@ -48,8 +61,7 @@ class Streams:
         if missing:
             raise WireMalformed(f"Codec {min(missing)!r} was agreed on but is not installed here.", hint="mesh plugins")
         self._choices, self._codecs, self._limits = choices, codecs, limits
-        self._encoders: dict[tuple[str, str], Encoder] = {}
-        self._decoders: dict[tuple[str, str], Decoder] = {}
+        self._passes: OrderedDict[str, _Passes] = OrderedDict()
 
     @property
     def names(self) -> Set[str]:
@@ -58,21 +70,30 @@ class Streams:
 
     def reset(self) -> None:
         """Start all streams at a key frame again, as the other end does."""
-        self._encoders.clear()
-        self._decoders.clear()
+        self._passes.clear()
+
+    def _of(self, sequence: str) -> _Passes:
+        """The streams of ``sequence``; those of an earlier generation of the same pass are dropped."""
+        name = pass_of(sequence)
+        held = self._passes.get(name)
+        if held is None or held.sequence != sequence:
+            held = self._passes[name] = _Passes(sequence)
+        self._passes.move_to_end(name)
+        while len(self._passes) > MOST_SEQUENCES:
+            self._passes.popitem(last=False)
+        return held
 
     def encode(self, sequence: str, state: State) -> Payload:
         started = perf_counter()
+        encoders = self._of(sequence).encoders
         entries: list[dict[str, Any]] = []
         buffers: list[Buffer] = []
         raw = 0
         for name, tensor in state.items():
             choice = self._choices[name]
-            encoder = self._encoders.get((sequence, name))
-            if encoder is None:
-                encoder = self._codecs[choice.codec].encoder(choice.settings)
-                self._encoders[sequence, name] = encoder
-            coded = encoder.encode(tensor)
+            if name not in encoders:
+                encoders[name] = self._codecs[choice.codec].encoder(choice.settings)
+            coded = encoders[name].encode(tensor)
             entries.append(entry(name, choice, coded))
             buffers.extend(coded.buffers)
             raw += tensor.numel() * tensor.element_size()
@@ -88,6 +109,7 @@ class Streams:
             WireMalformed: another tensor, codec or setting than agreed, or buffers that do not add up.
             CodecError: a payload that its codec refuses.
         """
+        decoders = self._of(sequence).decoders
         state: State = {}
         position = 0
         for item in entries:
@@ -100,12 +122,10 @@ class Streams:
                     f"Tensor {name!r} came coded as {item['c']} {item['s']}, agreed was {choice.codec} "
                     f"{dict(choice.settings)}."
                 )
-            decoder = self._decoders.get((sequence, name))
-            if decoder is None:
-                decoder = self._codecs[choice.codec].decoder(choice.settings, self._limits)
-                self._decoders[sequence, name] = decoder
+            if name not in decoders:
+                decoders[name] = self._codecs[choice.codec].decoder(choice.settings, self._limits)
             part = Encoded(item["h"], buffers[position : position + count])
-            state[name] = aligned(decoder.decode(part, device))
+            state[name] = aligned(decoders[name].decode(part, device))
             position += count
         if position != len(buffers):
             raise WireMalformed(f"{len(buffers)} buffers came, the tensors account for {position}.")

@@ -11,9 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, perf_counter, sleep, strftime
-from typing import Any
-
-from torch import Tensor
 
 from mesh_codec.base import Encoded, Limits
 from mesh_codec.dtypes import from_torch
@@ -40,6 +37,7 @@ from mesh_core.negotiation import Negotiation, Way
 from mesh_core.payload import Streams
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
+from mesh_core.request import Request, Requests
 from mesh_core.spans import BlockSpan
 from mesh_core.stats import HopStats, RunStats, StepStats
 
@@ -94,6 +92,7 @@ class Session:
             codec=options.codec,
         )
         self._book = ConstantsBook(plugins.codec("raw"))
+        self._requests = Requests(self._book, identity.spec.states[hops[0][1].start])
         self._step = 0
         self._epoch = 0
         self._lock = threading.Lock()
@@ -138,6 +137,7 @@ class Session:
                 except TransportError as error:
                     log.debug("%s was gone when its session was closed: %s", hop.remote.name, error)
             hop.remote.close()
+        self._codecs.close()
         self._legs.clear()
 
     def begin(self) -> None:
@@ -148,7 +148,8 @@ class Session:
         """One step: the state at the first remote cut in, the state at the last one out.
 
         Args:
-            sequence: steps of interleaved runs (conditional and unconditional) are coded apart by this name.
+            sequence: a name for one of several interleaved runs. Runs with other constants (conditional and
+                unconditional passes, other prompts, other sizes) are told apart without it.
             local_ms: what the host's own span took, for the stats.
 
         Raises:
@@ -162,7 +163,7 @@ class Session:
             self.plugins.hook.mesh_step_started(step=self._step)
             began = perf_counter()
             try:
-                result = self._run(state, conditioning, sequence, step)
+                result = self._run(self._requests.new(state, conditioning, sequence), step)
             except BaseException as error:
                 self._cancel()
                 self._restart_streams()
@@ -177,17 +178,14 @@ class Session:
     # Opening
 
     def _open(self, within: float | None = None) -> None:
-        """Args:
-        within: seconds for each connection; the deadline that is set when None.
-        """
+        """``within``: seconds for each connection; the deadline that is set when None."""
         for hop in self._hops:
             if not hop.remote.connected:
                 hop.remote.connect(within)
+            if not hop.remote.measured:
+                self._codecs.connected(hop.remote)
             hop.sent.clear()
             self._loras.connected(hop)
-        for remote in {id(r): r for r in self.remotes if not r.measured}.values():
-            self._codecs.connected(remote)
-            remote.measured = True
         self._agree()
 
     def _agree(self) -> None:
@@ -248,7 +246,7 @@ class Session:
 
     # Steps
 
-    def _run(self, state: State, conditioning: Conditioning, sequence: str, stats: StepStats) -> State:
+    def _run(self, request: Request, stats: StepStats) -> State:
         repairs = 0
         while True:
             try:
@@ -256,9 +254,9 @@ class Session:
                     self._open()
                 if self._codecs.doubtful:
                     self._codecs.measure_again(self.remotes)
-                if self._codecs.outdated(state):
+                if self._codecs.outdated(request.state):
                     self._agree()
-                return self._attempt(state, conditioning, sequence, stats)
+                return self._attempt(request, stats)
             except CodecUnsupported as error:
                 if not self._codecs.retreat():
                     raise
@@ -312,50 +310,41 @@ class Session:
             attempt *= 2
             sleep(_RETRY_PAUSE)
 
-    def _attempt(self, state: State, conditioning: Conditioning, sequence: str, stats: StepStats) -> State:
+    def _attempt(self, request: Request, stats: StepStats) -> State:
         stats.hops.clear()
-        names = self._send_constants(conditioning.constants)
+        names = self._send_constants(request)
+        state = request.state
         for leg in self._legs:
-            state = self._run_leg(leg, state, names, conditioning.options, sequence, stats)
+            state = self._run_leg(leg, state, names, request, stats)
         return state
 
-    def _send_constants(self, constants: Mapping[str, Tensor]) -> dict[str, str]:
+    def _send_constants(self, request: Request) -> dict[str, str]:
         """Names of the constants that the workers need, each sent to those that do not have it."""
         names: dict[str, str] = {}
-        coded: dict[str, Encoded | None] = {}
         for hop in self._hops:
             missing: dict[str, Encoded] = {}
             for name in self.identity.spec.constants_of(hop.span):
-                if name not in constants and name in self.identity.spec.optional:
+                if name not in request.constants and name in self.identity.spec.optional:
                     continue
-                if name not in names:
-                    names[name], coded[name] = self._book.name(constants[name])
+                names[name], coded = request.constants[name]
                 if names[name] not in hop.sent and names[name] not in missing:
-                    missing[names[name]] = coded[name] or self._book.encode(constants[name])
+                    missing[names[name]] = coded or self._book.encode(request.conditioning.constants[name])
             if missing:
                 self.stats.constants_bytes += hop.send_constants(missing, self.options.settings.deadlines.step)
         return names
 
-    def _run_leg(
-        self,
-        leg: Leg,
-        state: State,
-        names: Mapping[str, str],
-        options: Mapping[str, Any],
-        sequence: str,
-        stats: StepStats,
-    ) -> State:
+    def _run_leg(self, leg: Leg, state: State, names: Mapping[str, str], request: Request, stats: StepStats) -> State:
         first, last = leg.hops[0].remote, leg.hops[-1].remote
         deadline = self.options.settings.deadlines.step
-        payload = leg.encoder.encode(sequence, state)
+        payload = leg.encoder.encode(request.sequence, state)
         message = wire.Step(
             id=next_id(),
             session=first.session,
             step=self._step,
             attempt=self._epoch,
-            sequence=sequence,
+            sequence=request.sequence,
             constants=dict(names),
-            options=dict(options),
+            options=dict(request.conditioning.options),
             tensors=payload.entries,
             trace=[],
             deadline_ms=int(deadline * 1e3),
@@ -373,7 +362,7 @@ class Session:
         remotes = [hop.remote for hop in leg.hops]
         result, buffers = await_answer(remotes, message.id, wanted, deadline, f"step {self._step}")
         arrived = perf_counter()
-        decoded = leg.decoder.decode(sequence, result.tensors, buffers, self.options.device)
+        decoded = leg.decoder.decode(request.sequence, result.tensors, buffers, self.options.device)
         # Giving 33 MB back to the system takes milliseconds; they belong to the decoding.
         buffers.clear()
         decode_ms = (perf_counter() - arrived) * 1e3

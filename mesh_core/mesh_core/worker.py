@@ -137,6 +137,7 @@ class Worker:
             threads.shutdown(wait=True, cancel_futures=True)
         self.hosting.close_all()
         self.listener.close()
+        self.speeds.close()
         survey.join()
 
     def stop(self) -> None:

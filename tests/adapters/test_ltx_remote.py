@@ -82,7 +82,7 @@ def test_a_step_is_two_states_and_little_else(rig: Rig, local: int, monkeypatch:
     monkeypatch.setattr(Remote, "tell", noting)
     given = rig.inputs()
     widths = (8, 6) if local == 0 else (32, 16)
-    with split(rig.path, f":{local}", rig.workers[:1], rig.plugins, dtype=torch.bfloat16) as run:
+    with split(rig.path, f":{local}", rig.workers[:1], rig.plugins, dtype=torch.bfloat16, codec="raw") as run:
         for factor in (1.0, 0.8, 0.6):
             rig.check(run, later(given, factor))
         steps = run.stats.steps
@@ -109,7 +109,8 @@ def test_lossy_qualities_keep_both_streams_close(rig: Rig, quality: Any) -> None
     given = rig.inputs()
     with torch.no_grad():
         expected = rig.model(**given, return_dict=False)
-    with split(rig.path, ":1", rig.workers[:1], rig.plugins, dtype=torch.bfloat16, quality=quality) as run:
+    coded = {"dtype": torch.bfloat16, "quality": quality, "codec": "entropy"}
+    with split(rig.path, ":1", rig.workers[:1], rig.plugins, **coded) as run:  # type: ignore[arg-type]
         found = run(given)
     for e, f in zip(expected, found, strict=True):
         error = (e - f).float().norm() / e.float().norm()

@@ -57,7 +57,7 @@ class Book:
     def __init__(self, **rates: float) -> None:
         self.rates = {"raw": 20e9, **rates}
 
-    def find(self, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> CodecSpeed | None:
+    def look(self, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> CodecSpeed | None:
         rate = self.rates.get(codec.name)
         if rate is None:
             return None
@@ -175,6 +175,13 @@ def test_near_the_balance_what_is_in_use_stays(current: str) -> None:
     assert chosen(facts, codecs=codecs) == current
     assert chosen(replace(facts, link=Link(even.bandwidth / 4, 0.0)), codecs=codecs) == "entropy"
     assert chosen(replace(facts, link=Link(even.bandwidth * 8, 0.0)), codecs=codecs) == "raw"
+
+
+def test_a_codec_of_which_nothing_is_known_waits_unless_it_is_the_only_one() -> None:
+    facts = crossing(Link(1e6, 1e-3), Book())
+    assert chosen(facts) == "raw"
+    alone = choose(facts, codecs=(ENTROPY,))
+    assert alone is not None and (alone.codec, alone.reason) == ("entropy", "entropy, not measured yet")
 
 
 def test_milliseconds_are_not_worth_a_change() -> None:

@@ -15,6 +15,7 @@ from mesh_codec.entropy import EntropyCodec
 from mesh_codec.raw import RawCodec
 from mesh_core import codec_speed
 from mesh_core.codec_speed import SpeedBook, read_speeds, sample, time_codec
+from tests.support.workers import wait_until
 
 CPU = torch.device("cpu")
 
@@ -59,10 +60,10 @@ def test_a_codec_is_timed_once_per_machine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"at": "today"}', '{"at": 1e999}'])
 def test_a_damaged_note_is_measured_again(tmp_path: Path, damage: str) -> None:
-    SpeedBook(CPU, tmp_path).find(RawCodec(), {}, torch.bfloat16)
+    SpeedBook(CPU, tmp_path).find(Counting(), {}, torch.bfloat16)
     (note,) = tmp_path.iterdir()
     note.write_text(damage, encoding="utf-8")
-    found = SpeedBook(CPU, tmp_path).find(RawCodec(), {}, torch.bfloat16)
+    found = SpeedBook(CPU, tmp_path).find(Counting(), {}, torch.bfloat16)
     assert found is not None and found.encode.rate > 1e6
 
 
@@ -70,22 +71,58 @@ def test_old_notes_are_measured_again(tmp_path: Path, monkeypatch: pytest.Monkey
     codec = Counting()
     SpeedBook(CPU, tmp_path).find(codec, {}, torch.bfloat16)
     timed, then = codec.opened, codec_speed.time()
-    monkeypatch.setattr(codec_speed, "time", lambda: then + 10 * 86400)
+    monkeypatch.setattr(codec_speed, "time", lambda: then + 40 * 86400)
     SpeedBook(CPU, tmp_path).find(codec, {}, torch.bfloat16)
     assert codec.opened > timed
 
 
+@pytest.mark.parametrize(("load", "again"), [(0.1, False), (1000.0, True)])
+def test_what_a_busy_machine_measured_is_soon_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: float, again: bool
+) -> None:
+    monkeypatch.setattr(codec_speed.psutil, "getloadavg", lambda: (load, load, load))
+    codec = Counting()
+    SpeedBook(CPU, tmp_path).find(codec, {}, torch.bfloat16)
+    timed, then = codec.opened, codec_speed.time()
+    monkeypatch.setattr(codec_speed, "time", lambda: then + 3600)
+    SpeedBook(CPU, tmp_path).find(codec, {}, torch.bfloat16)
+    assert (codec.opened > timed) is again
+
+
 def test_where_nothing_can_be_kept_it_is_measured_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("where a folder belongs")
-    assert SpeedBook(CPU, tmp_path / "file").find(RawCodec(), {}, torch.bfloat16) is not None
+    assert SpeedBook(CPU, tmp_path / "file").find(Counting(), {}, torch.bfloat16) is not None
 
 
 def test_a_codec_that_fails_is_left_out_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     book = SpeedBook(CPU, tmp_path)
     assert book.find(Broken(), {}, torch.bfloat16) is None
     assert "'broken'" in caplog.text and "libwonder" in caplog.text
-    book.survey([Broken(), RawCodec()])
-    assert {entry["codec"] for entry in book.plain()} == {"raw"}
+    assert book.look(Broken(), {}, torch.bfloat16) is None
+    book.survey([Broken(), Counting()])
+    assert {entry["codec"] for entry in book.plain()} == {"counting"}
+
+
+def test_looking_does_not_wait_and_has_it_measured(tmp_path: Path) -> None:
+    book, codec = SpeedBook(CPU, tmp_path), Counting()
+    assert book.look(codec, {}, torch.bfloat16) is None
+    wait_until(lambda: book.look(codec, {}, torch.bfloat16) is not None, 20, "the measurement")
+    assert SpeedBook(CPU, tmp_path).look(codec, {}, torch.bfloat16) == book.find(codec, {}, torch.bfloat16)
+
+
+def test_other_settings_of_an_engine_stand_in_for_those_that_are_not_measured_yet(tmp_path: Path) -> None:
+    book, codec = SpeedBook(CPU, tmp_path), EntropyCodec()
+    balanced, fast = (codec.settings(q, codec.capabilities()) for q in ("balanced", "fast"))  # type: ignore[arg-type]
+    found = book.find(codec, balanced, torch.bfloat16)
+    assert found is not None and book.look(codec, fast, torch.bfloat16) == found
+    wait_until(lambda: book.look(codec, fast, torch.bfloat16) != found, 20, "the measurement")
+
+
+def test_a_book_that_is_closed_measures_nothing_more(tmp_path: Path) -> None:
+    book = SpeedBook(CPU, tmp_path)
+    book.close()
+    assert book.look(Counting(), {}, torch.bfloat16) is None and book.plain() == []
+    book.close()
 
 
 def test_a_lossy_codec_is_seen_to_be_one(tmp_path: Path) -> None:

@@ -40,8 +40,12 @@ CALL: dict[str, Any] = {
 """With every kind of guidance that the pipeline has by default: three passes of the transformer per step."""
 
 
-def pipeline(*, blocks: int = 3, dtype: torch.dtype = torch.bfloat16) -> LTX2Pipeline:
-    """Of the architecture of LTX-2.3, with a video codec of the published strides (8 frames, 32 x 32 pixels)."""
+def pipeline(*, blocks: int = 3, widen: int = 1, dtype: torch.dtype = torch.bfloat16) -> LTX2Pipeline:
+    """Of the architecture of LTX-2.3, with a video codec of the published strides (8 frames, 32 x 32 pixels).
+
+    Args:
+        widen: factor on the widths of both streams, 32 and 16.
+    """
     torch.manual_seed(0)
     encoder = Gemma3ForConditionalGeneration(
         Gemma3Config(
@@ -70,11 +74,11 @@ def pipeline(*, blocks: int = 3, dtype: torch.dtype = torch.bfloat16) -> LTX2Pip
         caption_channels=16,
         text_proj_in_factor=3,
         video_connector_num_attention_heads=2,
-        video_connector_attention_head_dim=16,
+        video_connector_attention_head_dim=16 * widen,
         video_connector_num_layers=1,
         video_connector_num_learnable_registers=None,
         audio_connector_num_attention_heads=2,
-        audio_connector_attention_head_dim=8,
+        audio_connector_attention_head_dim=8 * widen,
         audio_connector_num_layers=1,
         audio_connector_num_learnable_registers=None,
         connector_rope_base_seq_len=32,
@@ -83,8 +87,8 @@ def pipeline(*, blocks: int = 3, dtype: torch.dtype = torch.bfloat16) -> LTX2Pip
         causal_temporal_positioning=False,
         rope_type="split",
         per_modality_projections=True,
-        video_hidden_dim=32,
-        audio_hidden_dim=16,
+        video_hidden_dim=32 * widen,
+        audio_hidden_dim=16 * widen,
     )
     vae = AutoencoderKLLTX2Video(
         latent_channels=8,
@@ -121,7 +125,15 @@ def pipeline(*, blocks: int = 3, dtype: torch.dtype = torch.bfloat16) -> LTX2Pip
         text_encoder=encoder.to(dtype),
         tokenizer=_tokenizer(),
         connectors=connectors.to(dtype),
-        transformer=tiny_ltx.transformer("2.3", blocks=blocks, dtype=dtype),
+        transformer=tiny_ltx.transformer(
+            "2.3",
+            blocks=blocks,
+            dtype=dtype,
+            attention_head_dim=16 * widen,
+            cross_attention_dim=32 * widen,
+            audio_attention_head_dim=8 * widen,
+            audio_cross_attention_dim=16 * widen,
+        ),
         vocoder=vocoder.to(dtype),
     )
 

@@ -57,6 +57,7 @@ class LtxAdapter(ModelAdapter):
     """LTX-2 (19B) and LTX-2.3 (22B): a video and an audio stream, which attend to each other in every block."""
 
     family: ClassVar[str] = "ltx"
+    hosts: ClassVar[Mapping[str, str]] = {"comfy": "mesh_ltx.comfy:LtxComfy"}
 
     def recognise(self, header: CheckpointHeader) -> ModelSpec | None:
         found = find_layout(header.tensors)

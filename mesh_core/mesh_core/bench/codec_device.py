@@ -29,7 +29,7 @@ from mesh_core.errors import ConfigError
 T = TypeVar("T")
 
 SHAPES = ((4096, 4096), (4608, 6144), (8192, 4096))
-"""A 1024x1024 picture of Klein 9B, one of FLUX.2 Dev with text, a video of LTX."""
+"""A 1024x1024 picture 4096 wide, one 6144 wide with its text, a video of 121 frames."""
 
 _STEP = 0.2
 _CHANGE = 0.15

@@ -22,8 +22,8 @@ from mesh_core.keys import KeyStore
 RATES: Mapping[str, float] = {"100mbit": 12.5e6, "1gbit": 125e6, "2.5gbit": 312.5e6, "10gbit": 1250e6}
 """Bytes per second by the names that people know."""
 
-KLEIN = (1, 4608, 4096)
-"""Of the synthetic state: Klein 9B's at 1024x1024 with 512 text tokens, 37.7 MB in bfloat16."""
+LARGE = (1, 4608, 4096)
+"""Of the synthetic state: a picture of 1024x1024 with 512 text tokens in a 9B model, 37.7 MB in bfloat16."""
 
 SMALL = (1, 512, 2048)
 
@@ -47,8 +47,8 @@ class Workload:
     steps: int
     model: Path | None = None
     local: str = ":1"
-    shape: Sequence[int] = KLEIN
-    size: int = 256
+    shape: Sequence[int] = LARGE
+    size: int = 128
     prompt: str = "crying face"
 
 

@@ -8,18 +8,25 @@ machine's own network is never touched.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+
+import psutil
 
 from mesh_core.bench.shaper import Shaper
 from mesh_core.errors import ConfigError, TransportError
 
 _HOST, _WORKER = "10.213.77.1", "10.213.77.2"
 """Inside the namespaces; nobody else sees them."""
+
+_PREFIX = "mesh-bench-"
 
 _QUEUE_SECONDS = 0.05
 _LEAST_BURST = 128 << 10
@@ -87,15 +94,41 @@ def shaped(rate: float, *, relay: bool = False) -> Iterator[Network]:
     """
     if rate <= 0:
         raise ConfigError(f"{rate} is no rate.", hint="1gbit")
-    with ExitStack() as stack:
+    with _ended_like_ctrl_c(), ExitStack() as stack:
         if relay or not namespaces_possible():
             yield _Relayed(rate, stack)
         else:
             yield _Namespaces(_wire(rate, stack))
 
 
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """A request to end the process leaves nothing behind either."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _remove_orphans() -> None:
+    """Namespaces of benchmarks that were killed."""
+    listed = subprocess.run(("ip", "netns", "list"), capture_output=True, text=True, check=False).stdout
+    for name, process in re.findall(rf"^({_PREFIX}(\d+)-[ab])\b", listed, re.MULTILINE):
+        if not psutil.pid_exists(int(process)):
+            _tool("ip", "netns", "delete", name)
+
+
 def _wire(rate: float, stack: ExitStack) -> tuple[str, str]:
-    names = f"mesh-bench-{os.getpid()}-a", f"mesh-bench-{os.getpid()}-b"
+    _remove_orphans()
+    names = f"{_PREFIX}{os.getpid()}-a", f"{_PREFIX}{os.getpid()}-b"
     for name in names:
         _tool("ip", "netns", "add", name)
         stack.callback(_tool, "ip", "netns", "delete", name)

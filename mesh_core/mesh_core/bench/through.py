@@ -19,7 +19,7 @@ from mesh_core.spans import BlockSpan
 _PARAMETER = "blocks.{}.weight"
 _HEAD = "head.weight"
 _NARROW = 128
-"""Channels of a prediction, where the model ends in one: those of Klein's."""
+"""Channels of a prediction, where the model ends in one: as many as packed latents have."""
 
 
 class Copy(nn.Module):

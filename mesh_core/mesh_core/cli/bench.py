@@ -82,12 +82,12 @@ def link(
 
     Starts a host and a worker on this machine with a link of the given rate between them: network namespaces and a
     token bucket where the system is Linux and the user root, else a relay in user space. The synthetic model has the
-    state of Klein 9B at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes.
+    state of a 9B model at 1024x1024 pixels and blocks that do nothing but copy. Takes minutes.
     """
-    from mesh_core.bench.link import KLEIN, SMALL, Workload, measure, table, with_ratios
+    from mesh_core.bench.link import LARGE, SMALL, Workload, measure, table, with_ratios
     from mesh_core.bench.report import save
 
-    shape = SMALL if small else KLEIN
+    shape = SMALL if small else LARGE
     workloads = [Workload(f"synthetic state {list(shape)}, bfloat16", steps, shape=shape)]
     if model is not None:
         workloads.append(Workload(f"{model.parent.name}/{model.name}, local {local}", steps, model, local))
@@ -101,4 +101,64 @@ def link(
     click.echo(json.dumps(data, indent=2) if as_json else text)
     if folder is not None:
         for path in save(folder, "link", label, data, text):
+            click.echo(f"saved {path}", err=True)
+
+
+@bench.command()
+@click.argument("model", type=click.Path(path_type=Path, exists=True))
+@click.option("--prompts", type=click.IntRange(1, 28), default=6, show_default=True, help="How many.")
+@click.option("--steps", "all_steps", multiple=True, type=int, default=(4, 8, 28), show_default=True, help="Repeat.")
+@click.option("--cut", type=int, default=None, help="Block before which the state crosses; left out: the middle.")
+@click.option("--text-tokens", type=int, default=64, show_default=True, help="That a prompt is padded to.")
+@click.option("--size", type=int, default=128, show_default=True, help="Height and width of the pictures.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--save", "folder", type=click.Path(path_type=Path), default=None, help="Write table, JSON and plot there."
+)
+@click.option("--label", default="", help="What the saved results call this machine; left out: cores and processor.")
+def codec(
+    model: Path,
+    prompts: int,
+    all_steps: tuple[int, ...],
+    cut: int | None,
+    text_tokens: int,
+    size: int,
+    as_json: bool,
+    folder: Path | None,
+    label: str,
+) -> None:
+    """Measure what each codec does to the final pictures of the trained pipeline in the folder MODEL, and in how many
+    bits.
+
+    Everything runs in this process: the model's two halves with the codec between them. Takes a few minutes.
+    """
+    import torch
+
+    from mesh_core.bench.codec_pictures import Pictures, Quality
+    from mesh_core.bench.codec_report import plain, plot, table, verdicts
+    from mesh_core.bench.codec_rows import ROWS
+    from mesh_core.bench.report import save
+    from mesh_core.plugins import installed_plugins
+
+    torch.set_num_threads(2)
+    pictures = Pictures(model, installed_plugins(), prompts, cut, text_tokens, size)
+    results: list[Quality] = []
+    for row in ROWS:
+        try:
+            for found in pictures.measure_all([row], all_steps):
+                click.echo(
+                    f"{found.label}, {found.steps} steps: {found.bits:.2f} bits, {found.psnr_min:.1f} dB", err=True
+                )
+                results.append(found)
+        except ImportError as error:
+            click.echo(f"{row.label} is left out: {error}", err=True)
+    text = "\n".join([table(results), "", *verdicts(results)])
+    setup = {"model": model.as_posix(), "prompts": prompts, "cut": cut, "text tokens": text_tokens, "size": size}
+    data = plain(results, setup)
+    click.echo(json.dumps(data, indent=2) if as_json else text)
+    if folder is not None:
+        saved = save(folder, "codec", label, data, text)
+        picture = saved[0].with_suffix(".png")
+        plot(results, picture)
+        for path in (*saved, picture):
             click.echo(f"saved {path}", err=True)

@@ -38,8 +38,8 @@ class Expected:
     """A function of ComfyUI that is relied on: where it is, and parameters that it must have.
 
     Attributes:
-        module: for example ``"comfy.ldm.flux.model"``.
-        name: in the module, for example ``"Flux.forward_orig"``.
+        module: for example ``"comfy.ldm.wan.model"``.
+        name: in the module, for example ``"WanModel.forward_orig"``.
         parameters: names that must be among its parameters; none if it only has to exist.
     """
 

@@ -26,7 +26,7 @@ class Algorithm:
     Attributes:
         required, optional: roles of its tensors.
         fits: whether tensors of these shapes give a change of a weight of this shape.
-        apply: (weight, tensors, alpha, strength) -> the new weight; may change ``weight`` in place.
+        apply: (weight, tensors, alpha, strength) -> a new weight; changes none of them.
         rank_role: the tensor whose first dimension is the rank that ``alpha`` is divided by, if that is all to it.
     """
 
@@ -194,20 +194,19 @@ def _boft(weight: Tensor, t: Tensors, alpha: float | None, strength: float) -> T
 
 
 def _diff(weight: Tensor, t: Tensors, alpha: float | None, strength: float) -> Tensor:
-    weight += strength * t["diff"].reshape(weight.shape)
-    return weight
+    return weight + strength * t["diff"].reshape(weight.shape)
 
 
 def _set(weight: Tensor, t: Tensors, alpha: float | None, strength: float) -> Tensor:
     # As in ComfyUI, a value that is set has no strength.
-    weight.copy_(t["value"].reshape(weight.shape))
-    return weight
+    return t["value"].reshape(weight.shape).clone()
 
 
 def _add(
     weight: Tensor, delta: Tensor, t: Tensors, scale: float, strength: float, *, plain: float | None = None
 ) -> Tensor:
-    """``weight + strength * scale * delta``, or its weight-decomposed form; ``plain``: the scale without DoRA."""
+    """``weight + strength * scale * delta``, or its weight-decomposed form; ``plain``: the scale without DoRA. Uses up
+    ``delta``."""
     if "dora_scale" in t:
         return _comfy_dora(weight, delta * scale, t["dora_scale"], strength)
     if "magnitude" in t:
@@ -215,8 +214,8 @@ def _add(
         norm = merged.flatten(1).norm(dim=1)
         factor: Tensor = (t["magnitude"].reshape(-1) / norm).reshape(-1, *[1] * (weight.dim() - 1))
         return factor * merged
-    weight += (strength * (scale if plain is None else plain)) * delta
-    return weight
+    amount = strength * (scale if plain is None else plain)
+    return weight + (delta if amount == 1.0 else delta.mul_(amount))
 
 
 def _comfy_dora(weight: Tensor, delta: Tensor, dora_scale: Tensor, strength: float) -> Tensor:
@@ -231,8 +230,7 @@ def _comfy_dora(weight: Tensor, delta: Tensor, dora_scale: Tensor, strength: flo
     changed *= dora_scale / (norm + torch.finfo(weight.dtype).eps)
     if strength == 1.0:
         return changed
-    weight += strength * (changed - weight)
-    return weight
+    return weight + strength * (changed - weight)
 
 
 def _same(role: str) -> Callable[[tuple[int, ...], Shapes], bool]:

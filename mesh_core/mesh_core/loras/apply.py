@@ -43,6 +43,7 @@ class PatchedModel:
         self._merged, self._restored = merged, restored
         self._base: dict[str, nn.Parameter] = {}
         self._loaded: dict[int, tuple[Patch, dict[str, Tensor]]] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
 
     @property
     def base(self) -> Mapping[str, nn.Parameter]:
@@ -76,36 +77,52 @@ class PatchedModel:
         for name in self._base.keys() - patched:
             check()
             self._restore(name)
-        for group, members in work.items():
-            check()
-            self._merge(group, members)
+        with torch.no_grad():
+            for group, members in work.items():
+                check()
+                self._merge(group, members)
         used = {id(p) for _, p in entries}
         self._loaded = {key: kept for key, kept in self._loaded.items() if key in used}
         return len(patched)
 
     def _restore(self, name: str) -> None:
-        base, here = self._base[name], parameter_of(self.model, name)
+        base, here = self._base[name], self._parameter(name)
         if self._restored is not None:
             base = self._restored(name, base)
         elif base.device != here.device:
             base = nn.Parameter(base.data.to(here.device), requires_grad=False)
-        assign(self.model, name, base)
+        self._assign(name, base)
         del self._base[name]
 
     def _merge(self, group: frozenset[str], entries: Sequence[Entry]) -> None:
         weights: dict[str, Tensor] = {}
         for name in sorted(group):
-            here = parameter_of(self.model, name)
-            base = self._base.setdefault(name, here)
-            weights[name] = base.data.to(here.device, torch.float32, copy=True)
-        with torch.no_grad():
-            for applied, patch in entries:
-                _apply(patch, self._tensors(patch), applied, weights)
+            here = self._parameter(name)
+            weights[name] = self._base.setdefault(name, here).data.to(here.device, torch.float32)
+        for applied, patch in entries:
+            _apply(patch, self._tensors(patch), applied, weights)
         for name, weight in weights.items():
-            dtype = parameter_of(self.model, name).dtype
-            parameter = nn.Parameter(weight.to(dtype), requires_grad=False)
-            assign(self.model, name, parameter)
+            parameter = nn.Parameter(weight.to(self._parameter(name).dtype), requires_grad=False)
+            self._assign(name, parameter)
             self._merged(self, name, parameter)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has the parameter, and its name there."""
+        found = self._owners.get(name)
+        if found is None:
+            owner, _, leaf = name.rpartition(".")
+            found = self._owners[name] = (self.model.get_submodule(owner), leaf)
+        return found
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        owner, leaf = self._owner(name)
+        parameter = owner._parameters[leaf]
+        assert parameter is not None, name
+        return parameter
+
+    def _assign(self, name: str, parameter: nn.Parameter) -> None:
+        owner, leaf = self._owner(name)
+        assign(owner, leaf, parameter)
 
     def _tensors(self, patch: Patch) -> Mapping[str, Tensor]:
         known = self._loaded.get(id(patch))
@@ -127,14 +144,6 @@ def _host_copy(tensor: Tensor) -> Tensor:
         return copy
 
 
-def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
-    """The model's parameter of that name."""
-    owner, _, leaf = name.rpartition(".")
-    parameter = model.get_submodule(owner)._parameters[leaf]
-    assert parameter is not None, name
-    return parameter
-
-
 def _groups(patches: Sequence[Patch], held: frozenset[str]) -> dict[str, frozenset[str]]:
     """For each patched parameter, those that must be merged together with it: patches of fused weights join some."""
     groups: dict[str, frozenset[str]] = {}
@@ -149,17 +158,22 @@ def _groups(patches: Sequence[Patch], held: frozenset[str]) -> dict[str, frozens
 
 def _apply(patch: Patch, tensors: Mapping[str, Tensor], applied: Applied, weights: dict[str, Tensor]) -> None:
     rows = patch.target
-    views = [weights[r.parameter][r.start : r.stop] for r in rows]
-    whole = torch.cat(views) if len(views) > 1 else views[0]
-    part = whole.narrow(*patch.narrow) if patch.narrow is not None else whole
+    parts = [weights[r.parameter][r.start : r.stop] for r in rows]
+    before = torch.cat(parts) if len(parts) > 1 else parts[0]
+    part = before.narrow(*patch.narrow) if patch.narrow is not None else before
     if applied.strength_model != 1.0:
-        part *= applied.strength_model
+        part = part * applied.strength_model
     here = {role: t.to(part.device, torch.float32) for role, t in tensors.items()}
-    changed = ALGORITHMS[patch.algorithm].apply(part, here, patch.alpha, applied.strength)
-    if changed is not part:
-        part.copy_(changed)
-    if len(views) > 1:
-        position = 0
-        for view in views:
-            view.copy_(whole[position : position + len(view)])
-            position += len(view)
+    after = ALGORITHMS[patch.algorithm].apply(part, here, patch.alpha, applied.strength)
+    if patch.narrow is not None:
+        changed, dim = before.clone(), patch.narrow
+        changed.narrow(*dim).copy_(after)
+        after = changed
+    position = 0
+    for r in rows:
+        new, whole = after[position : position + len(r)], weights[r.parameter]
+        position += len(r)
+        if len(r) != len(whole):
+            # Never into ``whole``: it may be the untouched parameter itself.
+            new = torch.cat([whole[: r.start], new, whole[r.stop :]])
+        weights[r.parameter] = new

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgpack  # type: ignore[import-untyped]
+import msgpack
 
 from mesh_core.errors import WireMalformed, WireTooLarge, WireUnsupportedVersion
 from mesh_core.wire.limits import LIMITS, Limits
