@@ -170,6 +170,7 @@ def _opened(source: Source, placement: Placement, options: SessionOptions, hub: 
         else:
             hub.status.change(node, "loading", f"{worker}: {what}", done, total)
 
+    hub.status.change(node, "loading", "telling the workers which weights")
     hops = [(remote, hop.span) for remote, hop in _pairs(placement)]
     mismatch: CheckpointMismatch | None = None
     try:

@@ -21,6 +21,13 @@ EXAMPLE = ROOT / "examples" / "tiny-klein"
 ATTACHMENTS = Path(__file__).parent / "attachments"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test of a session waits for ComfyUI to start, or to be set up."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def comfy() -> ComfyUI:
     return installed()
