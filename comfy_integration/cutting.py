@@ -19,6 +19,7 @@ from mesh_core.runner import Placement, Workers, place
 from mesh_core.session import Session, SessionOptions
 from mesh_core.spans import BlockSpan
 
+from .guard import require
 from .hub import Hub
 from .identity import recognised
 from .shadow import ROOT, shadow
@@ -72,6 +73,7 @@ def _cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
             "This model is split already.", hint="one Mesh Split per model; Mesh Workers for several workers"
         )
     source = _source(patcher, hub)
+    require(source.side)
     spec = source.checkpoint.spec
     if choice.local is not None and choice.local > spec.blocks:
         raise PlanError(

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
-from mesh_core.errors import PluginNotFound
-from mesh_core.hosts.comfy import Expected, side_of
-
-if TYPE_CHECKING:
-    from mesh_core.plugins import Plugins
+from mesh_core.errors import PluginIncompatible
+from mesh_core.hosts.comfy import ComfySide, Expected
 
 OLDEST = "0.3.75"
 """The oldest ComfyUI that this pack was tried with."""
@@ -39,15 +35,15 @@ def check_pack() -> str:
     return _message(problems(EXPECTED))
 
 
-def check(plugins: Plugins) -> str:
-    """The same for the families that are installed too."""
-    expected = list(EXPECTED)
-    for adapter in plugins.adapters().values():
-        try:
-            expected += side_of(adapter).expects
-        except PluginNotFound:
-            continue
-    return _message(problems(expected))
+def require(side: ComfySide) -> None:
+    """A family may rely on more than this ComfyUI has; the others work all the same.
+
+    Raises:
+        PluginIncompatible: says what is missing.
+    """
+    message = _message(problems(side.expects))
+    if message:
+        raise PluginIncompatible(f"{side.adapter.family}: {message}")
 
 
 def _message(found: list[str]) -> str:

@@ -32,13 +32,8 @@ class Hub:
 
     @cached_property
     def message(self) -> str:
-        """Why this ComfyUI cannot be used; empty when it can. Loads the adapters: not asked at start-up."""
-        from mesh_core.plugins import installed_plugins
-
-        message = guard.check(installed_plugins())
-        if message:
-            log.error("%s", message)
-        return message
+        """Why this ComfyUI cannot be used; empty when it can."""
+        return guard.check_pack()
 
     @property
     def plugins(self) -> Plugins:
