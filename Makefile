@@ -13,6 +13,7 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py --prompt "$$PROMPT"
 
 test: lint
+	$(BIN)/python tests/comfy/install.py
 	$(BIN)/python -m pytest
 
 lint: $(READY)

@@ -19,7 +19,7 @@ from mesh_core.runner import Placement, Workers, place
 from mesh_core.session import Session, SessionOptions
 from mesh_core.spans import BlockSpan
 
-from .guard import check_family
+from .guard import require
 from .hub import Hub
 from .identity import recognised
 from .shadow import ROOT, shadow
@@ -73,6 +73,7 @@ def _cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
             "This model is split already.", hint="one Mesh Split per model; Mesh Workers for several workers"
         )
     source = _source(patcher, hub)
+    require(source.side)
     spec = source.checkpoint.spec
     if choice.local is not None and choice.local > spec.blocks:
         raise PlanError(
@@ -111,7 +112,6 @@ def _source(patcher: Any, hub: Hub) -> Source:
     if file is not None:
         return file
     checkpoint, side = recognised(patcher.model, hub.plugins)
-    check_family(side)
     return LoadedModel(patcher, checkpoint, side)
 
 
@@ -172,6 +172,7 @@ def _opened(source: Source, placement: Placement, options: SessionOptions, hub: 
         else:
             hub.status.change(node, "loading", f"{worker}: {what}", done, total)
 
+    hub.status.change(node, "loading", "telling the workers which weights")
     hops = [(remote, hop.span) for remote, hop in _pairs(placement)]
     mismatch: CheckpointMismatch | None = None
     try:

@@ -1,5 +1,4 @@
-"""Are the parts of ComfyUI that this pack builds on as it expects them? What a family builds on is looked at when a
-model of that family is used: one that this ComfyUI lacks must not stand in the way of the others."""
+"""Are the parts of ComfyUI that this pack builds on as it expects them? Looked at when ComfyUI starts."""
 
 from __future__ import annotations
 
@@ -36,13 +35,15 @@ def check_pack() -> str:
     return _message(problems(EXPECTED))
 
 
-def check_family(side: ComfySide) -> None:
-    """Raises:
-    PluginIncompatible: this ComfyUI lacks something that the family's side relies on.
+def require(side: ComfySide) -> None:
+    """A family may rely on more than this ComfyUI has; the others work all the same.
+
+    Raises:
+        PluginIncompatible: says what is missing.
     """
     message = _message(problems(side.expects))
     if message:
-        raise PluginIncompatible(message)
+        raise PluginIncompatible(f"{side.adapter.family}: {message}")
 
 
 def _message(found: list[str]) -> str:

@@ -33,10 +33,7 @@ class Hub:
     @cached_property
     def message(self) -> str:
         """Why this ComfyUI cannot be used; empty when it can."""
-        message = guard.check_pack()
-        if message:
-            log.error("%s", message)
-        return message
+        return guard.check_pack()
 
     @property
     def plugins(self) -> Plugins:

@@ -20,7 +20,7 @@ from mesh_core.errors import CheckpointUnrecognised, PlanError
 from mesh_core.hosts.comfy import side_of
 from mesh_core.library import recognise
 
-from .guard import check_family
+from .guard import require
 from .hub import Hub
 from .shadow import shadow
 from .source import FILE, ModelFile
@@ -45,7 +45,7 @@ def load(path: str, hub: Hub) -> Any:
             hint=_HINT,
         )
     side = side_of(checkpoint.adapter)
-    check_family(side)
+    require(side)
     file = ModelFile(checkpoint, side, prefix, model.get_dtype())
     load_device, offload_device = (
         comfy.model_management.get_torch_device(),

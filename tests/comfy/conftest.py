@@ -21,6 +21,13 @@ EXAMPLE = ROOT / "examples" / "tiny-klein"
 ATTACHMENTS = Path(__file__).parent / "attachments"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test of a session waits for ComfyUI to start, or to be set up."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def comfy() -> ComfyUI:
     return installed()
@@ -31,9 +38,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ComfyUI calls its base directory, with the models that the tests use."""
     base = tmp_path_factory.mktemp("comfyui")
     models = base / "models" / "diffusion_models"
-    _single_file(EXAMPLE / "model", models / "tiny-klein.safetensors")
+    single_file(EXAMPLE / "model", models / "tiny-klein.safetensors")
     _small_dev(tmp_path_factory.mktemp("tiny-dev") / "transformer")
-    _single_file(tmp_path_factory.getbasetemp() / "tiny-dev0", models / "tiny-dev.safetensors")
+    single_file(tmp_path_factory.getbasetemp() / "tiny-dev0", models / "tiny-dev.safetensors")
     (base / "input").mkdir()
     for seed, name in enumerate(("first", "second")):
         noise = torch.randn(1, 128, 8, 4 * (seed + 1), generator=torch.Generator().manual_seed(seed))
@@ -47,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def _single_file(model: Path, to: Path) -> None:
+def single_file(model: Path, to: Path) -> None:
     convert = [sys.executable, str(EXAMPLE / "train" / "single_file.py"), "--model", str(model), str(to)]
     subprocess.run(convert, check=True, capture_output=True)
 

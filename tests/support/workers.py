@@ -27,7 +27,7 @@ from mesh_core.worker import Worker, WorkerOptions
 ANY = {"mesh": "mesh://127.0.0.1:0", "inproc": "inproc://"}
 """Addresses at which the system chooses the rest."""
 
-_STARTS_WITHIN = 60.0
+_STARTS_WITHIN = 120.0
 _ANNOUNCED = re.compile(r"listening at (\S+)")
 
 

@@ -22,8 +22,10 @@ class ParameterNames:
 
     def __init__(self, adapter: ModelAdapter, spec: ModelSpec) -> None:
         own = {name: p.pieces for name, p in spec.parameters.items()}
+        themselves = {name: (Piece(name),) for name in spec.parameters}
         self._tensors: dict[str, tuple[Rows, ...]] = {}
-        for layout in (own, *adapter.layouts(spec)):
+        layouts: list[Mapping[str, Sequence[Piece]]] = [own, themselves, *adapter.layouts(spec)]
+        for layout in layouts:
             for name, rows in _inverted(layout, spec).items():
                 self._tensors.setdefault(_without_prefix(name), rows)
         self._modules: dict[str, tuple[Rows, ...]] = {}
