@@ -20,7 +20,6 @@ from mesh_core.errors import CheckpointUnrecognised, PlanError
 from mesh_core.hosts.comfy import side_of
 from mesh_core.library import recognise
 
-from .guard import require
 from .hub import Hub
 from .shadow import shadow
 from .source import FILE, ModelFile
@@ -44,9 +43,7 @@ def load(path: str, hub: Hub) -> Any:
             "be read in parts.",
             hint=_HINT,
         )
-    side = side_of(checkpoint.adapter)
-    require(side)
-    file = ModelFile(checkpoint, side, prefix, model.get_dtype())
+    file = ModelFile(checkpoint, side_of(checkpoint.adapter), prefix, model.get_dtype())
     load_device, offload_device = (
         comfy.model_management.get_torch_device(),
         comfy.model_management.unet_offload_device(),
