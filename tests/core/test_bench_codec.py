@@ -54,7 +54,6 @@ def test_the_table_has_a_row_per_setting_and_the_targets_count_the_least_psnr() 
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     plot(RESULTS, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

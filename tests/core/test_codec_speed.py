@@ -138,7 +138,10 @@ def test_what_a_machine_tells_is_what_another_reads(tmp_path: Path) -> None:
     assert book.plain() == []
     book.survey([Counting(), EntropyCodec()])
     read = read_speeds(book.plain())
-    assert read.keys() == {("counting", "abacus"), ("entropy", EntropyCodec().estimate({}, torch.bfloat16).engine)}
+    assert read.keys() == {
+        ("counting", "abacus"),
+        ("entropy", EntropyCodec().estimate({"step": 0.1}, torch.bfloat16).engine),
+    }
     found = book.find(Counting(), {}, torch.bfloat16)
     assert found is not None and read["counting", "abacus"].encode == found.encode
 

@@ -142,7 +142,7 @@ def codec(
         _engines(device, as_json, folder, label)
         return
     if model is None:
-        raise click.UsageError("Name a pipeline's folder, for example examples/tiny-klein/model, or a --device.")
+        raise click.UsageError("Name the folder of a trained pipeline as MODEL, or a --device.")
     import torch
 
     from mesh_core.bench.codec_pictures import Pictures, Quality
