@@ -39,6 +39,8 @@ def test_the_package_carries_the_nodes_and_their_page(tmp_path: Path) -> None:
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     assert {"comfy_integration/__init__.py", "comfy_integration/web/mesh.js", "mesh_core/__init__.py"} <= set(names)
     assert {f"comfy_integration/web/docs/{n}.md" for n in ("MeshSplit", "MeshWorkers", "MeshRemoteLora")} <= set(names)
+    workflows = {f"comfy_integration/example_workflows/{file.name}" for file in (ROOT / "examples").glob("mesh-*.json")}
+    assert len(workflows) == 3 and workflows <= set(names)
     assert not [name for name in names if name.startswith(("tests", "install", "__init__"))]
 
 
@@ -46,14 +48,18 @@ def test_link(tmp_path: Path) -> None:
     def link(path: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mesh_core.cli", "comfy", "link", str(path)]
         environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
 
     shutil.copytree(ROOT / "comfy_integration", tmp_path / "installed" / "comfy_integration")
+    workflow = ROOT / "examples" / "mesh-tiny-klein.json"
+    (tmp_path / "installed" / "comfy_integration" / "example_workflows").mkdir()
+    shutil.copy(workflow, tmp_path / "installed" / "comfy_integration" / "example_workflows")
     (tmp_path / "portable" / "ComfyUI" / "custom_nodes").mkdir(parents=True)
     done = link(tmp_path / "portable")
     assert done.returncode == 0, done.stderr
     linked = tmp_path / "portable" / "ComfyUI" / "custom_nodes" / "comfyui-mesh" / "__init__.py"
     assert "comfy_integration" in linked.read_text("utf-8")
+    assert (linked.parent / "example_workflows" / workflow.name).read_bytes() == workflow.read_bytes()
     assert "has no custom_nodes" in link(tmp_path).stderr
 
 

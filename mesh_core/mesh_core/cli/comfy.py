@@ -11,6 +11,8 @@ from mesh_core.config import atomic_write
 from mesh_core.errors import ConfigError
 
 FOLDER = "comfyui-mesh"
+WORKFLOWS = "example_workflows"
+"""Where ComfyUI looks for the templates of a node pack."""
 _TEXT = '''"""Written by mesh comfy link; loads the nodes from the installed package."""
 
 from comfy_integration import *  # noqa: F403
@@ -34,7 +36,8 @@ def link(path: Path) -> None:
         nodes = path / "ComfyUI" / "custom_nodes"
     if not nodes.is_dir():
         raise ConfigError(f"{path} is no ComfyUI: it has no custom_nodes.", hint="the folder that holds main.py")
-    if find_spec("comfy_integration") is None:
+    package = find_spec("comfy_integration")
+    if package is None or package.origin is None:
         raise ConfigError(
             "The nodes are not part of this installation; it is linked to a checkout.",
             hint="a link to the checkout in custom_nodes, or pip install comfyui-mesh",
@@ -43,4 +46,6 @@ def link(path: Path) -> None:
     if (nodes / FOLDER / "pyproject.toml").exists():
         raise ConfigError(f"{nodes / FOLDER} is a clone of the repository already; it needs no link.")
     atomic_write(target, _TEXT.encode())
+    for workflow in (Path(package.origin).parent / WORKFLOWS).glob("*.json"):
+        atomic_write(target.parent / WORKFLOWS / workflow.name, workflow.read_bytes())
     click.echo(f"Linked {target.parent}. Restart ComfyUI; the nodes are in the category mesh.")
