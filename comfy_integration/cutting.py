@@ -14,7 +14,7 @@ import torch
 from mesh_codec.base import Quality
 from mesh_codec.errors import CodecError
 from mesh_core.config import Settings
-from mesh_core.errors import CheckpointMismatch, MeshError, NotAuthorised, PlanDoesNotFit, PlanError
+from mesh_core.errors import CheckpointMismatch, MeshError, PlanDoesNotFit, PlanError
 from mesh_core.runner import Placement, Workers, place
 from mesh_core.session import Session, SessionOptions
 from mesh_core.spans import BlockSpan
@@ -63,7 +63,7 @@ def cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
     try:
         return _cut(patcher, choice, hub, node)
     except (MeshError, CodecError) as error:
-        hub.status.change(node, "wrong key" if isinstance(error, NotAuthorised) else "failed", str(error))
+        hub.status.fail(node, error)
         raise
 
 

@@ -72,11 +72,15 @@ def transfer(patcher: Any, split: Split) -> None:
 
 
 def _in_graph(patcher: Any, split: Split) -> Iterator[Applied]:
-    """One LoRA per loader node, so that a changed strength or another LoRA beside it sends nothing again."""
-    groups: dict[tuple[object, float, float], list[NamedPatch]] = {}
+    """One LoRA per loader node, so that a changed strength or another LoRA beside it sends nothing again.
+
+    Several when one would change the order of what happens to a weight: not all algorithms add up.
+    """
+    groups: list[tuple[tuple[object, float, float], list[NamedPatch]]] = []
     for key, entries in patcher.patches.items():
         if key not in split.remote_names:
             continue
+        earliest = 0
         for strength, value, strength_model, offset, function in entries:
             if function is not None:
                 raise UnsupportedInput(
@@ -85,9 +89,18 @@ def _in_graph(patcher: Any, split: Split) -> Iterator[Applied]:
                 )
             algorithm, weights = _parts(key, value)
             tensors, alpha = from_comfy_weights(algorithm, weights)
+            if algorithm == "boft" and alpha is None:
+                raise UnsupportedInput(
+                    f"ComfyUI cannot apply a BOFT LoRA without alpha ({key}): it would change remote blocks only.",
+                    hint="the workflow without that LoRA",
+                )
             patch = NamedPatch(key, algorithm, tensors, alpha, offset)
-            groups.setdefault((_loader(value), float(strength), float(strength_model)), []).append(patch)
-    for number, ((_, strength, strength_model), patches) in enumerate(groups.items(), 1):
+            kind = (_loader(value), float(strength), float(strength_model))
+            earliest = next((i for i in range(earliest, len(groups)) if groups[i][0] == kind), len(groups))
+            if earliest == len(groups):
+                groups.append((kind, []))
+            groups[earliest][1].append(patch)
+    for number, ((_, strength, strength_model), patches) in enumerate(groups, 1):
         name = f"LoRA {number} of the workflow ({len(patches)} weights of remote blocks)"
         yield Applied(lora_from_patches(split.checkpoint, patches, name), strength, strength_model)
 

@@ -82,7 +82,7 @@ class Split:
         try:
             return executor(*args, **kwargs)
         except MeshError as error:
-            self.hub.status.change(self.node, "failed", str(error))
+            self.hub.status.fail(self.node, error)
             raise
         finally:
             self._here = None

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
+from mesh_core.errors import NotAuthorised
+
 if TYPE_CHECKING:
     from mesh_core.stats import StepStats
 
@@ -82,6 +84,9 @@ class Statuses:
                 status.since = time()
             status.state, status.detail, status.done, status.total = state, detail, done, total
         self._tell(node, often=not new and done < total)
+
+    def fail(self, node: str, error: Exception) -> None:
+        self.change(node, "wrong key" if isinstance(error, NotAuthorised) else "failed", str(error))
 
     def step(self, node: str, step: StepStats, reconnects: int) -> None:
         with self._lock:
