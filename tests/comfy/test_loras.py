@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.comfy import graphs
+from tests.comfy import algorithms, graphs
 from tests.comfy.graphs import Graph, node
 from tests.comfy.server import RunFailed, Server
 from tests.support.workers import ProcessWorker
@@ -31,6 +33,39 @@ def test_before_and_behind_the_node(server: Server, worker: ProcessWorker, cut: 
     behind = _lora(graphs.with_split(graphs.text_to_latent(), worker.address, cut), "night", NIGHT, 1.0)
     _near(server.latent(before), whole)
     _near(server.latent(behind), whole)
+
+
+@pytest.fixture(scope="module")
+def made(base: Path) -> str:
+    """The folder of files of all algorithms, as the loader lists it."""
+    algorithms.write(base / "models" / "loras" / "made")
+    return "made"
+
+
+@pytest.mark.parametrize("algorithm", [*algorithms.MADE, "norm"])
+def test_every_algorithm(server: Server, worker: ProcessWorker, made: str, algorithm: str) -> None:
+    graph = graphs.text_to_latent(seed=31, steps=1)
+    plain = server.latent(graph)
+    whole = server.latent(_lora(graph, "made", f"{made}/{algorithm}.safetensors", 0.8))
+    assert whole.isfinite().all() and (whole - plain).abs().max() > 0.01
+    for cut in (2, 6):
+        _near(server.latent(graphs.with_split(graph, worker.address, cut)), whole)
+
+
+@pytest.mark.parametrize("order", [("diff", "lora", "set"), ("set", "oft", "diff"), ("set", "diff", "lora")])
+def test_the_order_of_the_loaders_counts(
+    server: Server, worker: ProcessWorker, made: str, order: tuple[str, ...]
+) -> None:
+    graph = graphs.text_to_latent(seed=32, steps=1)
+    for algorithm in order:
+        _lora(graph, algorithm, f"{made}/{algorithm}.safetensors", 1.0)
+    _near(server.latent(graphs.with_split(graph, worker.address, 3)), server.latent(graph))
+
+
+def test_what_comfyui_itself_cannot_apply_is_refused(server: Server, worker: ProcessWorker, made: str) -> None:
+    graph = _lora(graphs.text_to_latent(), "made", f"{made}/bare.safetensors", 1.0)
+    with pytest.raises(RunFailed, match="BOFT LoRA without alpha"):
+        server.run(graphs.with_split(graph, worker.address, 2))
 
 
 def test_two_stacked_then_another_strength_then_none(server: Server, worker: ProcessWorker) -> None:

@@ -102,5 +102,37 @@ class TestMask(_OnConditioning):
         return {"attention_mask": torch.ones(1, 1)}
 
 
-_NODES = (TestPatchBlock, TestBlockPatch, TestAttention, TestInjection, TestObjectPatch, TestControl, TestMask)
+class TestMemory:
+    """What ComfyUI's memory management holds of a model now, in bytes; at every run anew."""
+
+    RETURN_TYPES = ()
+    FUNCTION = "measure"
+    OUTPUT_NODE = True
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}, "optional": {"after": ("LATENT",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:
+        return float("nan")
+
+    def measure(self, model: Any, after: Any = None) -> dict[str, Any]:
+        from comfy import model_management
+
+        held = [m.model_memory() for m in model_management.current_loaded_models if m.model is not None]
+        return {"ui": {"size": [model.model_size()], "loaded": [model.loaded_size()], "managed": held}}
+
+
+_NODES = (
+    TestPatchBlock,
+    TestBlockPatch,
+    TestAttention,
+    TestInjection,
+    TestObjectPatch,
+    TestControl,
+    TestMask,
+    TestMemory,
+)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
