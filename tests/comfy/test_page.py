@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from mesh_core.invites import create_invite
-from mesh_core.keys import KeyStore
+from mesh_core.keys import KeyStore, KnownWorker
+from mesh_core.transport.curve import new_key_pair
 from tests.comfy.server import ROOT, Server
-from tests.support.workers import ProcessWorker, mesh_home, wait_until
+from tests.support.workers import ProcessWorker, mesh_home, process_worker, wait_until
 
 WORKFLOWS = sorted((ROOT / "examples").glob("mesh-*.json"))
 _FLAGS = (
@@ -87,6 +89,20 @@ def _load(page: Page, workflow: Any) -> None:
     )
 
 
+def _open_settings(page: Page) -> None:
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    page.get_by_text("Mesh", exact=True).first.click()
+    page.wait_for_selector(".mesh-page")
+
+
+def _run_at(page: Page, address: str, local: int) -> None:
+    """Run the workflow that is open, with ``address`` pasted into its node."""
+    for name, value in (("worker", "pasted below"), ("address", address), ("local_blocks", local)):
+        found = f"{_WIDGETS}.find(w => w.name === '{name}')"
+        page.evaluate(f"value => {{ {found}.value = value }}", value)
+    page.evaluate("window.app.queuePrompt(0)")
+
+
 def _workflow(name: str) -> Any:
     return json.loads((ROOT / "examples" / f"{name}.json").read_text("utf-8"))
 
@@ -106,15 +122,11 @@ def test_the_examples_open_without_missing_nodes(page: Page, file: Path) -> None
     assert values["quality"] == "lossless" and values["on_failure"] == "wait for it" and values["address"] == ""
 
 
-def test_a_worker_is_added_renamed_tested_and_removed(
-    page: Page, worker: ProcessWorker, home: Path, shots: Path
-) -> None:
+def test_a_worker_is_added_renamed_and_tested(page: Page, worker: ProcessWorker, home: Path, shots: Path) -> None:
     with mesh_home(home):
         invite = create_invite(worker.address.partition("?")[0], name="shelf", keys=KeyStore())
     place = str(invite.place.netloc)
-    page.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
-    page.get_by_text("Mesh", exact=True).first.click()
-    page.wait_for_selector(".mesh-page")
+    _open_settings(page)
     page.fill(".mesh-invite", f'mesh join "{invite}"')
     page.click(".mesh-form .mesh-button")
     row = f'.mesh-row[data-address="{place}"]'
@@ -161,6 +173,44 @@ def test_the_panel_in_vue_nodes(page: Page, server: Server, shots: Path) -> None
     page.wait_for_timeout(1000)
     page.screenshot(path=shots / "comfyui-node-vue.png", clip=_CANVAS)
     _set(server, vue=False)
+
+
+def test_a_worker_that_loads_then_one_with_another_key(page: Page, server: Server, base: Path, home: Path) -> None:
+    _open(page, server)
+    _load(page, _workflow("mesh-tiny-klein"))
+    page.evaluate(
+        """() => {
+          const panel = document.querySelector(".mesh-panel"), seen = window.meshSeen = [];
+          const note = () => seen.push(panel.querySelector(".mesh-state")?.textContent);
+          new MutationObserver(note).observe(panel, { childList: true });
+        }"""
+    )
+    with process_worker(base / "models" / "diffusion_models", home=home, name="fresh") as fresh:
+        _run_at(page, fresh.address, 5)
+        page.wait_for_selector('.mesh-panel[data-state="connected"]:has-text("fresh") .mesh-bar')
+        seen = [text for text in page.evaluate("window.meshSeen") if text]
+        assert [text for text in seen if re.fullmatch(r"loading \d+ %", text)], seen
+
+        place, keys = fresh.address.removeprefix("mesh://").partition("?")[0], KeyStore(home / "config")
+        keys.remember(KnownWorker(place, new_key_pair()[0], "impostor"))
+        _run_at(page, f"mesh://{place}", 4)  # another cut connects anew
+        page.wait_for_selector('.mesh-panel[data-state="wrong key"]')
+        text = page.locator(".mesh-panel").inner_text()
+        assert text.startswith("wrong key") and "another key than the one that is known" in text
+        keys.forget(place)
+    page.keyboard.press("Escape")
+
+
+def test_remove_forgets_a_worker(page: Page, worker: ProcessWorker, home: Path) -> None:
+    place = worker.address.removeprefix("mesh://").partition("?")[0]
+    assert KeyStore(home / "config").worker(place) is not None
+    _open_settings(page)
+    row = page.locator(f'.mesh-row[data-address="{place}"]')
+    row.get_by_text("Remove").click()
+    row.wait_for(state="detached")
+    assert KeyStore(home / "config").worker(place) is None
+    page.keyboard.press("Escape")
+    page.wait_for_function(f"place => !{_COMBO}.options.values.some(choice => choice.includes(place))", arg=place)
 
 
 def test_no_address_from_a_query_string_is_connected_to(server: Server) -> None:
