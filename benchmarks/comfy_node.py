@@ -3,11 +3,12 @@
 Everything is remote (cut 0), so what a step takes besides the worker's computing, the codec and the wire is the host's
 own work: in ComfyUI its patching of latents, the node and the session; in the script the adapter and the session.
 Both use the same worker, alternately, in one run. Prints medians and ComfyUI's own measure of how long the pack took to
-import. Needs what ``tests/comfy`` needs.
+import, which it rounds to tenths of a second. ``--out FOLDER`` keeps them. Needs what ``tests/comfy`` needs.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +26,8 @@ from tests.support.splitting import split  # noqa: E402
 from tests.support.workers import mesh_home, process_worker  # noqa: E402
 
 STEPS = 20
+WARM_UP = 3
+NODE_TARGET_MS, IMPORT_TARGET_S = 5.0, 0.3
 TOKENS = {"text": 512, "image": 64}
 
 
@@ -55,8 +58,13 @@ def in_script(runner: object, seed: int) -> float:
 
 
 def main() -> None:
+    from mesh_core.bench.report import save
     from mesh_core.plugins import Plugins
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--label", default="", help="the hardware's name in the results")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, mesh_home(Path(folder) / "home") as home:
         base = Path(folder) / "comfyui"
@@ -69,10 +77,28 @@ def main() -> None:
             split(models / "tiny-klein.safetensors", ":0", [worker.address], Plugins.load()) as runner,
         ):
             pairs = [(in_comfy(server, worker.address, i), in_script(runner, i)) for i in range(STEPS)]
-        node, script = (median(column) for column in zip(*pairs[3:], strict=True))
+        node, script = (median(column) for column in zip(*pairs[WARM_UP:], strict=True))
         took = next(line.strip() for line in server.log if line.endswith(f"custom_nodes/{ROOT.name}"))
-    print(f"host's own work per step, median of {STEPS - 3}: ComfyUI {node:.2f} ms, script {script:.2f} ms")
-    print(f"ComfyUI's import of the pack: {took.partition(':')[0]}")
+    seconds = float(took.split()[0])
+    text = "\n".join(
+        [
+            f"host's own work per step, median of {STEPS - WARM_UP}",
+            f"  script   {script:5.2f} ms",
+            f"  ComfyUI  {node:5.2f} ms",
+            f"ComfyUI's import of the pack: {seconds:.1f} s",
+            "",
+            _verdict("the node adds to a step", node - script, NODE_TARGET_MS, "ms"),
+            _verdict("the pack adds to ComfyUI's start", seconds, IMPORT_TARGET_S, "s"),
+        ]
+    )
+    print(text)
+    if options.out:
+        data = {"script_ms": script, "comfyui_ms": node, "import_s": seconds, "pairs_ms": pairs}
+        save(options.out, "comfy-node", options.label, data, text)
+
+
+def _verdict(name: str, found: float, target: float, unit: str) -> str:
+    return f"{'met   ' if found <= target else 'MISSED'}  {name}: {found:.2f} {unit}, target <= {target:g} {unit}"
 
 
 if __name__ == "__main__":
