@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from time import monotonic
 from typing import Any
 
 import torch
@@ -38,6 +39,9 @@ must have passed since the last time."""
 
 _NOTICEABLE = 1e-3
 """Seconds under which a duration says nothing of a codec's speed."""
+
+_LEARNING, _LOOK_AGAIN = 8, 0.5
+"""Steps after which what they say has settled; seconds between two looks at the choice from then on."""
 
 _GAIN, _AT_ONCE, _MOST = 0.5, 64.0, 1e6
 """How far one step moves what is believed of a codec's speed, by what factor it may do so, and how far in all."""
@@ -110,6 +114,7 @@ class Negotiation:
         self._mute: set[tuple[int, int]] = set()
         self._ways: dict[tuple[int, int, int], Way] = {}
         self._arranged: list[Way] = []
+        self._asked_at = 0.0
 
     def close(self) -> None:
         """Measure nothing more. May be called twice."""
@@ -191,8 +196,16 @@ class Negotiation:
         return way
 
     def outdated(self, state: State) -> bool:
-        """Whether another codec pays by now, on some way, for a step that starts with ``state``."""
-        self._expect(state)
+        """Whether another codec pays by now, on some way, for a step that starts with ``state``.
+
+        Asked at every step until some have crossed and after a change of size, then once in a while: asking all
+        plugins for every way takes as long as all else that the mesh does in a step.
+        """
+        resized, now = self._expect(state), monotonic()
+        settled = all(way.steps >= _LEARNING for way in self._arranged)
+        if settled and not resized and now < self._asked_at + _LOOK_AGAIN:
+            return False
+        self._asked_at = now
         between = [(w.source, w.target) for w in self._arranged if w.source is not None and w.target is not None]
         changed = not all(self.knows(a, b) or (id(a), id(b)) in self._mute for a, b in between)
         for way in self._arranged:
@@ -257,19 +270,21 @@ class Negotiation:
 
     # Learning
 
-    def _expect(self, state: State) -> None:
-        """Sizes: of the first way exactly; ways that no step has crossed yet are taken for as wide."""
+    def _expect(self, state: State) -> bool:
+        """Sizes: of the first way exactly; ways that no step has crossed yet are taken for as wide. Whether the first
+        way's are others than before."""
         found: dict[Role, int] = {}
         if not self._arranged:
-            return
+            return False
         for name, tensor in state.items():
             if name in self._arranged[0].roles:
                 role = self._arranged[0].roles[name]
                 found[role] = found.get(role, 0) + tensor.numel()
-        self._arranged[0].elements = found
+        resized, self._arranged[0].elements = self._arranged[0].elements != found, found
         for way in self._arranged[1:]:
             for role in set(way.roles.values()) & found.keys():
                 way.elements.setdefault(role, found[role])
+        return resized
 
     def observe(self, crossed: Sequence[Crossed], wire_ms: float) -> None:
         """Learn from a step: how fast the links and codecs were, and what came out of them."""
