@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,15 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where the temporary checkpoint goes")
     parser.add_argument("--save", type=Path, default=None, help="markdown file; a .json goes beside it")
     arguments = parser.parse_args()
+    report_and_save(arguments, run, markdown)
+
+
+def report_and_save(
+    arguments: argparse.Namespace,
+    run: Callable[[argparse.Namespace, Path, ExitStack], dict[str, Any]],
+    markdown: Callable[[dict[str, Any]], str],
+) -> None:
+    """Run a benchmark in a temporary folder with keys and caches of its own; print its table, and keep it if asked."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mesh-bench-", dir=arguments.folder)))
         os.environ["MESH_HOME"] = str(folder / "home")

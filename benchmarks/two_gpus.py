@@ -12,9 +12,6 @@ their importance until ``--minutes`` are over; those that were not reached are n
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +21,7 @@ from statistics import median
 from time import monotonic, perf_counter
 from typing import Any
 
-from split_on_gpu import pictures, random_inputs, random_model, start_worker
+from split_on_gpu import pictures, random_inputs, random_model, report_and_save, start_worker
 
 WAYS: tuple[tuple[str, str | None], ...] = (
     ("lossless", "raw"),
@@ -64,16 +61,7 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where the temporary checkpoint goes")
     parser.add_argument("--save", type=Path, default=None, help="markdown file; a .json goes beside it")
     arguments = parser.parse_args()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mesh-bench-", dir=arguments.folder)))
-        os.environ["MESH_HOME"] = str(folder / "home")
-        report = run(arguments, folder, stack)
-    text = markdown(report)
-    print(text)
-    if arguments.save:
-        arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        arguments.save.write_text(text + "\n", encoding="utf-8")
-        arguments.save.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report_and_save(arguments, run, markdown)
 
 
 def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, Any]:
