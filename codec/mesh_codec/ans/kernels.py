@@ -1,12 +1,13 @@
 """`Lattice.quantise` and `Lattice.restore` as Triton kernels: one read and one write of each array.
 
 A program takes a tile of tokens and channels, reads it along channels and writes it along tokens: both are contiguous,
-the transposition happens in registers. Same arithmetic as in `mesh_codec.ans.lattice`.
+the transposition happens in registers. Same arithmetic as in `mesh_codec.ans.lattice`. Triton looks annotations up as it compiles, so that its
+functions have none but its own.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -55,10 +56,10 @@ def _tiles(rows: int, columns: int) -> tuple[int, int]:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _quantise(
-    tokens: Any, state: Any, symbols: Any, place: Any, means: Any, inverse: Any, scales: Any, predicted: Any,
-    listed: Any, count: Any, room: int, rows: int, columns: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-) -> None:  # fmt: skip
+def _quantise(  # type: ignore[no-untyped-def]
+    tokens, state, symbols, place, means, inverse, scales, predicted, listed, count, room, rows, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     there = (row < rows) & (column < columns)
@@ -85,10 +86,10 @@ def _quantise(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _restore(
-    symbols: Any, state: Any, tokens: Any, place: Any, means: Any, scales: Any, predicted: Any, largest: float,
-    rows: int, columns: int, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-) -> None:  # fmt: skip
+def _restore(  # type: ignore[no-untyped-def]
+    symbols, state, tokens, place, means, scales, predicted, largest, rows, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
     there = (row < rows) & (column < columns)

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
 from mesh_codec.ans.coder import ByteCoder, CoderFactory
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
@@ -70,7 +69,9 @@ class _Coder(ByteCoder):
     def compress(self, data: Tensor) -> memoryview:
         self._wait_for_caller()
         with torch.cuda.stream(self._stream), named(CodecUnsupported, "nvCOMP cannot encode"):
-            coded = from_dlpack(self._codec.encode(self._nvcomp.as_array(data, self._stream.cuda_stream)))
+            array = self._codec.encode(self._nvcomp.as_array(data, self._stream.cuda_stream))
+            # Not through DLPack: there 6.0 gives the size that it had reserved, not that of what it made.
+            coded = torch.as_tensor(array, device=self._device)
             host = torch.empty(coded.numel(), dtype=torch.uint8, pin_memory=True)
             host.copy_(coded.view(torch.uint8).view(-1), non_blocking=True)
             self._stream.synchronize()
