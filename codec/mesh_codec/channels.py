@@ -24,28 +24,34 @@ def pack_channels(ranks: Tensor, means: Tensor) -> bytes:
     return squeeze(np.concatenate([ranks.numpy(), bits_of(means).astype("<u2").view(np.uint8)]))
 
 
-def read_channels(frame: memoryview, channels: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack_channels`.
+def read_channels(frame: memoryview, channels: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_channels`, onto ``device`` in one copy.
 
     Raises:
         CodecCorrupt: damaged, or means that are not finite.
     """
     data = expand(frame, 3 * channels, "channels").copy()
-    means = torch.from_numpy(data[channels:].view("<u2").view(np.int16)).view(torch.bfloat16)
-    if not means.isfinite().all():
+    told = data[channels:].view("<u2")
+    # All bits of the exponent: infinite, or not a number.
+    if ((told & 0x7F80) == 0x7F80).any():
         raise CodecCorrupt("The channel means of a payload are not finite.")
-    return torch.from_numpy(data[:channels]), means
+    there = torch.from_numpy(data).to(device)
+    return there[:channels], there[channels:].clone().view(torch.bfloat16)
 
 
-def widened(ranks: Tensor, step: float, radius: int) -> Tensor:
+def widened(ranks: Tensor, step: float | Tensor, radius: int) -> Tensor:
     """float32 [channels]: ``step``, but larger for channels that symbols from -``radius`` to ``radius`` would not hold.
 
     ``ranks`` are those of `mesh_codec.spread`: quarter octaves of the deviation above the step, counted from 128.
     """
-    widest = 128 + floor(4 * log2(radius / _REACH))
-    return (step * torch.exp2((ranks.int() - widest).clamp_min(0) / 4)).float()
+    return (step * torch.exp2((ranks.int() - widest_rank(radius)).clamp_min(0) / 4)).float()
 
 
-def still(ranks: Tensor, step: float) -> Tensor:
+def widest_rank(radius: int) -> int:
+    """The rank of the widest channels that symbols from -``radius`` to ``radius`` hold in steps of the common size."""
+    return 128 + floor(4 * log2(radius / _REACH))
+
+
+def still(ranks: Tensor, step: float | Tensor) -> Tensor:
     """bool [channels]: those that do not vary. Such a channel is its mean, and what is not crosses exactly."""
     return (ranks == 0) | (step == 0)

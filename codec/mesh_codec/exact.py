@@ -20,6 +20,18 @@ def outliers_at(flat: Tensor, places: Tensor) -> Outliers:
     return Outliers(places.cpu().numpy(), bits_of(flat[places].cpu()))
 
 
+def bits_at(flat: Tensor, places: Tensor) -> Tensor:
+    """The bits of the elements of ``flat`` [n] at ``places``, int64, as integers of their size; waits for no device."""
+    return flat.view(_SIGNED[flat.element_size()])[places]
+
+
+def outliers_of(places: Tensor, bits: Tensor) -> Outliers:
+    """From int64 ``places`` in any order and their `bits_at`, both on the CPU."""
+    places, order = places.sort()
+    values = bits[order].numpy()
+    return Outliers(places.numpy(), values.view(f"u{values.itemsize}"))
+
+
 def write_outliers(tensor: Tensor, outliers: Outliers) -> Tensor:
     """``tensor``, contiguous, with ``outliers`` written into it."""
     if len(outliers.positions):

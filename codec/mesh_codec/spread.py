@@ -10,23 +10,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SAMPLES = 128
+SAMPLES = 128
 """Per channel. The error of one channel's deviation is 6 %, that of the common step far less."""
 
-_MEDIAN_EVERY = 2
+MEDIAN_EVERY = 2
 """One sample in so many has a say in what is left out: medians are the dearest part, and need be near only."""
 
-_REACH = 6.0
+CHANNELS = 1024
+"""So many at most say what is a typical deviation."""
+
+REACH = 6.0
 """Deviations from a channel's centre beyond which a sample counts as the centre: massive tokens have no say."""
 
-_CAP = 3.0
+CAP = 3.0
 """Median deviations at which a channel's own is capped before it has a say in the step: massive channels have the
 vote of a large one. Of our choosing; the quality of the result is to be judged on the final picture."""
 
-_DEVIATION_PER_MAD = 1.4826
+DEVIATION_PER_MAD = 1.4826
 """Standard deviation of a Gaussian over its median absolute deviation."""
 
-_STEP_RANGE = (2.0**-120, 2.0**120)
+STEP_RANGE = (2.0**-120, 2.0**120)
 """The step and its inverse stay normal float32 numbers."""
 
 
@@ -49,28 +52,45 @@ def measure(channels: Tensor, relative_step: float) -> Spread:
     The step is ``relative_step`` times the root mean square of the channels' standard deviations, each capped at a
     few times their median, channels that do not vary left out. Non-finite elements count as 0.
     """
-    tokens = channels.shape[1]
+    deviations, means = describe(channels)
+    ranks, step = settle(deviations, relative_step)
+    return Spread(means, ranks, float(step))
+
+
+def stride_of(channels: int, tokens: int) -> int:
+    """One token in so many is sampled."""
     # One channel alone (a tensor that is not split by channel) can afford a sample as large as many channels need.
-    wanted = _SAMPLES if channels.shape[0] > 1 else _SAMPLES * _SAMPLES
+    wanted = SAMPLES if channels > 1 else SAMPLES * SAMPLES
     # An odd stride does not fall in step with image widths.
     stride = -(-tokens // wanted)
-    sample = channels[:, :: stride if stride == 1 else stride | 1].double()
+    return stride if stride == 1 else stride | 1
+
+
+def describe(channels: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation (float64) and mean (bfloat16, finite) of each of the ``channels`` [channels, tokens]."""
+    sample = channels[:, :: stride_of(*channels.shape)].double()
     sample = sample.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    few = sample[:, ::_MEDIAN_EVERY]
+    few = sample[:, ::MEDIAN_EVERY]
     centre = few.median(dim=1, keepdim=True).values
-    typical = (few - centre).abs_().median(dim=1, keepdim=True).values * _DEVIATION_PER_MAD
+    typical = (few - centre).abs_().median(dim=1, keepdim=True).values * DEVIATION_PER_MAD
     # A channel that is constant but for a few tokens has no typical deviation: nothing is left out.
-    reach = torch.where(typical > 0, typical * _REACH, torch.inf)
+    reach = torch.where(typical > 0, typical * REACH, torch.inf)
     sample = torch.where((sample - centre).abs() <= reach, sample, centre)
     deviations, means = torch.std_mean(sample, dim=1, correction=0)
     means = means.bfloat16()
-    means = torch.where(means.isfinite(), means, 0)
-    varying = deviations[deviations > 0]
-    if not len(varying):
-        return Spread(means, torch.zeros_like(means, dtype=torch.uint8), 0.0)
-    capped = varying.clamp_max(varying.median() * _CAP)
-    lowest, highest = _STEP_RANGE
-    exact = relative_step * float(capped.square().mean().sqrt())
-    step = float(torch.tensor(min(max(exact, lowest), highest), dtype=torch.float32))
-    ranks = (deviations / step).log2_().mul_(4).round_().add_(128).clamp_(0, 255).to(torch.uint8)
-    return Spread(means, ranks, step)
+    return deviations, torch.where(means.isfinite(), means, 0)
+
+
+def settle(deviations: Tensor, relative_step: float) -> tuple[Tensor, Tensor]:
+    """The ranks (uint8 [channels]) and the step (float32, no dimensions) of channels of these ``deviations``; both 0
+    where none varies. Waits for no device."""
+    few = deviations[:: -(-len(deviations) // CHANNELS)]
+    typical = torch.where(few > 0, few, torch.nan).nanmedian()
+    # None of the few varies: nothing is capped.
+    typical = torch.where(typical.isnan(), torch.inf, typical)
+    capped = torch.where(deviations > 0, deviations.minimum(typical * CAP), torch.nan)
+    lowest, highest = STEP_RANGE
+    exact = (relative_step * capped.square().nanmean().sqrt()).clamp(lowest, highest)
+    step = torch.where(exact.isnan(), 0, exact).float()
+    ranks = (deviations / step).log2_().mul_(4).round_().add_(128).clamp_(0, 255)
+    return torch.where(step > 0, ranks, 0).to(torch.uint8), step

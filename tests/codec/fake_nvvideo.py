@@ -86,8 +86,13 @@ class FakeNvVideo:
         self.opened += 1
         return _Encoder(self, width, height, fmt, options)
 
-    def CreateDecoder(self, gpuid, codec, usedevicememory, maxwidth, maxheight, latency):
-        assert codec == cudaVideoCodec.HEVC and usedevicememory and latency == DisplayDecodeLatencyType.LOW
+    def CreateDecoder(self, gpuid, codec, cudacontext, usedevicememory, maxwidth, maxheight, latency):
+        assert (
+            not cudacontext
+            and codec == cudaVideoCodec.HEVC
+            and usedevicememory
+            and latency == DisplayDecodeLatencyType.LOW
+        )
         return _Decoder(maxwidth, maxheight, self.shift, self.off_by)
 
 

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh_codec import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported, Encoded, EntropyCodec, Limits
-from mesh_codec.ans.lattice import Lattice
-from mesh_codec.ans.stream import AnsDecoder, AnsEncoder, fingerprint
-from mesh_codec.spread import measure
+from mesh_codec.ans.lattice import Lattice, Outside, Sides, fold
+from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
 
 from .emulated_ans import EmulatedAns
 from .structured import activations
@@ -180,20 +179,20 @@ def test_damage_is_an_error_and_the_next_tensor_is_unharmed(place, position, mas
     assert place == 1 and back.shape == (96, 24)
 
 
-def test_the_fingerprint_sees_every_byte_and_the_order():
+def test_the_fold_sees_every_byte_and_the_order():
     random = np.random.default_rng(0)
     for size in (1, 5, 4096, 4097, 70_000):
         data = torch.from_numpy(random.integers(0, 255, size, dtype=np.uint8))
-        seen = fingerprint(data)
+        seen = int(fold(data))
         for _ in range(30):
             changed = data.clone()
             changed[random.integers(size)] += 1
-            assert fingerprint(changed) != seen
+            assert int(fold(changed)) != seen
         if size > 2:
             a, b = 0, size - 1
             swapped = data.clone()
             swapped[a], swapped[b] = int(data[b]), int(data[a])
-            assert (fingerprint(swapped) == seen) == bool(data[a] == data[b])
+            assert (int(fold(swapped)) == seen) == bool(data[a] == data[b])
 
 
 @settings(max_examples=100, deadline=None)
@@ -203,19 +202,21 @@ def test_both_ends_keep_the_same_lattice(tokens, channels, seed):
     first = torch.randn(tokens, channels, generator=generator) * torch.logspace(-2, 3, channels)
     first[0, 0] = torch.nan
     second = first + 0.3 * torch.randn(tokens, channels, generator=generator)
-    spread = measure(first.t(), 0.2)
-    lattice = Lattice.of(spread.ranks, spread.means, spread.step, torch.device("cpu"))
+    lattice = Lattice.of(Sides.measured(first, 0.2))
     own, other = lattice.empty(tokens), lattice.empty(tokens)
     predicted = torch.zeros(channels, dtype=torch.bool)
     for tensor in (first, second):
-        symbols, places = lattice.quantise(tensor, own, predicted)
+        symbols, outside = lattice.quantise(tensor, own, predicted)
         back = lattice.restore(symbols, other, predicted, torch.float32)
         assert torch.equal(own, other)
         exact = torch.zeros(tokens * channels, dtype=torch.bool)
-        exact[places] = True
+        exact[outside.places] = True
         error = (back - tensor).abs() / lattice.scales.clamp_min(1e-30)
         assert (error.view(-1)[~exact] <= 0.501).all()
-        assert set(lattice.outside(tensor, own).tolist()) <= set(places.tolist()) | set()
+        none_listed = Outside(outside.places[:0], outside.count)
+        assert set(lattice.all_outside(tensor, own, none_listed, int(outside.count)).tolist()) <= set(
+            outside.places.tolist()
+        )
         predicted = torch.arange(channels) % 2 == 0
 
 

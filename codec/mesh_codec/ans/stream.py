@@ -2,7 +2,7 @@
 
 Buffers: 0 the channels (ranks as uint8, means as bfloat16: a zstandard frame; empty but in key tensors), 1 which
 channels are predicted (a bit each; empty in key tensors), 2 the symbols as the byte coder made them, 3 the outliers.
-Header: ``dtype``, ``shape``, ``step``, ``outliers`` (their number), ``sum`` (of the symbols, see `fingerprint`),
+Header: ``dtype``, ``shape``, ``step``, ``outliers`` (their number), ``sum`` (of the symbols, see `fold`),
 ``chain`` and ``index`` (see `mesh_codec.chains`). An empty tensor has no buffers.
 
 Must not know which device or coder it works with.
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from mesh_codec.ans.coder import ByteCoder, CoderFactory
-from mesh_codec.ans.lattice import Lattice
+from mesh_codec.ans.fetch import Fetch
+from mesh_codec.ans.lattice import Lattice, Sides, fold
 from mesh_codec.base import Decoder, Encoded, Encoder, Limits
 from mesh_codec.chains import Link, positive_number
 from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
-from mesh_codec.exact import outliers_at, write_outliers
+from mesh_codec.exact import bits_at, outliers_at, outliers_of, write_outliers
 from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
 from mesh_codec.payload import flat_bytes, form_of, read_form, whole_number
 from mesh_codec.quantiser import Grid
-from mesh_codec.spread import measure
 
 _EVERY = 17
 """One token in so many decides what is predicted. Odd: it does not fall in step with image widths."""
@@ -38,18 +38,46 @@ _DRIFT = 1.5
 
 _LARGEST_SUM = (1 << 62) - 1
 
+_FEW = 8192
+"""Outliers that are fetched with everything else; more cost a copy of their own."""
+
 
 @dataclass
 class _Chain:
     grid: Grid
-    step: float
     lattice: Lattice
     link: Link
-    state: Tensor | None = None
-    """The lattice of the last tensor; None before the first one."""
+    state: Tensor
+    """The lattice of the last tensor."""
+
+    step: float = 0.0
 
     size: float = 0.0
     """Mean size of the lattice in the key tensor, the encoder's."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a payload tells of the channels, still on the device: which are predicted, or, in a key tensor, ``sides``.
+    ``size``, the mean of the lattice's, is fetched with them for the encoder."""
+
+    predicted: Tensor
+    sides: Sides | None = None
+    size: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        if self.sides is None or self.size is None:
+            return (self.predicted,)
+        return self.sides.ranks, self.sides.means, self.sides.step, self.size
+
+    def buffers(self, chain: _Chain, fetched: list[Tensor]) -> tuple[bytes, bytes]:
+        """Those of the channels and of what is predicted, from ``tensors`` on the CPU."""
+        if self.sides is None:
+            return b"", np.packbits(fetched[0].numpy()).tobytes()
+        ranks, means, step, size = fetched
+        chain.step, chain.size = float(step), float(size)
+        return pack_channels(ranks, means), b""
 
 
 class AnsEncoder(Encoder):
@@ -68,43 +96,52 @@ class AnsEncoder(Encoder):
             return Encoded(form.header() | {"step": 0.0, "outliers": 0, "sum": 0}, ())
         grid = Grid.of(form)
         tokens = self._on_device(tensor.detach()).reshape(grid.tokens, grid.channels).contiguous()
-        chain, predicted, sides = self._prepared(tokens, grid)
+        chain, told = self._continued(tokens, grid) or self._begun(tokens, grid)
         # Whatever fails from here leaves a state that the decoder does not have.
         self._chain = None
-        if chain.state is None:
-            chain.state = chain.lattice.empty(grid.tokens)
-        symbols, places = chain.lattice.quantise(tokens, chain.state, predicted)
+        symbols, outside = chain.lattice.quantise(tokens, chain.state, told.predicted)
         data = symbols.view(torch.uint8).view(-1)
-        total = fingerprint(data)
+        places = outside.places[:_FEW]
+        # All that is small comes in one copy, which is on its way while the symbols are coded.
+        fetch = Fetch(outside.count, fold(data), places, bits_at(tokens.view(-1), places), *told.tensors)
         frame = self._opened(tokens.device).compress(data)
-        flags = b"" if chain.link.key else np.packbits(predicted.cpu().numpy()).tobytes()
-        exact = outliers_at(tokens.view(-1), places)
-        header = form.header() | {"step": chain.step, "outliers": len(exact.positions), "sum": total}
-        header |= chain.link.header()
+        count, total, places, bits, *rest = fetch.read()
+        channels, flags = told.buffers(chain, rest)
+        listed = int(count)
+        if listed <= len(places):
+            exact = outliers_of(places[:listed], bits[:listed])
+        else:
+            exact = outliers_at(tokens.view(-1), chain.lattice.all_outside(tokens, chain.state, outside, listed))
+        header = (
+            form.header()
+            | {"step": chain.step, "outliers": len(exact.positions), "sum": int(total)}
+            | chain.link.header()
+        )
         chain.link = chain.link.next
         self._chain = chain
-        return Encoded(header, (sides, flags, frame, exact.to_bytes()), frame)
+        return Encoded(header, (channels, flags, frame, exact.to_bytes()), frame)
 
     def reset(self) -> None:
         self._chain = None
 
-    def _prepared(self, tokens: Tensor, grid: Grid) -> tuple[_Chain, Tensor, bytes]:
-        """The chain that ``tokens`` continue, or a new one; which channels are predicted; the channels' buffer."""
+    def _continued(self, tokens: Tensor, grid: Grid) -> tuple[_Chain, _Told] | None:
+        """The chain that ``tokens`` continue, if they do."""
         chain = self._chain
-        state = chain.state if chain and chain.grid == grid else None
-        if chain and self._temporal and state is not None and state.device == tokens.device:
-            predicted, size = chain.lattice.worth_predicting(tokens, state, _EVERY)
-            now = float(size.mean())
-            if chain.size / _DRIFT <= now <= chain.size * _DRIFT:
-                return chain, predicted, b""
-        spread = measure(tokens.t(), self._relative_step)
-        ranks, means = spread.ranks.cpu(), spread.means.cpu()
-        lattice = Lattice.of(ranks, means, spread.step, tokens.device)
-        chain = _Chain(grid, spread.step, lattice, Link.first())
-        if self._temporal:
-            chain.size = float(lattice.sizes(tokens, _EVERY).mean())
-        nothing = torch.zeros(grid.channels, dtype=torch.bool, device=tokens.device)
-        return chain, nothing, pack_channels(ranks, means)
+        if not chain or not self._temporal or chain.grid != grid or chain.state.device != tokens.device:
+            return None
+        own, change = chain.lattice.compare(tokens, chain.state, _EVERY)
+        if not chain.size / _DRIFT <= float(own.mean()) <= chain.size * _DRIFT:
+            return None
+        return chain, _Told(change < own)
+
+    def _begun(self, tokens: Tensor, grid: Grid) -> tuple[_Chain, _Told]:
+        sides = Sides.measured(tokens, self._relative_step)
+        lattice = Lattice.of(sides)
+        state = lattice.empty(grid.tokens)
+        # Without prediction nothing will ask for it.
+        size = lattice.compare(tokens, state, _EVERY)[0].mean() if self._temporal else sides.step
+        predicted = torch.zeros(grid.channels, dtype=torch.bool, device=tokens.device)
+        return _Chain(grid, lattice, Link.first(), state), _Told(predicted, sides, size)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         try:
@@ -141,11 +178,9 @@ class AnsDecoder(Decoder):
         place, coder = self._opened(device)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
         data = coder.expand(frame, form.elements)
-        if fingerprint(data) != total:
+        if int(fold(data)) != total:
             raise CodecCorrupt("The symbols of a payload are damaged: their sum does not match.")
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
-        if chain.state is None:
-            chain.state = chain.lattice.empty(chain.grid.tokens)
         values = chain.lattice.restore(symbols, chain.state, predicted, form.dtype.torch)
         chain.link = chain.link.next
         self._chain = chain
@@ -169,9 +204,10 @@ class AnsDecoder(Decoder):
         link, step = Link.read(header), positive_number(header, "step")
         if link.key:
             flat_bytes(flags, 0, "prediction")
-            ranks, means = read_channels(sides, grid.channels)
-            lattice = Lattice.of(ranks, means, step, place)
-            return _Chain(grid, step, lattice, link), torch.zeros(grid.channels, dtype=torch.bool, device=place)
+            ranks, means = read_channels(sides, grid.channels, place)
+            lattice = Lattice.of(Sides(ranks, means, torch.full((), step, device=place)))
+            nothing = torch.zeros(grid.channels, dtype=torch.bool, device=place)
+            return _Chain(grid, lattice, link, lattice.empty(grid.tokens), step), nothing
         flat_bytes(sides, 0, "channels")
         chosen = np.unpackbits(np.frombuffer(flat_bytes(flags, -(-grid.channels // 8), "prediction"), np.uint8))
         held = self._chain
@@ -179,20 +215,4 @@ class AnsDecoder(Decoder):
             raise CodecStateLost("A payload was predicted from a tensor that this decoder does not have.")
         if held.grid != grid or held.step != step:
             raise CodecCorrupt("A payload was predicted from a tensor of another shape.")
-        return held, torch.from_numpy(chosen[: grid.channels]).bool().to(place)
-
-
-def fingerprint(data: Tensor) -> int:
-    """A number from 0 to 2**62 that damage to uint8 ``data`` [n] changes, order included: computed where the data is,
-    so that it costs one read of it. Not a signature: it is no help against who means to deceive."""
-    width = 1 << 12
-    whole = data[: data.numel() // width * width].view(-1, width)
-    sums = torch.cat([whole.sum(1, dtype=torch.int64), data[whole.numel() :].sum(dtype=torch.int64)[None]])
-    across = whole.sum(0, dtype=torch.int64)
-    places = torch.arange(1, max(len(sums), width) + 1, device=data.device)
-    # Products of less than 2**33, sums of less than 2**53 for 2**31 elements: nothing wraps.
-    down = (sums * (places[: len(sums)] % 8191 + 1)).sum()
-    along = (across * (places[:width] % 4093 + 1)).sum()
-    tail = (data[whole.numel() :].to(torch.int64) * places[: data.numel() - whole.numel()]).sum()
-    rows, columns, rest = torch.stack([down, along, tail]).tolist()
-    return int((rows + 1_000_003 * columns + 1_000_000_007 * rest) % ((1 << 61) - 1))
+        return held, torch.from_numpy(chosen[: grid.channels].view(np.bool_)).to(place)

@@ -26,6 +26,7 @@ from torch.utils.dlpack import from_dlpack
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
 from mesh_codec.foreign import named
 from mesh_codec.hevc.bitstream import check_unit, is_key
+from mesh_codec.hevc.cuda_context import context_of
 from mesh_codec.hevc.engine import Coding, Engine, FrameDecoder, FrameEncoder
 from mesh_codec.hevc.geometry import SHORTEST_SIDE, Geometry
 from mesh_codec.quantiser import Grid
@@ -62,11 +63,11 @@ class NvVideoEngine(Engine):
         return max(count() if able else 0 for count, able in zip(counts, self._probed, strict=True))
 
     def _count_encoders(self) -> int:
-        return _engines(lambda: self._module.GetEncoderCaps(gpuid=self._gpu, codec="hevc")["num_encoder_engines"])
+        return self._engines(lambda: self._module.GetEncoderCaps(gpuid=self._gpu, codec="hevc")["num_encoder_engines"])
 
     def _count_decoders(self) -> int:
         nvc = self._module
-        return _engines(
+        return self._engines(
             lambda: nvc.GetDecoderCaps(
                 gpuid=self._gpu,
                 codec=nvc.cudaVideoCodec.HEVC,
@@ -74,6 +75,15 @@ class NvVideoEngine(Engine):
                 bitdepth=8,
             )["num_decoder_engines"]
         )
+
+    def _engines(self, ask: Callable[[], Any]) -> int:
+        """The count that ``ask`` gives; at least 1, since the probe has found one at work."""
+        try:
+            with named(CodecUnsupported, "the number of video engines is not known"), context_of(self._place).current():
+                return max(1, int(ask()))
+        except CodecUnsupported as error:
+            _log.info("%s", error)
+            return 1
 
     @property
     def _gpu(self) -> int:
@@ -142,26 +152,35 @@ class NvVideoEngine(Engine):
         return found[lowest]
 
 
-def _engines(ask: Callable[[], Any]) -> int:
-    """The count that ``ask`` gives; at least 1, since the probe has found one at work."""
-    try:
-        with named(CodecUnsupported, "the number of video engines is not known"):
-            return max(1, int(ask()))
-    except CodecUnsupported as error:
-        _log.info("%s", error)
-        return 1
+class _Session:
+    """What is open in the hardware: opened, used and closed in torch's context, also where it is only forgotten."""
 
+    _session: Any = None
 
-class _Encoder(FrameEncoder):
-    def __init__(self, nvc: Any, geometry: Geometry, coding: Coding, device: torch.device) -> None:
+    def __init__(self, nvc: Any, geometry: Geometry, device: torch.device) -> None:
         self._nvc, self._geometry, self._device = nvc, geometry, device
+        self._context = context_of(device)
+
+    def close(self) -> None:
+        with self._context.current():
+            self._session = None
+
+    def __del__(self) -> None:
+        if self._session is not None:
+            self.close()
+
+
+class _Encoder(_Session, FrameEncoder):
+    def __init__(self, nvc: Any, geometry: Geometry, coding: Coding, device: torch.device) -> None:
+        super().__init__(nvc, geometry, device)
         # An endless group of pictures, the default, has no B frames and no key frame unasked.
         options = {"codec": "hevc", "preset": "P1", "repeatspspps": 1, "gpu_id": device.index or 0}
+        options |= {"cudacontext": self._context.handle}
         if coding.lossless:
             options |= {"tuning_info": "lossless"}
         else:
             options |= {"tuning_info": "ultra_low_latency", "rc": "constqp", "constqp": coding.qp}
-        with named(CodecUnsupported, "NVENC opens no session"):
+        with named(CodecUnsupported, "NVENC opens no session"), self._context.current():
             self._session = nvc.CreateEncoder(
                 geometry.width, geometry.height, _FORMATS[geometry.bits], False, **options
             )
@@ -174,7 +193,7 @@ class _Encoder(FrameEncoder):
         if self._device.type == "cuda":
             # The encoder copies on a stream of its own.
             torch.cuda.current_stream(self._device).synchronize()
-        with named(CodecUnsupported, "NVENC failed"):
+        with named(CodecUnsupported, "NVENC failed"), self._context.current():
             for number, planes in enumerate(on_device.contiguous()):
                 picture = nvc.NV_ENC_PIC_PARAMS()
                 picture.encodePicFlags = 0
@@ -188,17 +207,16 @@ class _Encoder(FrameEncoder):
             raise CodecUnsupported(f"NVENC made {len(units)} packets of {len(frames)} frames.")
         return [bytes(unit["data"]) for unit in units]
 
-    def close(self) -> None:
-        self._session = None
 
-
-class _Decoder(FrameDecoder):
+class _Decoder(_Session, FrameDecoder):
     def __init__(self, nvc: Any, geometry: Geometry, device: torch.device, shift: int) -> None:
-        self._nvc, self._geometry, self._shift = nvc, geometry, shift
-        with named(CodecUnsupported, "NVDEC opens no session"):
+        super().__init__(nvc, geometry, device)
+        self._shift = shift
+        with named(CodecUnsupported, "NVDEC opens no session"), self._context.current():
             self._session = nvc.CreateDecoder(
                 gpuid=device.index or 0,
                 codec=nvc.cudaVideoCodec.HEVC,
+                cudacontext=self._context.handle,
                 usedevicememory=True,
                 maxwidth=geometry.width,
                 maxheight=geometry.height,
@@ -210,7 +228,7 @@ class _Decoder(FrameDecoder):
         pictures: list[Tensor] = []
         for unit in units:
             data = np.frombuffer(unit, dtype=np.uint8)
-            with named(CodecCorrupt, "NVDEC cannot decode a video packet"):
+            with named(CodecCorrupt, "NVDEC cannot decode a video packet"), self._context.current():
                 packet = self._nvc.PacketData()
                 packet.bsl, packet.bsl_data = len(data), data.ctypes.data
                 packet.decode_flag = self._nvc.VideoPacketFlag.ENDOFPICTURE
@@ -224,9 +242,6 @@ class _Decoder(FrameDecoder):
         if geometry.bits == 8:
             return planes
         return (planes.view(torch.int16).to(torch.int32) & 0xFFFF).bitwise_right_shift(self._shift).to(torch.int16)
-
-    def close(self) -> None:
-        self._session = None
 
 
 class _Frame:

@@ -9,13 +9,14 @@ NVDEC decodes with those of FFmpeg, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mesh_codec.ans.lattice import PERIOD, RADIUS
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
 from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Limits
@@ -102,27 +103,55 @@ def states(shape: tuple[int, int], device: torch.device, count: int = 4) -> list
 
 
 def check_kernels(device: torch.device) -> None:
-    """Raises:
-    ConfigError: the fused quantiser does something else than plain torch.
-    """
-    from mesh_codec.ans.lattice import Lattice
-    from mesh_codec.spread import measure
+    """Compare the kernels on ``device`` with plain torch on the CPU: exactly, but for what only the encoder measures.
 
-    first, second = (t.cpu() for t in states((1000, 520), device, 2))
+    Raises:
+        ConfigError: a kernel does something else.
+    """
+    from mesh_codec.ans import gauges, kernels
+    from mesh_codec.ans.lattice import Lattice, Sides, fold
+    from mesh_codec.spread import describe, settle
+
+    # Neither size fills its last tile.
+    first, second = (t.cpu() for t in states((200, 72), device, 2))
     first[3, 4], first[5, 6], first[:, 7] = torch.nan, torch.inf, 0.3
-    spread = measure(first.t(), _STEP)
-    ends = [Lattice.of(spread.ranks, spread.means, spread.step, place) for place in (torch.device("cpu"), device)]
-    held = [lattice.empty(len(first)) for lattice in ends]
+    deviations, means = describe(first.t())
+    ranks, step = settle(deviations, _STEP)
+    close = [(deviations, means), gauges.describe(first.to(device)), (ranks, step)]
+    close.append(gauges.settle(deviations.to(device), _STEP))
+    for expected, found in zip(close[0] + close[2], close[1] + close[3], strict=True):
+        _same(expected.double(), found.cpu().double(), 2e-2)
+    plain = Lattice.of(Sides(ranks, means, step))
+    fused = Lattice(*kernels.tables(ranks.to(device), means.to(device), step.to(device), RADIUS))
+    if not torch.equal(plain.place, fused.place.cpu()):
+        raise ConfigError("A kernel puts the channels in another order: report this with the GPU's name.")
+    _same(plain.scales, fused.scales.cpu(), 1e-6)
+    # What a device rounds last stays on it: here both must quantise alike.
+    fused = replace(fused, scales=plain.scales.to(device), inverse=plain.inverse.to(device))
+    held, there = plain.empty(len(first)), fused.empty(len(first))
     predicted = torch.zeros(first.shape[1], dtype=torch.bool)
     for tensor in (first, second):
-        plain, fused = (
-            lattice.quantise(tensor.to(state.device), state, predicted.to(state.device))
-            for lattice, state in zip(ends, held, strict=True)
-        )
-        for expected, found in zip((*plain, held[0]), (*fused, held[1]), strict=True):
-            if not torch.equal(expected, found.cpu()):
-                raise ConfigError("The fused quantiser and plain torch differ: report this with the GPU's name.")
+        args = tensor.to(device), there
+        sizes = gauges.compare(*args, fused.place, fused.means, fused.inverse, 17)
+        _same(plain.compare(tensor, held, 17), sizes.cpu(), 1e-3)
+        symbols, outside = plain.quantise(tensor, held, predicted)
+        coded, listed, count = kernels.quantise(fused, *args, predicted.to(device))
+        restored = held.clone(), there.clone()
+        values = plain.restore(symbols, restored[0], predicted, tensor.dtype)
+        back = kernels.restore(fused, coded, restored[1], predicted.to(device), tensor.dtype)
+        flat = coded.view(torch.uint8).view(-1)
+        got = coded, there, listed[: int(count)].sort().values, kernels.fold(flat, PERIOD), restored[1]
+        wanted = symbols, held, outside.places, fold(flat.cpu()), restored[0]
+        for one, other in zip(wanted, got, strict=True):
+            _same(one, other.cpu(), 0)
+        # Both ends keep whole numbers; what a device rounds last stays on it.
+        _same(values.float(), back.cpu().float(), torch.finfo(tensor.dtype).eps)
         predicted = torch.arange(first.shape[1]) % 3 != 0
+
+
+def _same(expected: Tensor, found: Tensor, tolerance: float) -> None:
+    if not torch.allclose(expected, found, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise ConfigError("A fused kernel and plain torch differ: report this with the GPU's name.")
 
 
 def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.device) -> Iterator[Row]:

@@ -1,0 +1,63 @@
+"""The Triton kernels, without a GPU: in Triton's interpreter against plain torch, and compiled for NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="Triton has no package for this system"
+)
+
+INTERPRET = """
+import torch
+from mesh_core.bench.codec_device import check_kernels
+check_kernels(torch.device("cpu"))
+"""
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from mesh_codec.ans import gauges, kernels
+
+TYPES = {
+    "tokens": "*bf16", "state": "*i16", "symbols": "*i8", "place": "*i64", "inverse": "*fp32", "scales": "*fp32",
+    "predicted": "*i1", "listed": "*i64", "data": "*u8", "total": "*i64", "deviations": "*fp64", "ranks": "*u8",
+    "step": "*fp32", "floats": "*fp32", "sizes": "*fp32", "reach": "fp32", "per_mad": "fp32", "relative": "fp32",
+    "cap": "fp32", "lowest": "fp32", "highest": "fp32", "largest": "fp32",
+}
+
+def check(kernel, constants, **types):
+    signature = {
+        name: "constexpr" if name in constants else (TYPES | types).get(name, "i32") for name in kernel.arg_names
+    }
+    for capability in (80, 90):
+        compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+
+tile = {"ROWS": 64, "COLUMNS": 32}
+check(kernels._quantise, tile, means="*fp32", count="*i64")
+check(kernels._restore, tile, means="*fp32")
+check(kernels._fold, {"FOLDED": 4096})
+check(kernels._tables, {"RANKED": 32, "AMONG": 512}, means="*bf16")
+sampled = {"EVERY": 2, "SAMPLES": 128, "FEW": 64, "COLUMNS": 16}
+check(gauges._describe, sampled, means="*bf16")
+check(gauges._describe, sampled | {"stride": 1}, means="*bf16")
+check(gauges._settle, {"LANES": 1024})
+check(gauges._compare, {"ROWS": 64, "COLUMNS": 16}, means="*fp32")
+"""
+
+
+@pytest.mark.parametrize(("program", "interpret"), [(INTERPRET, "1"), (COMPILE, "0")], ids=["values", "compiled"])
+def test_kernels(program, interpret):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env=os.environ | {"TRITON_INTERPRET": interpret},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
