@@ -5,8 +5,9 @@
 
 Weights are random, in bfloat16, written to a temporary folder (18 GB for klein-9b, 44 GB for ltx-2.3) so that stages
 are read from disk as users read them. In one run: the uncut model's step; then, for each cut and quality, the same step
-with the blocks after the cut in worker processes on the same GPU, over encrypted loopback. The uncut step is what a GPU
-that holds the whole model would need; the difference is what the mesh adds.
+with the blocks after the cut in worker processes on the same GPU, over encrypted loopback. The steps are those of an
+Euler sampler, so that the state changes from step to step as in a real generation. The uncut step is what a GPU that
+holds the whole model would need; the difference is what the mesh adds.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -146,7 +147,7 @@ def uncut(arguments: argparse.Namespace, folder: Path, device: Any) -> tuple[dic
     video = tuple(int(n) for n in arguments.video.split("x"))
     inputs = random_inputs(model, video if is_video(arguments.geometry) else arguments.size, device)
     model.save_pretrained(folder / "models" / arguments.geometry, max_shard_size="8GB")
-    return inputs, *timed(lambda: as_tuple(model(**inputs, return_dict=False)), arguments.steps, device)
+    return inputs, *generate(lambda given: model(**given, return_dict=False), inputs, arguments.steps, device)
 
 
 def pictures() -> list[str]:
@@ -162,8 +163,29 @@ def as_tuple(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def outputs(runner: Any, inputs: dict[str, Any]) -> tuple[Any, ...]:
-    return as_tuple(runner(inputs))
+def generate(
+    forward: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], steps: int, device: Any
+) -> tuple[tuple[Any, ...], float]:
+    """Euler steps from the moment of ``inputs`` to 0: (the states after the last, median milliseconds of a step)."""
+    import torch
+
+    from mesh_core.device import synchronise
+
+    times, given = [], dict(inputs)
+    states = [name for name in ("hidden_states", "audio_hidden_states") if name in inputs]
+    with torch.no_grad():
+        for number in range(steps):
+            for name in {"timestep", "sigma"} & inputs.keys():
+                given[name] = inputs[name] * (1 - number / steps)
+            synchronise(device)
+            began = perf_counter()
+            predictions = as_tuple(forward(given))
+            synchronise(device)
+            times.append((perf_counter() - began) * 1e3)
+            for name, prediction in zip(states, predictions, strict=True):
+                given[name] = given[name] - prediction / steps
+    # The first step also warms up, and carries what does not change.
+    return tuple(given[name] for name in states), median(times[1:] or times)
 
 
 def random_model(geometry: str, device: Any) -> Any:
@@ -204,7 +226,7 @@ def picture_inputs(model: Any, pixels: int) -> dict[str, Any]:
         "encoder_hidden_states": torch.randn(
             1, TEXT_TOKENS, model.config.joint_attention_dim, generator=generator
         ).bfloat16(),
-        "timestep": torch.tensor([0.7]).bfloat16(),
+        "timestep": torch.ones(1).bfloat16(),
         "img_ids": img_ids,
         "txt_ids": txt_ids,
     }
@@ -226,8 +248,8 @@ def video_inputs(model: Any, width: int, height: int, frames: int) -> dict[str, 
         "audio_hidden_states": noise(audio, config.audio_in_channels),
         "encoder_hidden_states": noise(VIDEO_TEXT_TOKENS, config.cross_attention_dim),
         "audio_encoder_hidden_states": noise(VIDEO_TEXT_TOKENS, config.audio_cross_attention_dim),
-        "timestep": torch.tensor([700.0]),
-        "sigma": torch.tensor([700.0]),
+        "timestep": torch.tensor([1000.0]),
+        "sigma": torch.tensor([1000.0]),
         "use_cross_timestep": True,
         "fps": 24.0,
         "audio_num_frames": audio,
@@ -278,8 +300,6 @@ def split_row(
     arguments: argparse.Namespace,
     device: Any,
 ) -> dict[str, Any]:
-    from statistics import median
-
     import torch
 
     from mesh_core.plugins import installed_plugins
@@ -300,8 +320,10 @@ def split_row(
         checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device=device, dtype=torch.bfloat16
     )
     runner = SplitRunner(checkpoint, placement.plan, stage, session)
-    result, ms = timed(partial(outputs, runner, inputs), arguments.steps, device)
-    steps = runner.stats.steps[2:]
+    generate(runner, inputs, 2, device)
+    runner.stats.clear()
+    result, ms = generate(runner, inputs, arguments.steps, device)
+    steps = runner.stats.steps[1:]
     row = {
         "cut": " + ".join([f":{cuts[0]}", *(span for _, span in chosen)]),
         "quality": quality,

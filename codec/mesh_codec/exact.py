@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mesh_codec.outliers import Outliers
@@ -25,11 +27,11 @@ def bits_at(flat: Tensor, places: Tensor) -> Tensor:
     return flat.view(_SIGNED[flat.element_size()])[places]
 
 
-def outliers_of(places: Tensor, bits: Tensor) -> Outliers:
-    """From int64 ``places`` in any order and their `bits_at`, both on the CPU."""
-    places, order = places.sort()
-    values = bits[order].numpy()
-    return Outliers(places.numpy(), values.view(f"u{values.itemsize}"))
+def outliers_of(listed: NDArray[np.int64], itemsize: int) -> Outliers:
+    """From entries in any order, each a place in the upper half and the bits of an element of ``itemsize`` bytes in the
+    lower."""
+    ordered = np.sort(listed)
+    return Outliers(ordered >> 32, ordered.astype(f"<u{itemsize}"))
 
 
 def write_outliers(tensor: Tensor, outliers: Outliers) -> Tensor:

@@ -33,7 +33,8 @@ class Outliers:
         significant first; b"" when there are none."""
         if not len(self.positions):
             return b""
-        gaps = np.diff(self.positions, prepend=0)
+        gaps = self.positions.copy()
+        gaps[1:] -= self.positions[:-1]
         return squeeze(np.concatenate([_planes(gaps.astype("<u4")), _planes(self.values)]))
 
 

@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh_codec import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported, Encoded, EntropyCodec, Limits
-from mesh_codec.ans.lattice import Lattice, Outside, Sides, fold
+from mesh_codec.ans.lattice import Lattice, fold, measure
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
+from mesh_codec.ans.told import Told
 
 from .emulated_ans import EmulatedAns
 from .structured import activations
 from .test_hevc import relative_error, sequence
+
+CPU = torch.device("cpu")
 
 
 def encoder(step: float = 0.2, *, temporal: bool = True) -> AnsEncoder:
@@ -202,22 +205,30 @@ def test_both_ends_keep_the_same_lattice(tokens, channels, seed):
     first = torch.randn(tokens, channels, generator=generator) * torch.logspace(-2, 3, channels)
     first[0, 0] = torch.nan
     second = first + 0.3 * torch.randn(tokens, channels, generator=generator)
-    lattice = Lattice.of(Sides.measured(first, 0.2))
+    told = Told(channels, tokens * channels, CPU)
+    measure(first, 0.2, told)
+    lattice = Lattice.of(told.ranks, told.means, told.step)
     own, other = lattice.empty(tokens), lattice.empty(tokens)
-    predicted = torch.zeros(channels, dtype=torch.bool)
     for tensor in (first, second):
-        symbols, outside = lattice.quantise(tensor, own, predicted)
-        back = lattice.restore(symbols, other, predicted, torch.float32)
+        symbols = lattice.quantise(tensor, own, told)
+        back = lattice.restore(symbols, other, told.predicted, torch.float32)
         assert torch.equal(own, other)
+        listed = told.listed[: int(told.count)]
         exact = torch.zeros(tokens * channels, dtype=torch.bool)
-        exact[outside.places] = True
+        exact[listed >> 32] = True
         error = (back - tensor).abs() / lattice.scales.clamp_min(1e-30)
         assert (error.view(-1)[~exact] <= 0.501).all()
-        none_listed = Outside(outside.places[:0], outside.count)
-        assert set(lattice.all_outside(tensor, own, none_listed, int(outside.count)).tolist()) <= set(
-            outside.places.tolist()
-        )
-        predicted = torch.arange(channels) % 2 == 0
+        assert set(lattice.outside(tensor, own).tolist()) <= set(listed.tolist())
+        told = Told(channels, tokens * channels, CPU)
+        told.predicted[:] = torch.arange(channels) % 2 == 0
+
+
+def test_more_outliers_than_are_listed_cross_exactly_too():
+    tensor = activations(4096, 64, dtype=torch.float32)
+    tensor[:40] = torch.nan
+    assert max(1024, tensor.numel() // 256) < 40 * 64
+    back = decoder().decode(encoder().encode(tensor))
+    assert back[:40].isnan().all() and not back[40:].isnan().any()
 
 
 def test_the_entropy_codec_takes_the_device_format_where_both_ends_have_it():

@@ -26,7 +26,8 @@ from mesh_codec.ans import gauges, kernels
 
 TYPES = {
     "tokens": "*bf16", "state": "*i16", "symbols": "*i8", "place": "*i64", "inverse": "*fp32", "scales": "*fp32",
-    "predicted": "*i1", "listed": "*i64", "data": "*u8", "total": "*i64", "deviations": "*fp64", "ranks": "*u8",
+    "bits": "*i16", "count": "*i64", "predicted": "*i1", "listed": "*i64",
+    "data": "*u8", "total": "*i64", "deviations": "*fp64", "ranks": "*u8",
     "step": "*fp32", "floats": "*fp32", "sizes": "*fp32", "reach": "fp32", "per_mad": "fp32", "relative": "fp32",
     "cap": "fp32", "lowest": "fp32", "highest": "fp32", "largest": "fp32",
 }
@@ -38,16 +39,17 @@ def check(kernel, constants, **types):
     for capability in (80, 90):
         compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
 
-tile = {"ROWS": 64, "COLUMNS": 32}
-check(kernels._quantise, tile, means="*fp32", count="*i64")
+tile = {"ROWS": 32, "COLUMNS": 32}
+for held in (True, False):
+    check(kernels._quantise, tile | {"HELD": held}, means="*fp32")
 check(kernels._restore, tile, means="*fp32")
 check(kernels._fold, {"FOLDED": 4096})
 check(kernels._tables, {"RANKED": 32, "AMONG": 512}, means="*bf16")
 sampled = {"EVERY": 2, "SAMPLES": 128, "FEW": 64, "COLUMNS": 16}
-check(gauges._describe, sampled, means="*bf16")
-check(gauges._describe, sampled | {"stride": 1}, means="*bf16")
-check(gauges._settle, {"LANES": 1024})
-check(gauges._compare, {"ROWS": 64, "COLUMNS": 16}, means="*fp32")
+check(gauges._describe, sampled, means="*bf16", count="i32")
+check(gauges._describe, sampled | {"stride": 1}, means="*bf16", count="i32")
+check(gauges._settle, {"LANES": 1024}, count="i32")
+check(gauges._compare, {"ROWS": 64, "COLUMNS": 16}, means="*fp32", count="i32")
 """
 
 

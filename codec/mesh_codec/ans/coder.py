@@ -9,20 +9,45 @@ import torch
 from torch import Tensor
 
 
-class ByteCoder(ABC):
-    """An order-0 entropy coder for uint8 tensors; one for each end of a stream, not shared between threads."""
+class Coding(ABC):
+    """Bytes that are being coded on a device."""
 
     @abstractmethod
-    def compress(self, data: Tensor) -> memoryview:
-        """Flat contiguous uint8 ``data`` on the coder's device -> bytes on the host.
+    def fetch(self) -> None:
+        """Start the copy to the host; waits until everything is coded.
 
         Raises:
             CodecUnsupported: the coder failed.
         """
 
     @abstractmethod
-    def expand(self, frame: memoryview, size: int) -> Tensor:
-        """The inverse: uint8 [``size``] on the coder's device. Nothing larger is ever allocated.
+    def read(self) -> memoryview:
+        """The coded bytes; waits for the copy.
+
+        Raises:
+            CodecUnsupported: the coder failed.
+        """
+
+
+class ByteCoder(ABC):
+    """An order-0 entropy coder for uint8 tensors; one for each end of a stream, not shared between threads."""
+
+    @abstractmethod
+    def compress(self, data: Tensor) -> Coding:
+        """Start coding flat contiguous uint8 ``data`` on the coder's device.
+
+        Raises:
+            CodecUnsupported: the coder failed.
+        """
+
+    @abstractmethod
+    def load(self, frame: memoryview) -> Tensor:
+        """Start the copy of coded bytes to the device."""
+
+    @abstractmethod
+    def expand(self, coded: Tensor, size: int) -> Tensor:
+        """The inverse of `compress`, from what `load` gave: uint8 [``size``] on the coder's device. Nothing larger is
+        ever allocated.
 
         Raises:
             CodecCorrupt: damaged, or of another size.

@@ -19,29 +19,26 @@ _CHANNELS = 16
 _TOKENS = 64
 
 
-def describe(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """`mesh_codec.spread.describe` of contiguous ``tokens`` [tokens, channels], more than one channel."""
+def describe(tokens: Tensor, means: Tensor) -> Tensor:
+    """`mesh_codec.spread.describe` of contiguous ``tokens`` [tokens, channels], more than one channel: the deviations;
+    the means are written into ``means``."""
     rows, columns = tokens.shape
     stride = stride_of(columns, rows)
     deviations = torch.empty(columns, dtype=torch.float64, device=tokens.device)
-    means = torch.empty(columns, dtype=torch.bfloat16, device=tokens.device)
     _describe[(triton.cdiv(columns, _CHANNELS),)](
         tokens, deviations, means, columns, stride, -(-rows // stride),
         spread.REACH, spread.DEVIATION_PER_MAD, MEDIAN_EVERY, SAMPLES, _FEW, _CHANNELS,
     )  # fmt: skip
-    return deviations, means
+    return deviations
 
 
-def settle(deviations: Tensor, relative_step: float) -> tuple[Tensor, Tensor]:
-    """`mesh_codec.spread.settle`."""
-    ranks = torch.empty(len(deviations), dtype=torch.uint8, device=deviations.device)
-    step = torch.empty(1, dtype=torch.float32, device=deviations.device)
+def settle(deviations: Tensor, relative_step: float, ranks: Tensor, step: Tensor) -> None:
+    """`mesh_codec.spread.settle`, into ``ranks`` and ``step``."""
     every = -(-len(deviations) // spread.CHANNELS)
     _settle[(1,)](
         deviations, ranks, step, relative_step, spread.CAP, *spread.STEP_RANGE, len(deviations), every, spread.CHANNELS,
         num_warps=8,
     )  # fmt: skip
-    return ranks, step.view(())
 
 
 def compare(tokens: Tensor, state: Tensor, place: Tensor, means: Tensor, inverse: Tensor, every: int) -> Tensor:

@@ -7,6 +7,8 @@ it compiles, so that its functions have none but its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,31 +20,26 @@ from mesh_codec.channels import widest_rank
 
 if TYPE_CHECKING:
     from mesh_codec.ans.lattice import Lattice
+    from mesh_codec.ans.told import Told
 
-_TOKENS, _CHANNELS = 64, 32
+_TOKENS, _CHANNELS = 32, 32
 _ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2**23: added to a float32 of at most 2**22 and taken off again, it rounds to nearest, ties to even."""
 
-_SHARE_LISTED = 32
-"""One element in so many may lie outside and still be listed by the kernel."""
-
 _FOLDED = 4096
+_BITS: Mapping[int, torch.dtype] = MappingProxyType({2: torch.int16, 4: torch.int32})
 _RANKED, _AMONG = 32, 512
 
 
-def quantise(lattice: Lattice, tokens: Tensor, state: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    tokens = tokens.contiguous()
+def quantise(lattice: Lattice, tokens: Tensor, state: Tensor | None, told: Told, period: int) -> Tensor:
     rows, columns = tokens.shape
-    symbols = torch.empty(state.shape, dtype=torch.int8, device=state.device)
-    room = max(1024, tokens.numel() // _SHARE_LISTED)
-    # In one, since each costs a launch.
-    counted = torch.zeros(1 + room, dtype=torch.int64, device=state.device)
-    count, listed = counted[:1], counted[1:]
+    symbols = torch.empty(columns, rows, dtype=torch.int8, device=tokens.device)
     _quantise[_tiles(rows, columns)](
-        tokens, state, symbols, lattice.place, lattice.means, lattice.inverse, lattice.scales, predicted,
-        listed, count, room, rows, columns, _TOKENS, _CHANNELS,
+        tokens, tokens.view(_BITS[tokens.element_size()]), symbols if state is None else state, symbols,
+        lattice.place, lattice.means, lattice.inverse, lattice.scales, told.predicted, told.listed, told.count,
+        told.total, len(told.listed), rows, columns, period, state is not None, _TOKENS, _CHANNELS,
     )  # fmt: skip
-    return symbols, listed, count
+    return symbols
 
 
 def tables(ranks: Tensor, means: Tensor, step: Tensor, radius: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,8 +75,8 @@ def _tiles(rows: int, columns: int) -> tuple[int, int]:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _quantise(  # type: ignore[no-untyped-def]
-    tokens, state, symbols, place, means, inverse, scales, predicted, listed, count, room, rows, columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    tokens, bits, state, symbols, place, means, inverse, scales, predicted, listed, count, total, room, rows, columns,
+    period, HELD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -95,18 +92,25 @@ def _quantise(  # type: ignore[no-untyped-def]
     whole = tl.where(inside, offset, 0.0)
     whole = ((whole + _ROUNDER) - _ROUNDER).to(tl.int32)
     target = tl.load(place + column, known, other=0).to(tl.int32) * rows + row
-    follows = tl.load(predicted + column, known, other=0) != 0
-    base = tl.load(state + target, there & follows, other=0).to(tl.int32)
-    symbol = whole - base
+    symbol = whole
+    if HELD:
+        follows = tl.load(predicted + column, known, other=0) != 0
+        base = tl.load(state + target, there & follows, other=0).to(tl.int32)
+        symbol = whole - base
     inside = inside & (symbol >= -127) & (symbol <= 127) & (whole >= -32767) & (whole <= 32767)
     symbol = tl.where(inside, symbol, 0)
     tl.store(symbols + target, symbol.to(tl.int8), there)
-    tl.store(state + target, (base + symbol).to(tl.int16), there)
+    if HELD:
+        tl.store(state + target, (base + symbol).to(tl.int16), there)
     outside = there & (inside == 0)
     # Tiles that have any are few.
     if tl.sum(tl.sum(outside.to(tl.int32), 1), 0) > 0:
         number = tl.atomic_add(count + tl.zeros((ROWS, COLUMNS), tl.int32), 1, mask=outside)
-        tl.store(listed + number, (row * columns + column).to(tl.int64), outside & (number < room))
+        source = row * columns + column
+        own = tl.load(bits + source, outside, other=0).to(tl.int64) & 0xFFFFFFFF
+        tl.store(listed + number, (source.to(tl.int64) << 32) | own, outside & (number < room))
+    byte = tl.where(there, symbol & 0xFF, 0).to(tl.int64)
+    tl.atomic_add(total, tl.sum(tl.sum(byte * (target % period + 1), 1), 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mesh_codec.ans.told import Told
 from mesh_codec.channels import still, widened
+from mesh_codec.exact import bits_at
 from mesh_codec.spread import describe, settle
 
 RADIUS = 127
@@ -28,46 +30,19 @@ PERIOD = 65521
 """Of the weights in `fold`: prime, and no size of a chunk that a byte coder cuts, so that exchanged chunks show."""
 
 
-@dataclass(frozen=True)
-class Sides:
-    """What both ends have to know of the channels; all on one device.
+def measure(tokens: Tensor, relative_step: float, told: Told) -> None:
+    """Write ranks, means and step of contiguous ``tokens`` [tokens, channels] into ``told``; see `mesh_codec.spread`.
+    Waits for no device."""
+    if tokens.is_cuda and tokens.shape[1] > 1:
+        from mesh_codec.ans import gauges
 
-    Attributes:
-        ranks: uint8 [channels].
-        means: bfloat16 [channels].
-        step: float32, no dimensions.
-    """
-
-    ranks: Tensor
-    means: Tensor
-    step: Tensor
-
-    @classmethod
-    def measured(cls, tokens: Tensor, relative_step: float) -> Sides:
-        """Those of contiguous ``tokens`` [tokens, channels]; see `mesh_codec.spread`. Waits for no device."""
-        if tokens.is_cuda and tokens.shape[1] > 1:
-            from mesh_codec.ans import gauges
-
-            deviations, means = gauges.describe(tokens)
-            ranks, step = gauges.settle(deviations, relative_step)
-        else:
-            deviations, means = describe(tokens.t())
-            ranks, step = settle(deviations, relative_step)
-        return cls(ranks, means, step)
-
-
-@dataclass(frozen=True)
-class Outside:
-    """The elements that no symbol stands for.
-
-    Attributes:
-        places: int64; the first ``count`` are theirs, in any order, the others are some places. If ``count`` is
-            greater than their number, some are not listed.
-        count: int64 [1].
-    """
-
-    places: Tensor
-    count: Tensor
+        gauges.settle(gauges.describe(tokens, told.means), relative_step, told.ranks, told.step)
+        return
+    deviations, means = describe(tokens.t())
+    ranks, step = settle(deviations, relative_step)
+    told.means.copy_(means)
+    told.ranks.copy_(ranks)
+    told.step.copy_(step)
 
 
 @dataclass(frozen=True)
@@ -84,48 +59,54 @@ class Lattice:
     inverse: Tensor
 
     @classmethod
-    def of(cls, sides: Sides) -> Lattice:
-        ranks, step = sides.ranks, sides.step
+    def of(cls, ranks: Tensor, means: Tensor, step: Tensor) -> Lattice:
+        """From what both ends know: uint8, bfloat16 and float32 [channels], [channels] and [1], on one device."""
         if ranks.is_cuda:
             from mesh_codec.ans.kernels import tables
 
-            return cls(*tables(ranks, sides.means, step, RADIUS))
+            return cls(*tables(ranks, means, step, RADIUS))
         order = ranks.sort(stable=True).indices
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         scales = torch.where(still(ranks, step), 0, widened(ranks, step, RADIUS))
-        return cls(place, sides.means.float(), scales, scales.reciprocal())
+        return cls(place, means.float(), scales, scales.reciprocal())
 
     def empty(self, tokens: int) -> Tensor:
-        """The lattice [channels, tokens] before a chain's first tensor."""
-        return torch.zeros(len(self.place), tokens, dtype=torch.int16, device=self.place.device)
+        """Room for the lattice [channels, tokens] of a chain's first tensor, of which nothing is predicted."""
+        return torch.empty(len(self.place), tokens, dtype=torch.int16, device=self.place.device)
 
-    def quantise(self, tokens: Tensor, state: Tensor, predicted: Tensor) -> tuple[Tensor, Outside]:
-        """``tokens`` [tokens, channels] -> symbols int8 [channels, tokens] and the elements that they do not stand for.
-        ``predicted`` (bool [channels]) are coded as changes from ``state``, which becomes that of this tensor."""
+    def quantise(self, tokens: Tensor, state: Tensor | None, told: Told) -> Tensor:
+        """Contiguous ``tokens`` [tokens, channels] -> symbols int8 [channels, tokens]. Channels that ``told`` has as
+        predicted are coded as changes from ``state``, which becomes that of this tensor; without one, the symbols are
+        the lattice. Told are then the elements that no symbol stands for, and the `fold` of the symbols."""
         if tokens.is_cuda:
             from mesh_codec.ans.kernels import quantise
 
-            symbols, *outside = quantise(self, tokens, state, predicted)
-            return symbols, Outside(*outside)
+            return quantise(self, tokens, state, told, PERIOD)
         offset = self._offset(tokens).t()
         inside = offset.abs() <= _FARTHEST + 0.5
         lattice = torch.where(inside, offset, 0).round().to(torch.int32)
-        base = state[self.place].to(torch.int32) * predicted[:, None]
+        base = torch.zeros_like(lattice)
+        if state is not None:
+            base += state[self.place] * told.predicted[:, None]
         symbols = lattice - base
         inside &= (symbols.abs() <= RADIUS) & (lattice.abs() <= _FARTHEST)
         symbols = torch.where(inside, symbols, 0)
-        state[self.place] = (base + symbols).to(torch.int16)
-        coded = torch.empty(state.shape, dtype=torch.int8, device=state.device)
+        if state is not None:
+            state[self.place] = (base + symbols).to(torch.int16)
+        coded = torch.empty(symbols.shape, dtype=torch.int8, device=symbols.device)
         coded[self.place] = symbols.to(torch.int8)
         places = (~inside).t().reshape(-1).nonzero().view(-1)
-        return coded, Outside(places, torch.tensor([len(places)]))
+        told.count.fill_(len(places))
+        entries = listing(places, bits_at(tokens.view(-1), places))[: len(told.listed)]
+        told.listed[: len(entries)] = entries
+        told.total.copy_(fold(coded.view(torch.uint8).view(-1)))
+        return coded
 
-    def all_outside(self, tokens: Tensor, state: Tensor, outside: Outside, count: int) -> Tensor:
-        """The ascending places of all ``count`` elements that ``state``, that of ``tokens``, does not stand for."""
-        if count <= len(outside.places):
-            return outside.places[:count].sort().values
+    def outside(self, tokens: Tensor, state: Tensor) -> Tensor:
+        """The `listing` of all elements that ``state``, that of ``tokens``, does not stand for."""
         near = (self._offset(tokens) - state[self.place].t()).abs_() <= 0.5
-        return (~near).view(-1).nonzero().view(-1)
+        places = (~near).view(-1).nonzero().view(-1)
+        return listing(places, bits_at(tokens.view(-1), places))
 
     def _offset(self, tokens: Tensor) -> Tensor:
         """Steps from the channels' means, [tokens, channels]."""
@@ -160,6 +141,11 @@ class Lattice:
         sample = sample.masked_fill_(~(sample.abs() <= _FARTHEST), 0)
         before = state[:, ::every][self.place].t()
         return torch.stack([sample.abs().mean(0), (sample - before).abs_().mean(0)])
+
+
+def listing(places: Tensor, bits: Tensor) -> Tensor:
+    """int64 [n]: places in the upper half, bits of the elements there in the lower."""
+    return (places << 32) | (bits.to(torch.int64) & 0xFFFFFFFF)
 
 
 def fold(data: Tensor) -> Tensor:

@@ -10,13 +10,14 @@ stream is waited for, which costs milliseconds, so that it takes it from torch's
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from mesh_codec.ans.coder import ByteCoder, CoderFactory
+from mesh_codec.ans.coder import ByteCoder, CoderFactory, Coding
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
 from mesh_codec.foreign import named
 from mesh_codec.payload import tensor_over
@@ -49,7 +50,7 @@ class NvComp(CoderFactory):
         try:
             coder = self.open(self.device())
             data = torch.arange(1 << 18, device=self.device()).remainder_(7).to(torch.uint8)
-            if not torch.equal(coder.expand(coder.compress(data), len(data)), data):
+            if not torch.equal(coder.expand(coder.load(coder.compress(data).read()), len(data)), data):
                 raise CodecUnsupported("nvCOMP gives back other bytes than it was given.")
         except CodecError as error:
             _log.info("no entropy coder on the GPU: %s", error)
@@ -72,29 +73,53 @@ class _Coder(ByteCoder):
                 device_id=device.index or 0, cuda_stream=self._stream.cuda_stream, **_OPTIONS
             )
 
-    def compress(self, data: Tensor) -> memoryview:
-        self._wait_for_caller()
-        with torch.cuda.stream(self._stream), named(CodecUnsupported, "nvCOMP cannot encode"):
+    def compress(self, data: Tensor) -> Coding:
+        with self._in_order(), named(CodecUnsupported, "nvCOMP cannot encode"):
             array = self._codec.encode(self._nvcomp.as_array(data, self._stream.cuda_stream))
-            # Not through DLPack: there 6.0 gives the size that it had reserved, not that of what it made.
-            coded = torch.as_tensor(array, device=self._device)
-            host = torch.empty(coded.numel(), dtype=torch.uint8, pin_memory=True)
-            host.copy_(coded.view(torch.uint8).view(-1), non_blocking=True)
-            self._stream.synchronize()
-        return host.numpy().data
+        return _Coding(array, data, self._stream)
 
-    def expand(self, frame: memoryview, size: int) -> Tensor:
-        with torch.cuda.stream(self._stream), named(CodecCorrupt, "nvCOMP cannot decode the symbols of a payload"):
-            coded = tensor_over(frame, torch.uint8).to(self._device, non_blocking=True)
+    def load(self, frame: memoryview) -> Tensor:
+        with self._in_order():
+            return tensor_over(frame, torch.uint8).to(self._device, non_blocking=True)
+
+    def expand(self, coded: Tensor, size: int) -> Tensor:
+        with self._in_order(), named(CodecCorrupt, "nvCOMP cannot decode the symbols of a payload"):
             data = torch.empty(size, dtype=torch.uint8, device=self._device)
             # Memory of ours, whose size is fixed: the library refuses what is larger. What is smaller the sum over the
             # symbols shows.
             self._codec.decode(self._nvcomp.as_array(coded, self._stream.cuda_stream), out=data)
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            # The library's work ends with a call into Python; who goes on without waiting holds it up by milliseconds.
+            self._stream.synchronize()
         return data
 
-    def _wait_for_caller(self) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+    def _in_order(self) -> AbstractContextManager[object]:
+        """The coder's stream, after what the caller's does."""
+        current = torch.cuda.current_stream(self._device)
+        if current == self._stream:
+            return nullcontext()
+        self._stream.wait_stream(current)
+        return torch.cuda.stream(self._stream)
+
+
+class _Coding(Coding):
+    def __init__(self, array: Any, data: Tensor, stream: torch.cuda.Stream) -> None:
+        # The data is read until all is coded.
+        self._array, self._data, self._stream = array, data, stream
+        self._host: Tensor | None = None
+
+    def fetch(self) -> None:
+        with torch.cuda.stream(self._stream), named(CodecUnsupported, "nvCOMP cannot encode"):
+            # Not through DLPack: there 6.0 gives the size that it had reserved, not that of what it made.
+            coded = torch.as_tensor(self._array, device=self._data.device)
+            self._host = torch.empty(coded.numel(), dtype=torch.uint8, pin_memory=True)
+            self._host.copy_(coded.view(torch.uint8).view(-1), non_blocking=True)
+
+    def read(self) -> memoryview:
+        if self._host is None:
+            self.fetch()
+        assert self._host is not None
+        self._stream.synchronize()
+        return self._host.numpy().data
 
 
 class _Block:

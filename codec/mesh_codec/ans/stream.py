@@ -16,16 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mesh_codec.ans.coder import ByteCoder, CoderFactory
-from mesh_codec.ans.fetch import Fetch
-from mesh_codec.ans.lattice import Lattice, Sides, fold
+from mesh_codec.ans.lattice import Lattice, fold, measure
+from mesh_codec.ans.told import Facts, Told
 from mesh_codec.base import Decoder, Encoded, Encoder, Limits
 from mesh_codec.chains import Link, positive_number
 from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
-from mesh_codec.exact import bits_at, outliers_at, outliers_of, write_outliers
+from mesh_codec.exact import outliers_of, write_outliers
 from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
 from mesh_codec.payload import flat_bytes, form_of, read_form, whole_number
 from mesh_codec.quantiser import Grid
@@ -38,46 +39,19 @@ _DRIFT = 1.5
 
 _LARGEST_SUM = (1 << 62) - 1
 
-_FEW = 8192
-"""Outliers that are fetched with everything else; more cost a copy of their own."""
-
 
 @dataclass
 class _Chain:
     grid: Grid
     lattice: Lattice
     link: Link
-    state: Tensor
-    """The lattice of the last tensor."""
+    state: Tensor | None = None
+    """The lattice of the last tensor; None where nothing is held."""
 
     step: float = 0.0
 
     size: float = 0.0
     """Mean size of the lattice in the key tensor, the encoder's."""
-
-
-@dataclass(frozen=True)
-class _Told:
-    """What a payload tells of the channels, still on the device: which are predicted, or, in a key tensor, ``sides``.
-    ``size``, the mean of the lattice's, is fetched with them for the encoder."""
-
-    predicted: Tensor
-    sides: Sides | None = None
-    size: Tensor | None = None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        if self.sides is None or self.size is None:
-            return (self.predicted,)
-        return self.sides.ranks, self.sides.means, self.sides.step, self.size
-
-    def buffers(self, chain: _Chain, fetched: list[Tensor]) -> tuple[bytes, bytes]:
-        """Those of the channels and of what is predicted, from ``tensors`` on the CPU."""
-        if self.sides is None:
-            return b"", np.packbits(fetched[0].numpy()).tobytes()
-        ranks, means, step, size = fetched
-        chain.step, chain.size = float(step), float(size)
-        return pack_channels(ranks, means), b""
 
 
 class AnsEncoder(Encoder):
@@ -96,52 +70,57 @@ class AnsEncoder(Encoder):
             return Encoded(form.header() | {"step": 0.0, "outliers": 0, "sum": 0}, ())
         grid = Grid.of(form)
         tokens = self._on_device(tensor.detach()).reshape(grid.tokens, grid.channels).contiguous()
-        chain, told = self._continued(tokens, grid) or self._begun(tokens, grid)
+        told = Told(grid.channels, form.elements, tokens.device)
+        chain = self._continued(tokens, grid, told) or self._begun(tokens, grid, told)
         # Whatever fails from here leaves a state that the decoder does not have.
         self._chain = None
-        symbols, outside = chain.lattice.quantise(tokens, chain.state, told.predicted)
-        data = symbols.view(torch.uint8).view(-1)
-        places = outside.places[:_FEW]
-        # All that is small comes in one copy, which is on its way while the symbols are coded.
-        fetch = Fetch(outside.count, fold(data), places, bits_at(tokens.view(-1), places), *told.tensors)
-        frame = self._opened(tokens.device).compress(data)
-        count, total, places, bits, *rest = fetch.read()
-        channels, flags = told.buffers(chain, rest)
-        listed = int(count)
-        if listed <= len(places):
-            exact = outliers_of(places[:listed], bits[:listed])
+        symbols = chain.lattice.quantise(tokens, chain.state, told)
+        if chain.state is None and self._temporal:
+            told.size.copy_(chain.lattice.compare(tokens, symbols, _EVERY)[0].mean())
+        told.fetch()
+        coding = self._opened(tokens.device).compress(symbols.view(torch.uint8).view(-1))
+        facts = told.read()
+        # While the coded symbols are on their way, the rest is packed.
+        coding.fetch()
+        exact = outliers_of(self._listed(facts, chain, tokens, symbols), form.dtype.itemsize)
+        sides = flags = b""
+        if chain.link.key:
+            chain.step, chain.size, sides = facts.step, facts.size, pack_channels(facts.ranks, facts.means)
         else:
-            exact = outliers_at(tokens.view(-1), chain.lattice.all_outside(tokens, chain.state, outside, listed))
-        header = (
-            form.header()
-            | {"step": chain.step, "outliers": len(exact.positions), "sum": int(total)}
-            | chain.link.header()
-        )
+            flags = np.packbits(facts.predicted).tobytes()
+        header = form.header() | {"step": chain.step, "outliers": len(exact.positions), "sum": facts.total}
+        header |= chain.link.header()
         chain.link = chain.link.next
-        self._chain = chain
-        return Encoded(header, (channels, flags, frame, exact.to_bytes()), frame)
+        packed = exact.to_bytes()
+        frame = coding.read()
+        if self._temporal:
+            # Only now, when nothing of the coder's is held any more.
+            chain.state = symbols.to(torch.int16) if chain.state is None else chain.state
+            self._chain = chain
+        return Encoded(header, (sides, flags, frame, packed), frame)
 
     def reset(self) -> None:
         self._chain = None
 
-    def _continued(self, tokens: Tensor, grid: Grid) -> tuple[_Chain, _Told] | None:
-        """The chain that ``tokens`` continue, if they do."""
+    def _continued(self, tokens: Tensor, grid: Grid, told: Told) -> _Chain | None:
+        """The chain that ``tokens`` continue, if they do; then ``told`` has what is predicted."""
         chain = self._chain
-        if not chain or not self._temporal or chain.grid != grid or chain.state.device != tokens.device:
+        if not chain or chain.state is None or chain.grid != grid or chain.state.device != tokens.device:
             return None
         own, change = chain.lattice.compare(tokens, chain.state, _EVERY)
         if not chain.size / _DRIFT <= float(own.mean()) <= chain.size * _DRIFT:
             return None
-        return chain, _Told(change < own)
+        torch.lt(change, own, out=told.predicted)
+        return chain
 
-    def _begun(self, tokens: Tensor, grid: Grid) -> tuple[_Chain, _Told]:
-        sides = Sides.measured(tokens, self._relative_step)
-        lattice = Lattice.of(sides)
-        state = lattice.empty(grid.tokens)
-        # Without prediction nothing will ask for it.
-        size = lattice.compare(tokens, state, _EVERY)[0].mean() if self._temporal else sides.step
-        predicted = torch.zeros(grid.channels, dtype=torch.bool, device=tokens.device)
-        return _Chain(grid, lattice, Link.first(), state), _Told(predicted, sides, size)
+    def _begun(self, tokens: Tensor, grid: Grid, told: Told) -> _Chain:
+        measure(tokens, self._relative_step, told)
+        return _Chain(grid, Lattice.of(told.ranks, told.means, told.step), Link.first())
+
+    def _listed(self, facts: Facts, chain: _Chain, tokens: Tensor, symbols: Tensor) -> NDArray[np.int64]:
+        if facts.listed is not None:
+            return facts.listed
+        return chain.lattice.outside(tokens, symbols if chain.state is None else chain.state).cpu().numpy()
 
     def _on_device(self, tensor: Tensor) -> Tensor:
         try:
@@ -176,11 +155,14 @@ class AnsDecoder(Decoder):
         total = whole_number(header, "sum", _LARGEST_SUM)
         outliers = read_outliers(exact, count, form.dtype.itemsize, form.elements)
         place, coder = self._opened(device)
+        coded = coder.load(frame)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
-        data = coder.expand(frame, form.elements)
+        data = coder.expand(coded, form.elements)
         if int(fold(data)) != total:
             raise CodecCorrupt("The symbols of a payload are damaged: their sum does not match.")
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
+        if chain.state is None:
+            chain.state = chain.lattice.empty(chain.grid.tokens)
         values = chain.lattice.restore(symbols, chain.state, predicted, form.dtype.torch)
         chain.link = chain.link.next
         self._chain = chain
@@ -205,9 +187,9 @@ class AnsDecoder(Decoder):
         if link.key:
             flat_bytes(flags, 0, "prediction")
             ranks, means = read_channels(sides, grid.channels, place)
-            lattice = Lattice.of(Sides(ranks, means, torch.full((), step, device=place)))
+            lattice = Lattice.of(ranks, means, torch.full((1,), step, device=place))
             nothing = torch.zeros(grid.channels, dtype=torch.bool, device=place)
-            return _Chain(grid, lattice, link, lattice.empty(grid.tokens), step), nothing
+            return _Chain(grid, lattice, link, step=step), nothing
         flat_bytes(sides, 0, "channels")
         chosen = np.unpackbits(np.frombuffer(flat_bytes(flags, -(-grid.channels // 8), "prediction"), np.uint8))
         held = self._chain

@@ -9,14 +9,14 @@ NVDEC decodes with those of FFmpeg, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mesh_codec.ans.lattice import PERIOD, RADIUS
+from mesh_codec.ans.lattice import PERIOD, RADIUS, Lattice, measure
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
 from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Limits
@@ -109,44 +109,45 @@ def check_kernels(device: torch.device) -> None:
         ConfigError: a kernel does something else.
     """
     from mesh_codec.ans import gauges, kernels
-    from mesh_codec.ans.lattice import Lattice, Sides, fold
-    from mesh_codec.spread import describe, settle
+    from mesh_codec.ans.told import Told
 
     # Neither size fills its last tile.
     first, second = (t.cpu() for t in states((200, 72), device, 2))
     first[3, 4], first[5, 6], first[:, 7] = torch.nan, torch.inf, 0.3
-    deviations, means = describe(first.t())
-    ranks, step = settle(deviations, _STEP)
-    close = [(deviations, means), gauges.describe(first.to(device)), (ranks, step)]
-    close.append(gauges.settle(deviations.to(device), _STEP))
-    for expected, found in zip(close[0] + close[2], close[1] + close[3], strict=True):
-        _same(expected.double(), found.cpu().double(), 2e-2)
-    plain = Lattice.of(Sides(ranks, means, step))
-    fused = Lattice(*kernels.tables(ranks.to(device), means.to(device), step.to(device), RADIUS))
-    if not torch.equal(plain.place, fused.place.cpu()):
-        raise ConfigError("A kernel puts the channels in another order: report this with the GPU's name.")
-    _same(plain.scales, fused.scales.cpu(), 1e-6)
+    told, there = (Told(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
+    measure(first, _STEP, told)
+    gauges.settle(gauges.describe(first.to(device), there.means), _STEP, there.ranks, there.step)
+    for name in ("ranks", "means", "step"):
+        _same(getattr(told, name).double(), getattr(there, name).cpu().double(), 2e-2)
+    plain = Lattice.of(told.ranks, told.means, told.step)
+    tables = kernels.tables(told.ranks.to(device), told.means.to(device), told.step.to(device), RADIUS)
+    _same(plain.place, tables[0].cpu(), 0)
+    _same(plain.scales, tables[2].cpu(), 1e-6)
     # What a device rounds last stays on it: here both must quantise alike.
-    fused = replace(fused, scales=plain.scales.to(device), inverse=plain.inverse.to(device))
-    held, there = plain.empty(len(first)), fused.empty(len(first))
-    predicted = torch.zeros(first.shape[1], dtype=torch.bool)
+    fused = Lattice(tables[0], tables[1], plain.scales.to(device), plain.inverse.to(device))
+    held, kept = (lattice.empty(len(first)).zero_() for lattice in (plain, fused))
     for tensor in (first, second):
-        args = tensor.to(device), there
-        sizes = gauges.compare(*args, fused.place, fused.means, fused.inverse, 17)
+        tokens = tensor.to(device)
+        sizes = gauges.compare(tokens, kept, fused.place, fused.means, fused.inverse, 17)
         _same(plain.compare(tensor, held, 17), sizes.cpu(), 1e-3)
-        symbols, outside = plain.quantise(tensor, held, predicted)
-        coded, listed, count = kernels.quantise(fused, *args, predicted.to(device))
-        restored = held.clone(), there.clone()
-        values = plain.restore(symbols, restored[0], predicted, tensor.dtype)
-        back = kernels.restore(fused, coded, restored[1], predicted.to(device), tensor.dtype)
-        flat = coded.view(torch.uint8).view(-1)
-        got = coded, there, listed[: int(count)].sort().values, kernels.fold(flat, PERIOD), restored[1]
-        wanted = symbols, held, outside.places, fold(flat.cpu()), restored[0]
+        before, restored = held.clone(), kept.clone()
+        symbols, coded = plain.quantise(tensor, held, told), kernels.quantise(fused, tokens, kept, there, PERIOD)
+        number, flat = int(told.count), coded.view(torch.uint8).view(-1)
+        values = plain.restore(symbols, before, told.predicted, tensor.dtype)
+        back = kernels.restore(fused, coded, restored, there.predicted, tensor.dtype)
+        wanted: list[Tensor] = [symbols, held, told.count, told.listed[:number], told.total, told.total]
+        listed = there.listed[:number].sort().values
+        got: list[Tensor] = [coded, kept, there.count, listed, there.total, kernels.fold(flat, PERIOD)]
+        if not told.predicted.any():
+            fresh = Told(first.shape[1], first.numel(), device)
+            wanted.append(symbols)
+            got.append(kernels.quantise(fused, tokens, None, fresh, PERIOD))
         for one, other in zip(wanted, got, strict=True):
             _same(one, other.cpu(), 0)
-        # Both ends keep whole numbers; what a device rounds last stays on it.
         _same(values.float(), back.cpu().float(), torch.finfo(tensor.dtype).eps)
-        predicted = torch.arange(first.shape[1]) % 3 != 0
+        told, there = (Told(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
+        for end in (told, there):
+            end.predicted[:] = torch.arange(first.shape[1]) % 3 != 0
 
 
 def _same(expected: Tensor, found: Tensor, tolerance: float) -> None:
@@ -158,8 +159,7 @@ def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.d
     engine = NvComp()
     if engine.available():
         for name, temporal in (("entropy, nvCOMP ANS", False), ("entropy + temporal, nvCOMP ANS", True)):
-            memory = _peak(lambda: AnsEncoder(_STEP, False, engine).encode(tensors[0]), device) / tensors[0].nbytes
-            note = f"{memory:.1f} copies allocated by torch while encoding"
+            note = _memory(AnsEncoder(_STEP, temporal, engine), AnsDecoder(Limits(), engine), tensors[0])
             yield _timed(
                 shape, name, AnsEncoder(_STEP, temporal, engine), AnsDecoder(Limits(), engine), tensors, _TIMED, note
             )
@@ -243,13 +243,23 @@ def _events(work: Callable[[], T]) -> tuple[float, T]:
     return start.elapsed_time(end), result
 
 
-def _peak(work: Callable[[], object], device: torch.device) -> int:
+def _memory(encoder: Encoder, decoder: Decoder, tensor: Tensor) -> str:
+    """What both ends allocate for a first tensor, which costs most: the decoded tensor included, ``tensor`` not."""
+    encoding, coded = _peak(lambda: encoder.encode(tensor), tensor.device)
+    decoding, _ = _peak(lambda: decoder.decode(coded, tensor.device), tensor.device)
+    return (
+        f"at most {encoding / tensor.nbytes:.1f} copies while encoding, {decoding / tensor.nbytes:.1f} while decoding"
+    )
+
+
+def _peak(work: Callable[[], T], device: torch.device) -> tuple[int, T]:
+    """Bytes that torch allocated at most during ``work``, and its result."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    work()
+    result = work()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(device) - before, result
 
 
 def _error(tensor: Tensor, back: Tensor) -> float:

@@ -1,0 +1,99 @@
+"""What an encoder learns of a tensor on its device, in one memory, so that one copy brings all of it to the host.
+
+Must not know how any of it is found out, nor the payload's format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_FETCHED = 8192
+"""Outliers that come with everything else; more cost a copy of their own."""
+
+_SHARE_LISTED = 256
+"""One element in so many may lie outside and still be listed."""
+
+_ALIGNED = 16
+
+
+class Told:
+    """Attributes, all on the device, 0 at first:
+    count: int64 [1], of the elements that no symbol stands for.
+    listed: int64 [room], in any order: the place of such an element in its upper half, its bits in the lower. What
+        finds no room is counted only.
+    total: int64 [1], see `mesh_codec.ans.lattice.fold`.
+    step, size: float32 [1]; the common step, and the mean size of the lattice.
+    ranks, means, predicted: uint8, bfloat16 and bool [channels]; see `mesh_codec.ans.lattice`.
+    """
+
+    def __init__(self, channels: int, elements: int, device: torch.device) -> None:
+        room = max(1024, elements // _SHARE_LISTED)
+        self._places = _layout(channels, room)
+        start, size, _ = self._places[-1]
+        self._memory = torch.zeros(start + size, dtype=torch.uint8, device=device)
+        parts = [self._memory[start : start + size].view(dtype) for start, size, dtype in self._places]
+        self.count, self.total, self.step, self.size, self.ranks, self.means, self.predicted, self.listed = parts
+        self._fetched = start + 8 * min(room, _FETCHED)
+        self._host = self._memory
+        self._there: torch.cuda.Event | None = None
+
+    def fetch(self) -> None:
+        """Start the copy; what is written later is not in it."""
+        if self._memory.is_cuda:
+            self._host = torch.empty(self._fetched, dtype=torch.uint8, pin_memory=True)
+            self._host.copy_(self._memory[: self._fetched], non_blocking=True)
+            self._there = torch.cuda.current_stream(self._memory.device).record_event()
+
+    def read(self) -> Facts:
+        """What was fetched; waits until it is there."""
+        if self._there is not None:
+            self._there.synchronize()
+        host = self._host.numpy()[: self._fetched]
+        count, total, step, size, ranks, means, predicted, listed = (
+            host[start : start + size].copy() for start, size, _ in self._places
+        )
+        number, entries = int(count.view(np.int64)[0]), listed.view(np.int64)
+        if number > len(entries) and number <= len(self.listed):
+            entries = self.listed[:number].cpu().numpy()
+        return Facts(
+            int(total.view(np.int64)[0]),
+            float(step.view(np.float32)[0]),
+            float(size.view(np.float32)[0]),
+            torch.from_numpy(ranks),
+            torch.from_numpy(means).view(torch.bfloat16),
+            predicted,
+            entries[:number] if number <= len(entries) else None,
+        )
+
+
+@lru_cache(maxsize=256)
+def _layout(channels: int, room: int) -> list[tuple[int, int, torch.dtype]]:
+    """Where each of the attributes of `Told` begins, its bytes and its type."""
+    places, start = [], 0
+    for dtype, count in (
+        (torch.int64, 1), (torch.int64, 1), (torch.float32, 1), (torch.float32, 1), (torch.uint8, channels),
+        (torch.bfloat16, channels), (torch.bool, channels), (torch.int64, room),
+    ):  # fmt: skip
+        size = dtype.itemsize * count
+        places.append((start, size, dtype))
+        start += -(-size // _ALIGNED) * _ALIGNED
+    return places
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`Told` on the host; ``listed`` is None where there was no room for all."""
+
+    total: int
+    step: float
+    size: float
+    ranks: Tensor
+    means: Tensor
+    predicted: NDArray[np.uint8]
+    listed: NDArray[np.int64] | None
