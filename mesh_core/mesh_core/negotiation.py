@@ -42,7 +42,7 @@ must have passed since the last time."""
 _NOTICEABLE = 1e-3
 """Seconds under which a duration says nothing of a codec's speed."""
 
-_LEARNING, _LOOK_AGAIN = 8, 0.5
+_LEARNING, _LOOK_AGAIN = 4, 0.5
 """Steps after which what they say has settled; seconds between two looks at the choice from then on. A change that is
 found so much later costs less than asking before each of many short steps."""
 
