@@ -101,6 +101,7 @@ class SpeedBook:
         self._known: dict[str, CodecSpeed | None] = {}
         self._alike: dict[tuple[str, str], CodecSpeed] = {}
         self._pending: set[str] = set()
+        self._named: dict[tuple[Codec, str, torch.dtype, int], tuple[str, tuple[str, str]]] = {}
         self._lock = Lock()
         self._closed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="codec-speed")
@@ -113,8 +114,8 @@ class SpeedBook:
         """
         if type(codec) is RawCodec:
             return COPYING
-        key, kind = _key(codec, settings, dtype, self._device), _kind(codec, settings, dtype)
         with self._lock:
+            key, kind = self._names(codec, settings, dtype)
             if key in self._known:
                 return self._known[key]
             if not self._closed and key not in self._pending and not self._recall(key, kind):
@@ -147,6 +148,13 @@ class SpeedBook:
         with self._lock:
             self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _names(self, codec: Codec, settings: Mapping[str, Any], dtype: torch.dtype) -> tuple[str, tuple[str, str]]:
+        """`_key` and `_kind`, made once for the same settings of a codec: sessions look again and again."""
+        asked = codec, repr(settings), dtype, torch.get_num_threads()
+        if asked not in self._named:
+            self._named[asked] = _key(codec, settings, dtype, self._device), _kind(codec, settings, dtype)
+        return self._named[asked]
 
     def _recall(self, key: str, kind: tuple[str, str]) -> bool:
         """Whether a note of an earlier process told; call with the lock held."""

@@ -1,12 +1,11 @@
 """Identity of generation constants: the BLAKE3 hash of dtype, shape and whole content.
 
-Large tensors that a host passes again and again, unchanged, are hashed once: a tensor object that torch has not
-modified since (`Tensor._version`) keeps its hash.
+Tensors that a host passes again and again, unchanged, are hashed once: a tensor object that torch has not modified
+since (`Tensor._version`) keeps its hash.
 """
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +15,8 @@ from torch import Tensor
 
 from mesh_codec.base import Buffer, Codec, Encoded
 
-_ALWAYS_HASHED = 1 << 16
-"""Bytes up to which a tensor is hashed every time."""
+_MANY_THREADS = 1 << 20
+"""Bytes from which hashing in several threads is faster; for less, waking them takes longer than it saves."""
 
 
 def digest(coded: Encoded) -> str:
@@ -26,7 +25,10 @@ def digest(coded: Encoded) -> str:
 
 
 def _digest(header: dict[str, Any], buffers: Sequence[Buffer]) -> str:
-    hasher = blake3(json.dumps([header["dtype"], list(header["shape"])]).encode(), max_threads=blake3.AUTO)
+    # As JSON has it, without what a JSON encoder costs beside the few bytes of most constants.
+    form = f'["{header["dtype"]}", {list(header["shape"])}]'
+    large = sum(memoryview(buffer).nbytes for buffer in buffers) >= _MANY_THREADS
+    hasher = blake3(form.encode(), max_threads=blake3.AUTO if large else 1)
     for buffer in buffers:
         hasher.update(buffer)
     return hasher.hexdigest()
@@ -51,7 +53,7 @@ class ConstantsBook:
         coded = self._encoder.encode(tensor)
         name = digest(coded)
         version = _version(tensor)
-        if tensor.nbytes > _ALWAYS_HASHED and version is not None:
+        if version is not None:
             key = id(tensor)
             self._known[key] = (weakref.ref(tensor, lambda _: self._known.pop(key, None)), version, name)
         return name, coded

@@ -71,8 +71,9 @@ def mesh_choose_codec(
     peer: dict[str, Any],
     crossing: Crossing,
 ) -> CodecChoice | None:
-    """Called for each role of tensors that cross a cut, when a session opens and before each step. Return a choice,
-    or None to pass.
+    """Called for each role of tensors that cross a cut: when a session opens, before each of its first steps, and
+    from then on before a step if half a second has passed or the state has another size. Return a choice, or None to
+    pass.
 
     ``link`` is the way that they take, None if nobody could measure it. ``codecs`` are those that all ends have;
     ``peer`` maps a codec's name to the other end's capabilities. ``crossing`` knows the size of the tensors, what is

@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 Send = Callable[[bytes, wire.Message, list[Frame]], None]
 Fail = Callable[[bytes, wire.Message, BaseException], None]
 
+_LOOK_EVERY = 0.1
+"""Seconds between two looks for hosts that are gone: not with every message, while a step waits to be computed."""
+
 _REPORT_EVERY = 0.2
 """Seconds between two progress messages of one load."""
 
@@ -73,6 +76,7 @@ class Hosting:
         self._limits = Limits()
         self._sessions: dict[bytes, HostedSession] = {}
         self._lock = threading.Lock()
+        self._looked_at = 0.0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -283,7 +287,9 @@ class Hosting:
     def stop_orphans(self) -> None:
         """Stop the steps of hosts that went silent, and forget sessions that nobody has used for long."""
         now = monotonic()
-        busy = self.executor.busy()
+        if now < self._looked_at + _LOOK_EVERY:
+            return
+        self._looked_at, busy = now, self.executor.busy()
         for session in list(self._sessions.values()):
             silent = now - session.last_seen
             if session.id in busy and silent > self.settings.worker.orphaned_after:

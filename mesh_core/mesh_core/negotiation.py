@@ -6,8 +6,10 @@ One `Negotiation` belongs to one session of a host. Knows workers, but not how s
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite
 from time import monotonic
 from typing import Any
@@ -40,8 +42,12 @@ must have passed since the last time."""
 _NOTICEABLE = 1e-3
 """Seconds under which a duration says nothing of a codec's speed."""
 
-_LEARNING, _LOOK_AGAIN = 8, 0.5
-"""Steps after which what they say has settled; seconds between two looks at the choice from then on."""
+_LEARNING, _LOOK_AGAIN = 4, 0.5
+"""Steps after which what they say has settled; seconds between two looks at the choice from then on. A change that is
+found so much later costs less than asking before each of many short steps."""
+
+_LEARN_AGAIN = 0.1
+"""Seconds between two steps that what is believed of codecs on a way is compared with, once it has settled."""
 
 _GAIN, _AT_ONCE, _MOST = 0.5, 64.0, 1e6
 """How far one step moves what is believed of a codec's speed, by what factor it may do so, and how far in all."""
@@ -56,7 +62,9 @@ class Way:
         bits: per element as they came out, by codec and settings.
         choices: in use, by the tensors' names.
         asked: the same by role.
+        able: by role, the codecs that all ends have and what those ends can do with them.
         steps: that crossed since the streams opened.
+        learnt_at: when one of them was last compared with what was expected.
     """
 
     cut: int
@@ -67,9 +75,11 @@ class Way:
     bits: dict[str, float] = field(default_factory=dict)
     choices: dict[str, CodecChoice] = field(default_factory=dict)
     asked: dict[Role, CodecChoice] = field(default_factory=dict)
+    able: dict[Role, tuple[tuple[Codec, ...], dict[str, Any]]] = field(default_factory=dict)
     steps: int = 0
+    learnt_at: float = 0.0
 
-    @property
+    @cached_property
     def main(self) -> Role:
         """The role of what most bytes belong to."""
         return max(self.roles.values(), key=lambda role: _ASSUMED[role])
@@ -107,7 +117,7 @@ class Negotiation:
         self._retreated = False
         self._book = SpeedBook(device)
         self._host = End(book=self._book)
-        self._ends: dict[int, End] = {}
+        self._ends: defaultdict[int, End] = defaultdict(End)
         self._links: dict[tuple[int, int], Link] = {}
         self._probed: dict[tuple[int, int], Link] = {}
         self._since = _PATIENCE
@@ -115,6 +125,7 @@ class Negotiation:
         self._ways: dict[tuple[int, int, int], Way] = {}
         self._arranged: list[Way] = []
         self._asked_at = 0.0
+        self._looked_at: set[frozenset[tuple[Role, int]]] = set()
 
     def close(self) -> None:
         """Measure nothing more. May be called twice."""
@@ -161,7 +172,7 @@ class Negotiation:
             self._mute.add((id(source), id(target)))
 
     def _tell(self, remote: Remote, said: Sequence[Any]) -> None:
-        self._ends.setdefault(id(remote), End()).told |= read_speeds(said)
+        self._ends[id(remote)].told |= read_speeds(said)
 
     def _link(self, way: Way) -> Link | None:
         a, b = _place(way.source), _place(way.target)
@@ -190,7 +201,9 @@ class Negotiation:
             self._ways[key] = Way(cut, source, target, self._spec.states[cut])
         way = self._ways[key]
         self._arranged.append(way)
-        way.asked = {role: self._ask(way, role) for role in set(way.roles.values())}
+        roles = set(way.roles.values())
+        way.able = {role: self._able(way, role) for role in roles}
+        way.asked = {role: self._ask(way, role) for role in roles}
         way.choices = {name: way.asked[role] for name, role in way.roles.items()}
         way.steps = 0
         return way
@@ -198,14 +211,17 @@ class Negotiation:
     def outdated(self, state: State) -> bool:
         """Whether another codec pays by now, on some way, for a step that starts with ``state``.
 
-        Asked at every step until some have crossed and after a change of size, then once in a while: asking all
-        plugins for every way takes as long as all else that the mesh does in a step.
+        Asked at every step until some have crossed, then once in a while for each size of state: asking all plugins
+        for every way takes as long as all else that the mesh does in a step.
         """
-        resized, now = self._expect(state), monotonic()
-        settled = all(way.steps >= _LEARNING for way in self._arranged)
-        if settled and not resized and now < self._asked_at + _LOOK_AGAIN:
+        sizes, now = self._expect(state), monotonic()
+        learning = any(way.steps < _LEARNING for way in self._arranged)
+        if learning or now >= self._asked_at + _LOOK_AGAIN:
+            self._asked_at = now
+            self._looked_at.clear()
+        elif sizes in self._looked_at:
             return False
-        self._asked_at = now
+        self._looked_at.add(sizes)
         between = [(w.source, w.target) for w in self._arranged if w.source is not None and w.target is not None]
         changed = not all(self.knows(a, b) or (id(a), id(b)) in self._mute for a, b in between)
         for way in self._arranged:
@@ -225,11 +241,14 @@ class Negotiation:
         self._retreated = True
         return possible
 
+    def _able(self, way: Way, role: Role) -> tuple[tuple[Codec, ...], dict[str, Any]]:
+        ends, names = _codecs_of(way), self._plugins.codecs()
+        codecs = (c for name, c in names.items() if all(name in end for end in ends) and self._allowed(c, role))
+        able = tuple(codecs)
+        return able, {c.name: _shared([end[c.name] for end in ends]) for c in able}
+
     def _ask(self, way: Way, role: Role) -> CodecChoice:
-        ends = [r.welcome.codecs for r in (way.source, way.target) if r is not None]
-        names = self._plugins.codecs()
-        codecs = [c for name, c in names.items() if all(name in end for end in ends) and self._allowed(c, role)]
-        peer = {c.name: _shared([end[c.name] for end in ends]) for c in codecs}
+        codecs, peer = way.able[role]
         choice: CodecChoice | None = self._plugins.hook.mesh_choose_codec(
             role=role,
             link=self._link(way),
@@ -240,7 +259,7 @@ class Negotiation:
         )
         if choice is None:
             wanted = f"the codec {self._only!r}" if self._only is not None else "a codec"
-            names_there = ", ".join(sorted(set.intersection(*(set(end) for end in ends))))
+            names_there = ", ".join(sorted(set.intersection(*(set(end) for end in _codecs_of(way)))))
             raise PlanError(
                 f"Quality {self._quality!r} needs {wanted} that all ends have and that can give it; "
                 f"in common: {names_there or 'none'}.",
@@ -266,29 +285,29 @@ class Negotiation:
         )
 
     def _end(self, remote: Remote | None) -> End:
-        return self._host if remote is None else self._ends.setdefault(id(remote), End())
+        return self._host if remote is None else self._ends[id(remote)]
 
     # Learning
 
-    def _expect(self, state: State) -> bool:
-        """Sizes: of the first way exactly; ways that no step has crossed yet are taken for as wide. Whether the first
-        way's are others than before."""
+    def _expect(self, state: State) -> frozenset[tuple[Role, int]]:
+        """Sizes: of the first way exactly; ways that no step has crossed yet are taken for as wide. The first way's."""
         found: dict[Role, int] = {}
         if not self._arranged:
-            return False
+            return frozenset()
         for name, tensor in state.items():
             if name in self._arranged[0].roles:
                 role = self._arranged[0].roles[name]
                 found[role] = found.get(role, 0) + tensor.numel()
-        resized, self._arranged[0].elements = self._arranged[0].elements != found, found
+        sizes, self._arranged[0].elements = frozenset(found.items()), found
         for way in self._arranged[1:]:
             for role in set(way.roles.values()) & found.keys():
                 way.elements.setdefault(role, found[role])
-        return resized
+        return sizes
 
     def observe(self, crossed: Sequence[Crossed], wire_ms: float) -> None:
         """Learn from a step: how fast the links and codecs were, and what came out of them."""
         self._since += 1
+        now = monotonic()
         links = [self._link(c.way) for c in crossed]
         if all(link is not None for link in links):
             known = [(link, c.coded_bytes) for link, c in zip(links, crossed, strict=True) if link is not None]
@@ -301,13 +320,15 @@ class Negotiation:
             elements = c.raw_bytes // self._dtype.itemsize
             if elements > 0:
                 c.way.elements[c.way.main] = elements
+            due = c.way.steps <= _LEARNING or now >= c.way.learnt_at + _LEARN_AGAIN
             # The first step has no past to predict from, and everything that happens once.
-            if elements > 0 and c.way.steps > 1:
+            if elements > 0 and c.way.steps > 1 and due:
+                c.way.learnt_at = now
                 self._learn(c, elements)
 
     def _learn(self, crossed: Crossed, elements: int) -> None:
         way, choice = crossed.way, crossed.way.asked[crossed.way.main]
-        codec = self._plugins.codecs().get(choice.codec)
+        codec = next((c for c in way.able[way.main][0] if c.name == choice.codec), None)
         if codec is None:
             return
         key, seen = settings_key(choice.codec, choice.settings), 8.0 * crossed.coded_bytes / elements
@@ -347,6 +368,11 @@ _HERE = 0
 
 def _place(remote: Remote | None) -> int:
     return _HERE if remote is None else id(remote)
+
+
+def _codecs_of(way: Way) -> list[Mapping[str, Any]]:
+    """What the workers at the ends of a way have."""
+    return [remote.welcome.codecs for remote in (way.source, way.target) if remote is not None]
 
 
 def _listed(said: object) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from statistics import median
 from typing import Any
 
@@ -33,10 +34,16 @@ class HopStats:
     @classmethod
     def from_trace(cls, report: Mapping[str, Any]) -> HopStats:
         """From a worker's report; what it leaves out or has of another type counts as nothing."""
-        kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-        known = {f.name: kinds[str(f.type)] for f in fields(cls)}
+        known = _kinds()
         said: dict[str, Any] = {k: v for k, v in report.items() if k in known and isinstance(v, known[k])}
         return cls(**said)
+
+
+@cache
+def _kinds() -> dict[str, tuple[type, ...]]:
+    """The types that each field of `HopStats` takes."""
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
+    return {f.name: kinds[str(f.type)] for f in fields(HopStats)}
 
 
 @dataclass

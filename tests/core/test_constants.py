@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from blake3 import blake3
 
 from mesh_codec import RawCodec
 from mesh_core.constants import ConstantsBook, digest
 from mesh_core.errors import ConstantsMissing, WireTooLarge
 from mesh_core.hosted import ConstantsCache
 
-LARGE = 40_000
-"""Elements of a float32 tensor that is worth remembering."""
+SMALL, LARGE = 1, 300_000
+"""Elements of float32 tensors, one of which is hashed in several threads."""
 
 
 @pytest.fixture
@@ -36,16 +39,25 @@ def test_shape_and_type_count_equal_content_does_not(book: ConstantsBook) -> Non
     assert len({book.name(t)[0] for t in [tensor, *others]}) == 5
 
 
-def test_a_tensor_passed_again_is_not_hashed_again(book: ConstantsBook) -> None:
-    tensor = torch.randn(LARGE)
+@pytest.mark.parametrize("elements", [0, SMALL, LARGE])
+def test_a_name_is_the_hash_of_type_shape_and_bytes(book: ConstantsBook, elements: int) -> None:
+    tensor = torch.randn(elements, 2).to(torch.float16)
+    form = json.dumps(["float16", [elements, 2]]).encode()
+    assert book.name(tensor)[0] == blake3(form + tensor.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_a_tensor_passed_again_is_not_hashed_again(book: ConstantsBook, elements: int) -> None:
+    tensor = torch.randn(elements)
     name, coded = book.name(tensor)
     assert coded is not None and name == digest(coded)
     assert book.name(tensor) == (name, None)
 
 
+@pytest.mark.parametrize("elements", [20, LARGE])
 @pytest.mark.parametrize("through", ["itself", "a view", "an index", "copy_"])
-def test_a_change_in_place_is_noticed(book: ConstantsBook, through: str) -> None:
-    tensor = torch.zeros(LARGE)
+def test_a_change_in_place_is_noticed(book: ConstantsBook, through: str, elements: int) -> None:
+    tensor = torch.zeros(elements)
     before, _ = book.name(tensor)
     if through == "itself":
         tensor.add_(1)
@@ -54,12 +66,12 @@ def test_a_change_in_place_is_noticed(book: ConstantsBook, through: str) -> None
     elif through == "an index":
         tensor[7] = 3
     else:
-        tensor.copy_(torch.ones(LARGE))
+        tensor.copy_(torch.ones(elements))
     after, coded = book.name(tensor)
     assert after != before and coded is not None
 
 
-def test_small_and_inference_tensors_are_looked_at_every_time(book: ConstantsBook) -> None:
+def test_inference_tensors_are_looked_at_every_time(book: ConstantsBook) -> None:
     with torch.inference_mode():
         tensor = torch.zeros(LARGE)
         before, _ = book.name(tensor)

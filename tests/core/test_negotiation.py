@@ -20,7 +20,7 @@ from torch import Tensor
 from mesh_codec.base import Codec, CodecChoice, Decoder, Encoded, Encoder, Estimate, Limits, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.raw import RawCodec
-from mesh_core import fingerprint, wire
+from mesh_core import fingerprint, negotiation, wire
 from mesh_core.adapter import Conditioning
 from mesh_core.bench import processes
 from mesh_core.bench.shaper import Shaper
@@ -228,6 +228,59 @@ def test_a_plugin_may_change_its_mind_at_every_step(tmp_path: Path, start: Any) 
             assert torch.equal(run(session, state(seed=step)), state(seed=step))
         assert used(session) == ["raw", "deflate"] * 2
         assert session.stats.reconnects == 0 and not any(s.resent for s in session.stats.steps)
+
+
+class Counting(Stubborn):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    @hookimpl
+    def mesh_choose_codec(self, role: str, quality: Quality) -> CodecChoice | None:
+        self.asked += 1
+        return super().mesh_choose_codec(role, quality)
+
+
+def test_a_choice_that_has_settled_is_looked_at_once_in_a_while(
+    tmp_path: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting = Counting("deflate")
+    plugins = plugins_with(Brings(Deflate()), counting)
+    monkeypatch.setattr(Deflate, "takes", 0.0)
+    monkeypatch.setattr(negotiation, "_LOOK_AGAIN", 1e9)
+    (worker,) = start(plugins, scheme="inproc")
+    # The model computes in float32; what its state takes in bytes says nothing of how many elements it has.
+    small, large = state(1024).bfloat16(), state(2048).bfloat16()
+    with over(tmp_path, [worker], plugins) as session:
+        for _ in range(negotiation._LEARNING):
+            assert torch.equal(run(session, small), small)
+        settled = counting.asked
+        for _ in range(5):
+            run(session, small)
+        assert counting.asked == settled
+        run(session, large)
+        other_size = counting.asked
+        assert other_size > settled
+        for tensor in (small, large, small, large):
+            assert torch.equal(run(session, tensor, str(tensor.numel())), tensor)
+        assert counting.asked == other_size
+        monkeypatch.setattr(negotiation, "_LOOK_AGAIN", 0.0)
+        counting.codec = "raw"
+        assert torch.equal(run(session, small), small)
+        assert used(session)[-2:] == ["deflate", "raw"]
+
+
+def test_a_link_that_slows_down_changes_a_choice_that_has_settled(tmp_path: Path, start: Any) -> None:
+    plugins = plugins_with(Brings(RawCodec(), Deflate()), standard=False)
+    workers = start(plugins)
+    with shaped(workers[0]) as (link, address), over(tmp_path, workers, plugins, address=address) as session:
+        for step in range(negotiation._LEARNING + 4):
+            run(session, state(seed=step))
+        assert set(used(session)) == {"raw"}
+        link.rate = SLOW
+        for step in range(8):
+            assert torch.equal(run(session, state(seed=step)), state(seed=step))
+        assert used(session)[-1] == "deflate"
 
 
 def test_a_codec_by_name_is_used_whatever_the_link(tmp_path: Path, start: Any) -> None:
