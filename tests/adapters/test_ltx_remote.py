@@ -104,6 +104,21 @@ def test_constants_cross_once_per_generation(rig: Rig) -> None:
         assert run.stats.constants_bytes == expected
 
 
+def test_video_and_audio_are_coded_with_settings_of_their_own(rig: Rig) -> None:
+    """With streams that do not hear each other, the audio is the same whatever the video loses."""
+    given = {**rig.inputs(), "isolate_modalities": True}
+    with torch.no_grad():
+        exact = rig.model(**given, return_dict=False)
+    found = {}
+    for quality in ("transparent", "fast"):
+        coded = {"dtype": torch.bfloat16, "quality": quality, "codec": "entropy"}
+        with split(rig.path, ":1", rig.workers[:1], rig.plugins, **coded) as run:  # type: ignore[arg-type]
+            found[quality] = run(given)
+    loss = {q: [(e - f).float().norm() for e, f in zip(exact, streams, strict=True)] for q, streams in found.items()}
+    assert loss["fast"][0] > 2 * loss["transparent"][0] > 0
+    assert torch.equal(found["fast"][1], found["transparent"][1]) and loss["fast"][1] > 0
+
+
 @pytest.mark.parametrize("quality", ["transparent", "balanced", "fast"])
 def test_lossy_qualities_keep_both_streams_close(rig: Rig, quality: Any) -> None:
     given = rig.inputs()
