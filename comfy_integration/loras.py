@@ -89,9 +89,12 @@ def _in_graph(patcher: Any, split: Split) -> Iterator[Applied]:
                 )
             algorithm, weights = _parts(key, value)
             tensors, alpha = from_comfy_weights(algorithm, weights)
-            if algorithm == "boft" and alpha is None:
+            left_out = "a BOFT LoRA without alpha" if algorithm == "boft" and alpha is None else ""
+            if algorithm == "lokr" and tensors.get("t2") is not None:
+                left_out = "a LoKr LoRA with a Tucker core"
+            if left_out:
                 raise UnsupportedInput(
-                    f"ComfyUI cannot apply a BOFT LoRA without alpha ({key}): it would change remote blocks only.",
+                    f"ComfyUI cannot apply {left_out} ({key}): it would change remote blocks only.",
                     hint="the workflow without that LoRA",
                 )
             patch = NamedPatch(key, algorithm, tensors, alpha, offset)

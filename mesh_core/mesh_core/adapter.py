@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 State = dict[str, Tensor]
 """The tensors that change from block to block and cross a cut, by name."""
 
-Role = Literal["hidden", "latent", "prediction", "exact"]
+Role = Literal["hidden", "fine", "latent", "prediction", "exact"]
 """What a state tensor is, for whoever chooses its codec.
 
-``hidden``: residual stream, large, may be coded with loss. ``latent``: the model's input. ``prediction``: its
-output. ``exact``: small, never coded with loss.
+``hidden``: residual stream, large, may be coded with loss. ``fine``: another one, of few bytes beside it, which is
+coded with a codec of its own and never with more loss than quality ``transparent`` has: a sound beside a video.
+``latent``: the model's input. ``prediction``: its output. ``exact``: small, never coded with loss.
 """
 
 

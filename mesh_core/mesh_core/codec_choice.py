@@ -28,7 +28,8 @@ _PLAIN = "raw"
 
 
 class DefaultCodecChoice:
-    """Hidden state at the quality asked for, the model's input and output exact, small tensors as they are."""
+    """Hidden state at the quality asked for, a fine one no worse than ``transparent``, the model's input and output
+    exact, small tensors as they are."""
 
     @hookimpl(trylast=True)
     def mesh_choose_codec(
@@ -44,7 +45,7 @@ class DefaultCodecChoice:
 
         if role == "exact":
             return CodecChoice(_PLAIN, {}, "exact") if any(c.name == _PLAIN for c in codecs) else None
-        wanted: Quality = quality if role == "hidden" else "lossless"
+        wanted = _wanted(role, quality)
         able = list(_able(wanted, codecs, peer))
         costs = list(_costs(wanted, able, crossing))
         if not costs:
@@ -56,6 +57,12 @@ class DefaultCodecChoice:
             codec, settings, cost = present
         measured = str(link) if link is not None else "link not measured"
         return CodecChoice(codec, settings, f"{measured}: {cost.label}, {cost.bits:.{1 if cost.bits < 10 else 0}f} bit")
+
+
+def _wanted(role: Role, quality: Quality) -> Quality:
+    if role == "hidden" or quality == "lossless":
+        return quality
+    return "transparent" if role == "fine" else "lossless"
 
 
 _Candidate = tuple[str, dict[str, Any], "Cost"]

@@ -29,11 +29,13 @@ log = logging.getLogger(__name__)
 
 _ASSUMED: Mapping[Role, int] = {
     "hidden": 4608 * 4096,
+    "fine": 128 * 2048,
     "latent": 4096 * 128,
     "prediction": 4096 * 128,
     "exact": 4096,
 }
-"""Elements of a picture of 1024x1024 in a model 4096 wide: what is expected until the first step."""
+"""Elements of a picture of 1024x1024 in a model 4096 wide, and of the sound of 5 seconds in one half as wide: what is
+expected until the first step."""
 
 _CONTRADICTION, _PATIENCE = 3.0, 4
 """Factor between what a link was measured at and what steps say of it that has it measured again, and the steps that
@@ -270,7 +272,7 @@ class Negotiation:
     def _allowed(self, codec: Codec, role: Role) -> bool:
         if self._retreated:
             return codec.name == "raw"
-        return self._only is None or role != "hidden" or codec.name == self._only
+        return self._only is None or role not in ("hidden", "fine") or codec.name == self._only
 
     def _crossing(self, way: Way, role: Role) -> Crossing:
         return Crossing(

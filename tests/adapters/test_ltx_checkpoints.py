@@ -16,10 +16,14 @@ from mesh_core.adapter import Piece
 from mesh_core.checkpoint import read_header
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, ConfigError
 from mesh_core.library import recognise
-from mesh_core.plugins import installed_plugins
+from mesh_core.loras.memory import NamedPatch, lora_from_patches
+from mesh_core.loras.read import read_lora
+from mesh_core.plugins import Plugins, installed_plugins
 from mesh_core.testing import check_every_cut, check_reads_only_its_own, check_recognises_without_data
 from mesh_ltx import LtxAdapter
 from tests.adapters import tiny_ltx
+from tests.support import loras
+from tests.support.splitting import checkpoint_at
 
 ADAPTER = LtxAdapter()
 GENERATIONS = ["2.0", "2.3"]
@@ -167,6 +171,31 @@ def test_loras_in_the_naming_of_lightricks_find_their_parameters(tmp_path: Path)
     assert layout["audio_prompt_adaln.linear.weight"] == (Piece("audio_prompt_adaln_single.linear.weight"),)
     assert layout.keys() == spec.parameters.keys()
     assert {pieces[0].tensor for pieces in layout.values()} == tiny_ltx.to_original(model).keys()
+
+
+def test_a_lora_is_the_same_in_every_naming_and_for_every_layout_of_the_model(tmp_path: Path) -> None:
+    model = tiny_ltx.transformer("2.3")
+    model.save_pretrained(tmp_path / "folder")
+    tiny_ltx.save_single_file(model, tmp_path / "model.safetensors", "model.diffusion_model.")
+    ours = loras.peft(loras.modules(model), prefix="")
+    kohya, patches = {}, []
+    for module in loras.modules(model):
+        theirs = tiny_ltx.original_name(f"{module}.weight")
+        down, up = (ours[f"{module}.lora_{x}.weight"] for x in "AB")
+        stem = f"lora_unet_{theirs.removesuffix('.weight').replace('.', '_')}"
+        kohya |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        patches.append(NamedPatch(f"diffusion_model.{theirs}", "lora", {"down": down, "up": up}))
+    comfyui = {f"diffusion_model.{tiny_ltx.original_name(k)}": v for k, v in ours.items()}
+    files = [{f"transformer.{k}": v for k, v in ours.items()}, comfyui, kohya]
+    ids = set()
+    for name in ("folder", "model.safetensors"):
+        checkpoint = checkpoint_at(tmp_path / name, Plugins.load())
+        for number, state in enumerate(files):
+            lora = read_lora(loras.save(tmp_path / f"{number}.safetensors", state), checkpoint)
+            assert len(lora.patches) == len(ours) // 2 and not lora.unmatched
+            ids.add(lora.id)
+        ids.add(lora_from_patches(checkpoint, patches, "parsed by ComfyUI").id)
+    assert len(ids) == 1
 
 
 def test_quantised_weights_are_refused_by_type(tmp_path: Path) -> None:

@@ -117,7 +117,12 @@ def save_single_file(
 
 
 def to_original(model: LTX2VideoTransformer3DModel) -> dict[str, Tensor]:
-    """State dict in Lightricks naming, written independently of the adapter's tables."""
+    """State dict in Lightricks naming."""
+    return {original_name(name): value for name, value in model.state_dict().items()}
+
+
+def original_name(name: str) -> str:
+    """What Lightricks calls a parameter of diffusers, written independently of the adapter's tables."""
     renames = {
         "video_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_video",
         "audio_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_audio",
@@ -131,12 +136,9 @@ def to_original(model: LTX2VideoTransformer3DModel) -> dict[str, Tensor]:
         ".norm_q.": ".q_norm.",
         ".norm_k.": ".k_norm.",
     }
-    out = {}
-    for name, value in model.state_dict().items():
-        for old, new in renames.items():
-            name = name.replace(old, new)
-        out[name] = value
-    return out
+    for old, new in renames.items():
+        name = name.replace(old, new)
+    return name
 
 
 def original_config(model: LTX2VideoTransformer3DModel) -> dict[str, Any]:

@@ -33,6 +33,29 @@ def _loha(rows: int, columns: int, seed: int) -> Tensors:
     return {**halves, **{f"hada_w{i}_b": randn(RANK, columns, seed=seed + 4 + i) for i in (1, 2)}}
 
 
+def _mid(rows: int, columns: int, seed: int) -> Tensors:
+    """A linear layer written as a convolution of one pixel, with a matrix between its two."""
+    up, down = randn(rows, RANK, 1, 1, seed=seed), randn(RANK, columns, 1, 1, seed=seed + 1)
+    middle = {"lora_mid.weight": randn(RANK, RANK, 1, 1, seed=seed + 2, scale=0.5)}
+    return {"lora_up.weight": up, "lora_down.weight": down, **middle, "alpha": torch.tensor(2.0)}
+
+
+def _loha_tucker(rows: int, columns: int, seed: int) -> Tensors:
+    made = {}
+    for i in (1, 2):
+        made |= {
+            f"hada_w{i}_a": randn(RANK, rows, seed=seed + i),
+            f"hada_w{i}_b": randn(RANK, columns, seed=seed + 2 + i),
+        }
+        made[f"hada_t{i}"] = randn(RANK, RANK, 1, 1, seed=seed + 4 + i, scale=1.0)
+    return made
+
+
+def _lokr_tucker(rows: int, columns: int, seed: int) -> Tensors:
+    second = {"lokr_w2_a": randn(RANK, rows // 4, seed=seed), "lokr_w2_b": randn(RANK, columns // 4, seed=seed + 1)}
+    return {"lokr_w1": randn(4, 4, seed=seed + 2), **second, "lokr_t2": randn(RANK, RANK, 1, 1, seed=seed + 3)}
+
+
 def _lokr(rows: int, columns: int, seed: int) -> Tensors:
     second = {"lokr_w2_a": randn(rows // 4, RANK, seed=seed), "lokr_w2_b": randn(RANK, columns // 4, seed=seed + 1)}
     return {"lokr_w1": randn(4, 4, seed=seed + 2), **second, "alpha": torch.tensor(2.0)}
@@ -62,7 +85,9 @@ def _set(rows: int, columns: int, seed: int) -> Tensors:
 
 MADE: Mapping[str, Callable[[int, int, int], Tensors]] = {
     "lora": _lora,
+    "mid": _mid,
     "loha": _loha,
+    "loha with cores": _loha_tucker,
     "lokr": _lokr,
     "glora": _glora,
     "oft": _oft,
@@ -73,8 +98,8 @@ MADE: Mapping[str, Callable[[int, int, int], Tensors]] = {
 
 
 def write(folder: Path) -> None:
-    """One file per algorithm, for every block; ``norm``, which changes what is no matrix; ``bare``, a BOFT LoRA without
-    alpha."""
+    """One file per algorithm, for every block; ``norm``, which changes what is no matrix; and two that ComfyUI cannot
+    apply: ``bare``, a BOFT LoRA without alpha, and ``core``, a LoKr LoRA with a Tucker core."""
     for name, make in MADE.items():
         state = {}
         for i, (layer, shape) in enumerate(LAYERS.items()):
@@ -82,4 +107,8 @@ def write(folder: Path) -> None:
         save(folder / f"{name}.safetensors", state)
     bare = _boft(WIDTH, WIDTH, 0)["oft_blocks"]
     save(folder / "bare.safetensors", {"diffusion_model.double_blocks.3.img_attn.proj.oft_blocks": bare})
+    core = _lokr_tucker(WIDTH, WIDTH, 0)
+    save(
+        folder / "core.safetensors", {f"diffusion_model.double_blocks.3.img_attn.proj.{k}": t for k, t in core.items()}
+    )
     save(folder / "norm.safetensors", {f"diffusion_model.{NORM}.diff": randn(128, seed=1)})

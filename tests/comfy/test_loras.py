@@ -62,9 +62,14 @@ def test_the_order_of_the_loaders_counts(
     _near(server.latent(graphs.with_split(graph, worker.address, 3)), server.latent(graph))
 
 
-def test_what_comfyui_itself_cannot_apply_is_refused(server: Server, worker: ProcessWorker, made: str) -> None:
-    graph = _lora(graphs.text_to_latent(), "made", f"{made}/bare.safetensors", 1.0)
-    with pytest.raises(RunFailed, match="BOFT LoRA without alpha"):
+@pytest.mark.parametrize(
+    ("file", "said"), [("bare", "BOFT LoRA without alpha"), ("core", "LoKr LoRA with a Tucker core")]
+)
+def test_what_comfyui_itself_cannot_apply_is_refused(
+    server: Server, worker: ProcessWorker, made: str, file: str, said: str
+) -> None:
+    graph = _lora(graphs.text_to_latent(), "made", f"{made}/{file}.safetensors", 1.0)
+    with pytest.raises(RunFailed, match=said):
         server.run(graphs.with_split(graph, worker.address, 2))
 
 

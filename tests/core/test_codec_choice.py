@@ -159,6 +159,19 @@ def test_only_hidden_state_is_coded_with_loss() -> None:
     assert chosen(slow, "fast", role="exact") == "raw"
 
 
+def test_a_fine_state_is_coded_on_its_own_and_never_with_more_loss_than_transparent() -> None:
+    steps = {"transparent": 0.1, "balanced": 0.2, "fast": 0.4}
+    codec = Coded("entropy", {quality: {"step": step} for quality, step in steps.items()}, 4.0)
+    slow = crossing(Link(1e6, 1e-3), GPU)
+    for quality in steps:
+        fine, hidden = (choose(slow, quality, role, (RAW, codec)) for role in ("fine", "hidden"))  # type: ignore[arg-type]
+        assert fine is not None and fine.settings == {"step": 0.1}
+        assert hidden is not None and hidden.settings == {"step": steps[quality]}
+    assert chosen(slow, "lossless", role="fine") == "lossless"
+    few = crossing(Link(1e8, 0.1), elements=64 * 1024)
+    assert chosen(few, "fast", "fine", (RAW, codec)) == "raw", "coding few bytes gains nothing"
+
+
 def test_a_peer_without_the_codec() -> None:
     peer = {"raw": {}}
     slow = crossing(Link(1e6, 1e-3))

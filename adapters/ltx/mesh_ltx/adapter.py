@@ -19,7 +19,7 @@ from mesh_ltx.stage import LtxStage
 MODEL_CLASS = "LTX2VideoTransformer3DModel"
 _STATES: tuple[Mapping[str, Role], ...] = (
     {"hidden_states": "latent", "audio_hidden_states": "latent", "times": "exact"},
-    {"hidden_states": "hidden", "audio_hidden_states": "hidden", "times": "exact"},
+    {"hidden_states": "hidden", "audio_hidden_states": "fine", "times": "exact"},
     {"sample": "prediction", "audio_sample": "prediction"},
 )
 _OUTPUT = ("scale_shift_table", "audio_scale_shift_table", "proj_out", "audio_proj_out")

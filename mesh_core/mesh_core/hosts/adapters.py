@@ -19,7 +19,7 @@ from mesh_core.errors import UnsupportedInput
 from mesh_core.library import Checkpoint
 from mesh_core.loras.desk import AnyLora
 from mesh_core.loras.patch import Applied, Lora
-from mesh_core.loras.read import lora_of_state, read_lora
+from mesh_core.loras.read import lora_of_state, read_lora, warn_of_unmatched
 
 PREFIX = "transformer"
 
@@ -89,7 +89,7 @@ class Adapters:
 
     def _read(self, source: Any, name: str, options: Mapping[str, Any]) -> tuple[Lora, dict[str, Tensor] | str]:
         if isinstance(source, (str, Path)) and Path(source).is_file():
-            return read_lora(source, self.checkpoint, name), str(source)
+            return warn_of_unmatched(read_lora(source, self.checkpoint, name)), str(source)
         if not isinstance(source, Mapping):
             raise UnsupportedInput(
                 f"A LoRA cannot be loaded into a split transformer from {str(source)[:100]!r}.",
@@ -106,7 +106,7 @@ class Adapters:
             named[key if key.endswith(".alpha") else f"{key}.alpha"] = torch.tensor(float(alpha))
         metadata = options.get("metadata")
         note = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else {}
-        return lora_of_state(named, self.checkpoint, name, note), state
+        return warn_of_unmatched(lora_of_state(named, self.checkpoint, name, note)), state
 
 
 class LoraCalls(nn.Module):

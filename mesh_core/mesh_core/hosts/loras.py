@@ -16,7 +16,7 @@ from mesh_core.hosts.split_model import SplitModel
 from mesh_core.library import Checkpoint
 from mesh_core.loras.desk import AnyLora, Borrowed
 from mesh_core.loras.patch import Applied
-from mesh_core.loras.read import read_lora
+from mesh_core.loras.read import read_lora, warn_of_unmatched
 from mesh_core.loras.shelf import own_shelf
 
 LoraChoice = str | Path | tuple[str | Path, float]
@@ -38,11 +38,11 @@ def chosen(loras: Sequence[LoraChoice], checkpoint: Checkpoint, settings: Settin
     for item in loras:
         source, strength = item if isinstance(item, tuple) else (item, 1.0)
         if Path(source).is_file():
-            found.append(Applied(read_lora(source, checkpoint), float(strength)))
+            found.append(Applied(warn_of_unmatched(read_lora(source, checkpoint)), float(strength)))
             continue
         try:
             lora = shelf.named(str(source), checkpoint, checkpoint.spec.parameters)
-            found.append(Applied(lora, float(strength)))
+            found.append(Applied(warn_of_unmatched(lora), float(strength)))
         except LoraMissing:
             if local:
                 raise
@@ -81,7 +81,7 @@ class Taken:
 
 
 def take_off(pipeline: Any) -> list[Taken]:
-    """Unload the PEFT adapters of a whole pipeline.
+    """Unload the PEFT adapters of a whole pipeline's transformer; those of its other parts stay.
 
     Raises:
         PlanError: some are fused: they cannot be told from the model.
@@ -104,7 +104,7 @@ def take_off(pipeline: Any) -> list[Taken]:
         weight = _weight(layer, name) if layer is not None else 1.0
         named = {f"{PREFIX}.{k}": v for k, v in state.items()}
         taken.append(Taken(name, named, options, weight if name in active else None))
-    pipeline.unload_lora_weights()
+    model.unload_lora()
     return taken
 
 

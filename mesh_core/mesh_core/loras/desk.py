@@ -191,7 +191,8 @@ class LoraDesk:
 
 
 def send(remote: Remote, lora: Lora, structure: str, settings: Settings, report: Report | None) -> int:
-    """Send a LoRA to a worker's library, from where a broken transfer stopped; returns the bytes that crossed.
+    """Send a LoRA to a worker's library, from where a broken transfer stopped and without the tensors that it has in
+    other LoRAs that it received; returns the bytes that crossed.
 
     Raises:
         LoraTooLarge: the worker cannot keep it.
@@ -204,7 +205,9 @@ def send(remote: Remote, lora: Lora, structure: str, settings: Settings, report:
     while have < part.nbytes:
         if report is not None:
             report(remote.name, f"sending LoRA {lora.name}", have, part.nbytes)
-        data = part.read(have, CHUNK)
+        # The head alone first: with it, the worker finds what it has of the rest in other LoRAs, and asks for what
+        # follows on that.
+        data = part.read(have, min(CHUNK, part.head_nbytes - have) if have < part.head_nbytes else CHUNK)
         before = have
         message = wire.Chunk(next_id(), lora.id, have)
         have = remote.ask(message, wire.Offered, timeout=timeout, buffers=[data]).have

@@ -26,12 +26,18 @@ _MOST_PATCHES = 100_000
 
 
 class Part:
-    """The file of a LoRA, made piece by piece without holding it."""
+    """The file of a LoRA, made piece by piece without holding it.
+
+    Attributes:
+        head_nbytes: bytes before the first tensor's. Who has them knows the hash of every tensor and where it lies.
+    """
 
     def __init__(self, lora: Lora) -> None:
         self.lora = lora
         self._sources: list[Source] = []
-        entries: dict[str, Any] = {"__metadata__": {"format": MARK, "patches": json.dumps(self._patches())}}
+        patches = json.dumps(self._patches())
+        hashes = json.dumps([source.digest() for source in self._sources])
+        entries: dict[str, Any] = {"__metadata__": {"format": MARK, "patches": patches, "hashes": hashes}}
         position = 0
         for name, source in zip(self._names(), self._sources, strict=True):
             end = position + source.nbytes
@@ -40,7 +46,8 @@ class Part:
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         self._head = struct.pack("<Q", len(header)) + header
-        self.nbytes = len(self._head) + position
+        self.head_nbytes = len(self._head)
+        self.nbytes = self.head_nbytes + position
 
     def _patches(self) -> list[Any]:
         listed = []

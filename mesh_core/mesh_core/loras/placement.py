@@ -24,7 +24,7 @@ class LoraFacts:
     """A LoRA that a host wants on a worker's span.
 
     Attributes:
-        nbytes: of its part for the span; what would be sent.
+        nbytes: of its part for the span; what would be sent, less the tensors that the worker has from other parts.
         total: of all of it.
         held: the worker has the same content.
         policy: the one of the core's policies that the user's settings name.

@@ -7,6 +7,7 @@ them is looked up in `ParameterNames`.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ from mesh_core.library import Checkpoint
 from mesh_core.loras.names import ParameterNames
 from mesh_core.loras.patch import Lora, Patch, Rows
 from mesh_core.loras.tensors import HeldTensor, Source, TensorFile
+
+log = logging.getLogger(__name__)
 
 _LARGEST_ALPHA = 16
 """Bytes of a tensor that holds one number."""
@@ -73,6 +76,20 @@ def lora_of_state(state: Mapping[str, Tensor], checkpoint: Checkpoint, name: str
     """The LoRA in a state dict in memory; see `read_lora`."""
     held: dict[str, Source] = {key: HeldTensor(tensor) for key, tensor in state.items()}
     return lora_of(held, checkpoint, name, metadata, where=name)
+
+
+def warn_of_unmatched(lora: Lora) -> Lora:
+    """Tell the user which keys of a LoRA that is about to be used change nothing; returns the LoRA."""
+    if lora.unmatched:
+        shown = ", ".join(lora.unmatched[:3])
+        log.warning(
+            "%d of the keys of the LoRA %s name no parameter of this %s model and change nothing, for example %s",
+            len(lora.unmatched),
+            lora.name,
+            lora.family,
+            shown,
+        )
+    return lora
 
 
 def lora_of(

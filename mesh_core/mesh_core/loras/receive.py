@@ -1,6 +1,7 @@
 """LoRAs that arrive at a worker in pieces: written beside the library, verified as a whole, then taken into it.
 
-A transfer that breaks off leaves its draft; the same host goes on from there. Nothing of a draft is ever used.
+A transfer that breaks off leaves its draft; the same host goes on from there. Nothing of a draft is ever used. Tensors
+that are in the library already are copied from there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mesh_core.checkpoint import read_header
 from mesh_core.errors import LoraError, WireMalformed, WireTooLarge
 from mesh_core.library import Checkpoint
 from mesh_core.loras.part import lora_in
+from mesh_core.loras.reuse import Known, known_tensors
 from mesh_core.loras.shelf import Shelf
 from mesh_core.loras.tensors import TensorFile, check_finite
 
@@ -43,6 +45,7 @@ class _Draft:
     checkpoint: Checkpoint
     path: Path
     lock: threading.Lock
+    known: Known | None = None
 
 
 class Receiver:
@@ -81,12 +84,13 @@ class Receiver:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             have = draft.path.stat().st_size if draft.path.exists() else 0
+            if have > offer.size:
+                draft.path.unlink()
+                return 0
+            have = self._go_on(draft, have)
         except OSError as error:
             self._drop(owner, draft)
             raise _cannot_write(self._folder, error) from error
-        if have > offer.size:
-            draft.path.unlink()
-            return 0
         return self._finish(owner, draft) if have == offer.size else have
 
     def chunk(self, owner: str, message: wire.Chunk, data: memoryview) -> int:
@@ -111,11 +115,23 @@ class Receiver:
             try:
                 with draft.path.open("ab") as file:
                     file.write(data)
+                have = self._go_on(draft, have + data.nbytes)
             except OSError as error:
                 self._drop(owner, draft, delete=True)
                 raise _cannot_write(draft.path, error) from error
-            have += data.nbytes
             return self._finish(owner, draft) if have == draft.offer.size else have
+
+    def _go_on(self, draft: _Draft, have: int) -> int:
+        """Append the tensors that follow at ``have`` as long as they are here already; how much is here then."""
+        if draft.known is None and have:
+            draft.known = known_tensors(draft.path, have, draft.offer.size, self._shelf, draft.checkpoint)
+        if draft.known is None:
+            return have
+        while have < draft.offer.size and (data := draft.known.after(have)):
+            with draft.path.open("ab") as file:
+                file.write(data)
+            have += data.nbytes
+        return have
 
     def _finish(self, owner: str, draft: _Draft) -> int:
         offer = draft.offer

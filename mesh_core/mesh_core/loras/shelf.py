@@ -86,6 +86,17 @@ class Shelf:
         whole = read_part(path, checkpoint.spec) if path.parent == self.folder else read_lora(path, checkpoint)
         return whole.restricted(parameters)
 
+    def tensors(self, hashes: Collection[str], checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+        """Tensors of received LoRAs for that model whose hash is among ``hashes``, by hash."""
+        found: dict[str, StoredTensor] = {}
+        for path in self._received():
+            lora = self._parse(path, checkpoint)
+            for source in (s for p in (lora.patches if lora is not None else ()) for s in p.tensors.values()):
+                with suppress(LoraError):  # the file went to make room for another
+                    if isinstance(source, StoredTensor) and (digest := source.digest()) in hashes:
+                        found[digest] = source
+        return found
+
     def listing(self) -> list[dict[str, Any]]:
         """All LoRAs as plain values: name, bytes, hash where it is known, what their metadata says. No paths."""
         listed = []
@@ -151,9 +162,9 @@ class Shelf:
     def add(self, draft: TensorFile, id_: str, name: str, family: str) -> None:
         """Take a verified file over; a reader sees all of it or nothing."""
         with self._lock:
-            path = self.path_of(id_)
+            path, digests = self.path_of(id_), dict(draft.digests())
             os.replace(draft.path, path)
-            Remembered("loras", [path]).put(dict(draft.digests()))
+            Remembered("loras", [path]).put(digests)
             try:
                 note = json.dumps({"name": name, "family": family}).encode()
                 atomic_write(self.folder / f"{id_}.json", note)

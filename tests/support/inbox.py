@@ -1,0 +1,59 @@
+"""A worker's library and a host that sends to it piece by piece, without a network between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mesh_core import fingerprint, wire
+from mesh_core.library import Checkpoint
+from mesh_core.loras.part import Part
+from mesh_core.loras.patch import Lora
+from mesh_core.loras.receive import Receiver
+from mesh_core.loras.shelf import Shelf
+
+STEP = 1000
+"""Bytes of a chunk in these tests."""
+
+
+@dataclass
+class Inbox:
+    """A receiver, and a host that sends to it piece by piece."""
+
+    shelf: Shelf
+    receiver: Receiver
+    model: Checkpoint
+
+    @classmethod
+    def at(cls, folder: Path, model: Checkpoint) -> Inbox:
+        shelf = Shelf(folder, 10**6)
+        return cls(shelf, Receiver(shelf, lambda family, structure: model), model)
+
+    def restarted(self) -> Inbox:
+        return Inbox(self.shelf, Receiver(self.shelf, lambda family, structure: self.model), self.model)
+
+    def offer(self, what: Lora, owner: str = "host", **changes: Any) -> int:
+        part, lora = Part(what), what
+        structure = fingerprint.structure(self.model.spec)
+        message = wire.Offer(1, lora.id, part.digest(), part.nbytes, "klein", structure, lora.name)
+        return self.receiver.offer(owner, replace(message, **changes))
+
+    def chunk(self, lora: Lora, offset: int, data: bytes | None = None, owner: str = "host") -> int:
+        data = Part(lora).read(offset, STEP) if data is None else data
+        return self.receiver.chunk(owner, wire.Chunk(2, lora.id, offset), memoryview(data))
+
+    def send(self, lora: Lora, owner: str = "host") -> None:
+        have, size = self.offer(lora, owner), Part(lora).nbytes
+        while have < size:
+            have = self.chunk(lora, have, owner=owner)
+
+    def kept(self) -> list[str]:
+        return sorted(p.stem for p in self.shelf.folder.glob("*.safetensors"))
+
+    def drafts(self) -> list[Path]:
+        return list((self.shelf.folder / "incoming").glob("*"))
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
