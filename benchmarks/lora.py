@@ -40,8 +40,8 @@ def main() -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mesh-bench-")))
         os.environ["MESH_HOME"] = str(folder / "home")
-        settings = folder / "home" / "config.toml"
-        settings.parent.mkdir()
+        settings = folder / "home" / "config" / "config.toml"
+        settings.parent.mkdir(parents=True)
         settings.write_text('[loras]\npolicy = "always-send"\n', encoding="utf-8")
         report = Bench(arguments, folder, stack).run()
     text = markdown(report)

@@ -18,10 +18,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from threading import Thread
 from time import perf_counter
 from typing import Any
 
@@ -285,8 +286,16 @@ def start_worker(stack: ExitStack, folder: Path, name: str, device: str, memory:
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("listening at "):
+            # What it says from here on is read too, or it would wait for that.
+            Thread(target=_pass_on, args=(name, process.stderr), daemon=True).start()
             return line.removeprefix("listening at ").strip()
+        print(f"{name}: {line}", end="", file=sys.stderr)
     sys.exit(f"{name} did not start")
+
+
+def _pass_on(name: str, lines: Iterable[str]) -> None:
+    for line in lines:
+        print(f"{name}: {line}", end="", file=sys.stderr)
 
 
 def split_row(

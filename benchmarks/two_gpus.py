@@ -87,8 +87,11 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
     if here.type == "cuda":
         torch.cuda.empty_cache()
     worker = start_worker(stack, folder, "second-gpu", arguments.devices[1])
-    rows, left = [], []
-    for cell in cells(arguments, checkpoint.spec.blocks):
+    rows, left, engines = [], [], video_engines()
+    # What codecs cost here is measured beside the first steps that leave the choice open; it is kept for all others.
+    settling = Cell(*shapes[0], 8, checkpoint.spec.blocks // 2, "transparent", None)
+    measure(settling, checkpoint, identity, worker, prepared[shapes[0]], uncut[shapes[0]], here)
+    for cell in cells(arguments, checkpoint.spec.blocks, "NVENC" in engines):
         if monotonic() > end:
             left.append(vars(cell))
             continue
@@ -104,24 +107,35 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
         "torch": torch.__version__,
         "uncut_ms": {f"{p}x{p}, batch {b}": result[1] for (p, b), result in uncut.items()},
         "copy_ms": {f"{p}x{p}, batch {b}": ms for (p, b), ms in copies.items()},
+        "video_engines": engines,
         "rows": rows,
         "not_reached": left,
     }
 
 
-def cells(arguments: argparse.Namespace, blocks: int) -> Iterator[Cell]:
-    """The middle cut of the first size in every way; then the other sizes; then the other cuts."""
+def video_engines() -> list[str]:
+    """What PyNvVideoCodec can open here."""
+    from mesh_codec.hevc.nvvideo import NvVideoEngine
+
+    return [name for name, works in zip(("NVENC", "NVDEC"), NvVideoEngine().probe(), strict=True) if works]
+
+
+def cells(arguments: argparse.Namespace, blocks: int, encodes: bool) -> Iterator[Cell]:
+    """Without repetition: the middle cut of the first size in every way, then with more steps and at other cuts; the
+    middle cut of the other sizes; then all that is left. Video in software would take seconds a step: it is only run
+    where the GPU ``encodes``."""
+    ways = [way for way in WAYS if encodes or way[1] != "hevc"]
+    first, more = arguments.steps[0], arguments.steps[1:]
     half, others = blocks // 2, (blocks // 4, blocks * 3 // 4)
     shapes = list(product(arguments.sizes, arguments.batches))
-    for pixels, batch in shapes[:1]:
-        for steps, (quality, codec) in product(arguments.steps, WAYS):
-            yield Cell(pixels, batch, steps, half, quality, codec)
-    for (pixels, batch), (quality, codec) in product(shapes[1:], WAYS):
-        yield Cell(pixels, batch, arguments.steps[0], half, quality, codec)
-    for (pixels, batch), cut, quality in product(shapes, others, ("lossless", "transparent")):
-        yield Cell(pixels, batch, arguments.steps[0], cut, quality, None)
-    for (pixels, batch), steps, quality in product(shapes[1:], arguments.steps[1:], ("lossless", "transparent")):
-        yield Cell(pixels, batch, steps, half, quality, None)
+    few: tuple[tuple[Any, str | None], ...] = (("lossless", None), ("transparent", None))
+    order = [Cell(*shapes[0], first, half, *way) for way in ways]
+    order += [Cell(*shapes[0], steps, half, *way) for steps, way in product(more, few)]
+    order += [Cell(*shapes[0], first, cut, *way) for cut, way in product(others, few)]
+    order += [Cell(*shape, first, half, *way) for shape, way in product(shapes[1:], few)]
+    order += [Cell(*s, steps, half, *way) for s, steps, way in product(shapes, arguments.steps, ways)]
+    order += [Cell(*s, first, cut, *way) for s, cut, way in product(shapes, others, few)]
+    yield from dict.fromkeys(order)
 
 
 def inputs_of(model: Any, pixels: int, batch: int, device: Any) -> dict[str, Any]:
@@ -230,6 +244,8 @@ def markdown(report: dict[str, Any]) -> str:
         *("| " + " | ".join(cell(row[c]) for c in COLUMNS) + " |" for row in good),
         "",
     ]
+    found = " and ".join(report["video_engines"]) or "none"
+    lines.append(f"Video engines that could be opened: {found}. Without NVENC, hevc is not run.")
     lines += [f"Did not work: {r['pixels']}, {r['quality']}, {r['codec']}: {r['error']}" for r in bad]
     if report["not_reached"]:
         lines.append(f"{len(report['not_reached'])} cells were not reached in time; they are listed in the .json file.")

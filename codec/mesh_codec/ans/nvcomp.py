@@ -10,7 +10,7 @@ stream is waited for, which costs milliseconds, so that it takes it from torch's
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -36,7 +36,10 @@ class NvComp(CoderFactory):
         return self._works
 
     def device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device())
+        # Each thread has a current device of its own, the first one unless told otherwise; the models may be elsewhere.
+        count = torch.cuda.device_count()
+        used = next((index for index in range(count) if torch.cuda.memory_allocated(index)), None)
+        return torch.device("cuda", torch.cuda.current_device() if used is None else used)
 
     def open(self, device: torch.device) -> ByteCoder:
         if device.type != "cuda":
@@ -48,8 +51,9 @@ class NvComp(CoderFactory):
         if not torch.cuda.is_available():
             return False
         try:
-            coder = self.open(self.device())
-            data = torch.arange(1 << 18, device=self.device()).remainder_(7).to(torch.uint8)
+            device = self.device()
+            coder = self.open(device)
+            data = torch.arange(1 << 18, device=device).remainder_(7).to(torch.uint8)
             if not torch.equal(coder.expand(coder.load(coder.compress(data).read()), len(data)), data):
                 raise CodecUnsupported("nvCOMP gives back other bytes than it was given.")
         except CodecError as error:
@@ -67,7 +71,7 @@ class _Coder(ByteCoder):
             self._nvcomp: Any = nvcomp
         # Work of ours and of the library runs in this order, whatever stream the caller's thread has.
         self._stream = torch.cuda.current_stream(device)
-        with named(CodecUnsupported, "nvCOMP has no ANS coder"):
+        with torch.cuda.device(device), named(CodecUnsupported, "nvCOMP has no ANS coder"):
             self._nvcomp.set_device_allocator(_Block)
             self._codec = self._nvcomp.Codec(
                 device_id=device.index or 0, cuda_stream=self._stream.cuda_stream, **_OPTIONS
@@ -93,10 +97,10 @@ class _Coder(ByteCoder):
         return data
 
     def _in_order(self) -> AbstractContextManager[object]:
-        """The coder's stream, after what the caller's does."""
+        """The coder's device and stream, after what the caller's does."""
         current = torch.cuda.current_stream(self._device)
         if current == self._stream:
-            return nullcontext()
+            return torch.cuda.device(self._device)
         self._stream.wait_stream(current)
         return torch.cuda.stream(self._stream)
 
@@ -123,7 +127,7 @@ class _Coding(Coding):
 
 
 class _Block:
-    """Device memory for nvCOMP, of torch's caching allocator: in the current stream, which is the codec's."""
+    """Device memory for nvCOMP, of torch's allocator: on the current device and stream, which are the codec's."""
 
     def __init__(self, nbytes: int, stream: Any) -> None:
         self._memory = torch.empty(nbytes, dtype=torch.uint8, device="cuda")

@@ -11,6 +11,7 @@ Must not know which device or coder it works with.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
 from mesh_codec.exact import outliers_of, write_outliers
 from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
-from mesh_codec.payload import flat_bytes, form_of, read_form, whole_number
+from mesh_codec.payload import Form, flat_bytes, form_of, read_form, whole_number
 from mesh_codec.quantiser import Grid
 
 _EVERY = 17
@@ -38,6 +39,11 @@ _DRIFT = 1.5
 """Growth or decline of the elements' size, since the key tensor, beyond which the channels are measured anew."""
 
 _LARGEST_SUM = (1 << 62) - 1
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """``device`` is the thread's current one, which is where Triton starts its kernels."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @dataclass
@@ -70,6 +76,10 @@ class AnsEncoder(Encoder):
             return Encoded(form.header() | {"step": 0.0, "outliers": 0, "sum": 0}, ())
         grid = Grid.of(form)
         tokens = self._on_device(tensor.detach()).reshape(grid.tokens, grid.channels).contiguous()
+        with current(tokens.device):
+            return self._coded(tokens, form, grid)
+
+    def _coded(self, tokens: Tensor, form: Form, grid: Grid) -> Encoded:
         told = Told(grid.channels, form.elements, tokens.device)
         chain = self._continued(tokens, grid, told) or self._begun(tokens, grid, told)
         # Whatever fails from here leaves a state that the decoder does not have.
@@ -155,6 +165,15 @@ class AnsDecoder(Decoder):
         total = whole_number(header, "sum", _LARGEST_SUM)
         outliers = read_outliers(exact, count, form.dtype.itemsize, form.elements)
         place, coder = self._opened(device)
+        with current(place):
+            values = self._decoded(header, form, coder, place, (sides, flags, frame), total)
+        return write_outliers(values.view(form.shape), outliers).to(device)
+
+    def _decoded(
+        self, header: Mapping[str, Any], form: Form, coder: ByteCoder, place: torch.device,
+        buffers: tuple[memoryview, memoryview, memoryview], total: int,
+    ) -> Tensor:  # fmt: skip
+        sides, flags, frame = buffers
         coded = coder.load(frame)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
         data = coder.expand(coded, form.elements)
@@ -166,7 +185,7 @@ class AnsDecoder(Decoder):
         values = chain.lattice.restore(symbols, chain.state, predicted, form.dtype.torch)
         chain.link = chain.link.next
         self._chain = chain
-        return write_outliers(values.view(form.shape), outliers).to(device)
+        return values
 
     def reset(self) -> None:
         self._chain = None

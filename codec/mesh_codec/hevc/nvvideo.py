@@ -59,6 +59,11 @@ class NvVideoEngine(Engine):
 
     def engines(self) -> int:
         """How many hardware encoders or decoders work side by side here, whichever are more."""
+        return self._counted
+
+    @cached_property
+    def _counted(self) -> int:
+        # Asked once: the driver takes some 60 ms to answer, and codecs are chosen again and again.
         counts = (self._count_encoders, self._count_decoders)
         return max(count() if able else 0 for count, able in zip(counts, self._probed, strict=True))
 
