@@ -96,12 +96,13 @@ class Bench:
     @contextmanager
     def session(self) -> Any:
         """A runner with everything on the worker, and the bytes that this host sent."""
+        from mesh_core.config import Settings
         from mesh_core.hosts.diffusers import identify
         from mesh_core.runner import SplitRunner, open_session, place
         from mesh_core.session import SessionOptions
         from mesh_core.weights import WeightReader
 
-        options = SessionOptions(self.dtype, self.device)
+        options = SessionOptions(self.dtype, self.device, settings=Settings.load())
         placement = place(self.checkpoint, ":0", [self.address], self.plugins, options, None)
         session = open_session(lambda: identify(self.checkpoint), placement, options, self.plugins, None)
         local = self.checkpoint.adapter.build_stage(

@@ -186,7 +186,8 @@ class SpeedBook:
             found = time_codec(codec, settings, dtype, self._device)
         except Exception as error:
             # Whatever somebody's codec raises, the others can still be chosen.
-            log.warning("codec %r cannot be used on %s: %s", codec.name, self._device, error)
+            if not self._closed:
+                log.warning("codec %r cannot be used on %s: %s", codec.name, self._device, error)
             return None
         try:
             busy = psutil.getloadavg()[0] > (psutil.cpu_count() or 1)

@@ -1,4 +1,7 @@
-"""The Triton kernels, without a GPU: in Triton's interpreter against plain torch, and compiled for NVIDIA GPUs."""
+"""The Triton kernels, without a GPU: in Triton's interpreter against plain torch, and compiled for NVIDIA GPUs.
+
+What they do on a GPU, ``mesh bench codec --device cuda`` checks before it times anything.
+"""
 
 from __future__ import annotations
 

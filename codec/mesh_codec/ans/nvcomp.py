@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mesh_codec.ans.coder import ByteCoder, CoderFactory, Coding
+from mesh_codec.ans.lattice import fold
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
 from mesh_codec.foreign import named
 from mesh_codec.payload import tensor_over
@@ -56,6 +57,11 @@ class NvComp(CoderFactory):
             data = torch.arange(1 << 18, device=device).remainder_(7).to(torch.uint8)
             if not torch.equal(coder.expand(coder.load(coder.compress(data).read()), len(data)), data):
                 raise CodecUnsupported("nvCOMP gives back other bytes than it was given.")
+            # Triton may be missing, or the compiler that it starts kernels with.
+            with torch.cuda.device(device), named(CodecUnsupported, "Triton's kernels do not run here"):
+                seen = int(fold(data))
+            if seen != int(fold(data.cpu())):
+                raise CodecUnsupported("Triton's kernels sum up to something else than plain torch.")
         except CodecError as error:
             _log.info("no entropy coder on the GPU: %s", error)
             return False
@@ -65,7 +71,10 @@ class NvComp(CoderFactory):
 class _Coder(ByteCoder):
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        with named(CodecUnsupported, "nvCOMP cannot be used; try pip install nvidia-nvcomp-cu12 (or -cu13)"):
+        with named(
+            CodecUnsupported,
+            "nvCOMP cannot be used; try pip install nvidia-nvcomp-cu13 (or -cu12 with drivers before 580)",
+        ):
             from nvidia import nvcomp
 
             self._nvcomp: Any = nvcomp

@@ -104,7 +104,8 @@ class AnsEncoder(Encoder):
         packed = exact.to_bytes()
         frame = coding.read()
         if self._temporal:
-            # Only now, when nothing of the coder's is held any more.
+            # Only now, when the coder needs none of its memory any more.
+            del coding
             chain.state = symbols.to(torch.int16) if chain.state is None else chain.state
             self._chain = chain
         return Encoded(header, (sides, flags, frame, packed), frame)

@@ -8,6 +8,7 @@ NVDEC decodes with those of FFmpeg, bit for bit.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -164,7 +165,7 @@ def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.d
                 shape, name, AnsEncoder(_STEP, temporal, engine), AnsDecoder(Limits(), engine), tensors, _TIMED, note
             )
     else:
-        yield Row(shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-nvcomp-cu12")
+        yield Row(shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-nvcomp-cu13")
     portable, settings = EntropyCodec(), {"step": _STEP}
     yield _timed(
         shape, "entropy, portable", portable.encoder(settings), portable.decoder(settings), tensors, 5, "on the CPU"
@@ -254,6 +255,7 @@ def _memory(encoder: Encoder, decoder: Decoder, tensor: Tensor) -> str:
 
 def _peak(work: Callable[[], T], device: torch.device) -> tuple[int, T]:
     """Bytes that torch allocated at most during ``work``, and its result."""
+    gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
