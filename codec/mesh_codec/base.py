@@ -122,6 +122,11 @@ class Codec(ABC):
         """What ``settings`` will cost for tensors of ``dtype``; by default nothing is known beforehand."""
         return Estimate()
 
+    def remedies(self) -> Sequence[tuple[str, str]]:
+        """What keeps this codec from what this machine's hardware could do: what is wrong, and what to do about it.
+        Empty when nothing does. ``mesh doctor`` shows it."""
+        return ()
+
     @abstractmethod
     def encoder(self, settings: Mapping[str, Any]) -> Encoder:
         """Open a stream for encoding.

@@ -11,7 +11,7 @@ coded on the GPU, where both ends can. This module names the codec, negotiates w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from math import log2
@@ -78,6 +78,13 @@ class EntropyCodec(Codec):
             return Estimate(engine=engine)
         bits = _BITS - _BITS_PER_OCTAVE * log2(float(settings["step"]) / _REFERENCE_STEP)
         return Estimate(max(bits, 0.5), engine, f"{self.name}+temporal")
+
+    def remedies(self) -> Sequence[tuple[str, str]]:
+        problem = self._on_device.problem()
+        if not problem:
+            return ()
+        what = f"codes on the processor, a hundred times slower than this GPU could: {problem}"
+        return [(what, "pip install comfyui-mesh-codec[cuda]; Triton comes with PyTorch on Linux, else triton-windows")]
 
     def encoder(self, settings: Mapping[str, Any]) -> Encoder:
         step, temporal, on_device = self._checked(settings)

@@ -20,6 +20,9 @@ class EmulatedAns(CoderFactory):
     def available(self) -> bool:
         return self.works
 
+    def problem(self) -> str:
+        return "" if self.works else "no kernels"
+
     def device(self) -> torch.device:
         return torch.device("cpu")
 

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_codec import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported, Encoded, EntropyCodec, Limits
+from mesh_codec import (
+    CodecCorrupt,
+    CodecError,
+    CodecStateLost,
+    CodecUnsupported,
+    Encoded,
+    EntropyCodec,
+    Limits,
+    LosslessCodec,
+)
 from mesh_codec.ans.lattice import Lattice, fold, measure
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
 from mesh_codec.ans.told import Told
@@ -247,6 +256,12 @@ def test_the_entropy_codec_takes_the_device_format_where_both_ends_have_it():
         portable.encoder({"step": 0.2, "format": EmulatedAns.format})
     with pytest.raises(CodecUnsupported):
         fast.encoder({"step": 0.2, "format": "step-ans-9"})
+
+
+def test_a_gpu_that_cannot_be_used_is_said_to_people():
+    (found,) = EntropyCodec(EmulatedAns(works=False)).remedies()
+    assert "no kernels" in found[0] and "[cuda]" in found[1]
+    assert not EntropyCodec(EmulatedAns()).remedies() and not LosslessCodec().remedies()
 
 
 def test_without_a_gpu_nvcomp_is_not_offered():

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image, ImageChops
 
+from mesh_codec import EntropyCodec
 from mesh_core.cli import FAILED, cli
 from mesh_core.plugins import installed_plugins
 from tests.adapters import tiny
@@ -214,6 +215,15 @@ def test_doctor_reports_a_broken_plugin_and_goes_on(environment: Callable[..., d
     assert "FAIL  plugin" in done.stdout and "mesh-test-broken" in done.stdout
     assert "codecs" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_doctor_says_what_slows_a_codec_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EntropyCodec, "remedies", lambda self: [("no kernels", "install them")])
+    with mesh_home(tmp_path):
+        code, found = checks()
+    assert code == 0
+    assert found["this machine", "codec entropy"]["status"] == "warn"
+    assert found["this machine", "codec entropy"]["hint"] == "install them"
 
 
 def test_doctor_says_that_the_cache_cannot_be_written(tmp_path: Path) -> None:

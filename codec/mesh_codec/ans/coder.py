@@ -67,6 +67,10 @@ class CoderFactory(ABC):
     def available(self) -> bool:
         """Whether coders work on this machine: found out by coding something, once."""
 
+    def problem(self) -> str:
+        """Why coders do not work though the hardware is there; empty otherwise."""
+        return ""
+
     @abstractmethod
     def device(self) -> torch.device:
         """Where tensors that this end decodes are, and those that it encodes are moved to."""

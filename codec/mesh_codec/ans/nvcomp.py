@@ -34,7 +34,10 @@ class NvComp(CoderFactory):
     engine: ClassVar[str] = "nvcomp"
 
     def available(self) -> bool:
-        return self._works
+        return torch.cuda.is_available() and not self._found
+
+    def problem(self) -> str:
+        return self._found if torch.cuda.is_available() else ""
 
     def device(self) -> torch.device:
         # Each thread has a current device of its own, the first one unless told otherwise; the models may be elsewhere.
@@ -48,24 +51,26 @@ class NvComp(CoderFactory):
         return _Coder(device)
 
     @cached_property
-    def _works(self) -> bool:
-        if not torch.cuda.is_available():
-            return False
+    def _found(self) -> str:
+        """What coding something brought to light; empty if all is well."""
         try:
-            device = self.device()
-            coder = self.open(device)
-            data = torch.arange(1 << 18, device=device).remainder_(7).to(torch.uint8)
-            if not torch.equal(coder.expand(coder.load(coder.compress(data).read()), len(data)), data):
-                raise CodecUnsupported("nvCOMP gives back other bytes than it was given.")
-            # Triton may be missing, or the compiler that it starts kernels with.
-            with torch.cuda.device(device), named(CodecUnsupported, "Triton's kernels do not run here"):
-                seen = int(fold(data))
-            if seen != int(fold(data.cpu())):
-                raise CodecUnsupported("Triton's kernels sum up to something else than plain torch.")
+            self._try()
         except CodecError as error:
             _log.info("no entropy coder on the GPU: %s", error)
-            return False
-        return True
+            return error.message
+        return ""
+
+    def _try(self) -> None:
+        device = self.device()
+        coder = self.open(device)
+        data = torch.arange(1 << 18, device=device).remainder_(7).to(torch.uint8)
+        if not torch.equal(coder.expand(coder.load(coder.compress(data).read()), len(data)), data):
+            raise CodecUnsupported("nvCOMP gives back other bytes than it was given.")
+        # Triton may be missing, or the compiler that it starts kernels with.
+        with torch.cuda.device(device), named(CodecUnsupported, "Triton's kernels do not run here"):
+            seen = int(fold(data))
+        if seen != int(fold(data.cpu())):
+            raise CodecUnsupported("Triton's kernels sum up to something else than plain torch.")
 
 
 class _Coder(ByteCoder):

@@ -127,4 +127,8 @@ def _plugins(plugins: Plugins) -> Iterator[Check]:
             "none is in use",
             "pip install comfyui-mesh-FAMILY for your model; mesh plugins",
         )
-    yield Check(MACHINE, "codecs", "ok", ", ".join(sorted(plugins.codecs())))
+    codecs = plugins.codecs()
+    yield Check(MACHINE, "codecs", "ok", ", ".join(sorted(codecs)))
+    for name, codec in sorted(codecs.items()):
+        for wrong, todo in codec.remedies():
+            yield Check(MACHINE, f"codec {name}", "warn", wrong, todo)
