@@ -1,22 +1,27 @@
 """Identity of generation constants: the BLAKE3 hash of dtype, shape and whole content.
 
 Tensors that a host passes again and again, unchanged, are hashed once: a tensor object that torch has not modified
-since (`Tensor._version`) keeps its hash.
+since (`Tensor._version`) keeps its hash. Where that says nothing, in inference mode and for a tensor made anew, the
+content is compared with copies of what was hashed lately, on the tensor's device.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from blake3 import blake3
 from torch import Tensor
 
 from mesh_codec.base import Buffer, Codec, Encoded
+from mesh_core.copies import Copies
 
 _MANY_THREADS = 1 << 20
 """Bytes from which hashing in several threads is faster; for less, waking them takes longer than it saves."""
+
+_MOST_COPIED = 1 << 28
+"""Bytes of the copies of one session: several passes with the text of any model, next to nothing beside its blocks."""
 
 
 def digest(coded: Encoded) -> str:
@@ -35,32 +40,52 @@ def _digest(header: dict[str, Any], buffers: Sequence[Buffer]) -> str:
 
 
 class ConstantsBook:
-    """Names constants on the host. Holds no tensors alive. Used from one thread.
+    """Names constants on the host. Holds no tensor of the host's alive, but copies of some. Used from one thread.
 
     Args:
         raw: the exact codec.
+        copied: bytes of copies at most.
     """
 
-    def __init__(self, raw: Codec) -> None:
+    def __init__(self, raw: Codec, copied: int = _MOST_COPIED) -> None:
         self._encoder = raw.encoder({})
         self._known: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._copies = Copies(copied)
 
-    def name(self, tensor: Tensor) -> tuple[str, Encoded | None]:
-        """Hash of ``tensor`` and its encoding; the encoding is None when the hash was remembered."""
+    def names(self, constants: Mapping[str, Tensor]) -> dict[str, tuple[str, Encoded | None]]:
+        """Hash of each constant of one step, and its encoding; the encoding is None when the hash was remembered."""
+        self._copies.next_step()
+        return {name: self.name(tensor) for name, tensor in constants.items()}
+
+    def name(self, tensor: Tensor, *, lasting: bool = True) -> tuple[str, Encoded | None]:
+        """Hash of ``tensor`` and its encoding; the encoding is None when the hash was remembered.
+
+        Args:
+            lasting: whether the same content may come again in another tensor.
+        """
         memo = self._known.get(id(tensor))
         if memo is not None and memo[0]() is tensor and memo[1] == _version(tensor):
             return memo[2], None
-        coded = self._encoder.encode(tensor)
-        name = digest(coded)
+        coded: Encoded | None = None
+        found = self._copies.find(tensor) if lasting else None
+        if found is None:
+            coded = self._encoder.encode(tensor)
+            found = digest(coded)
+            if lasting:
+                self._copies.keep(tensor, found)
         version = _version(tensor)
         if version is not None:
             key = id(tensor)
-            self._known[key] = (weakref.ref(tensor, lambda _: self._known.pop(key, None)), version, name)
-        return name, coded
+            self._known[key] = (weakref.ref(tensor, lambda _: self._known.pop(key, None)), version, found)
+        return found, coded
 
     def encode(self, tensor: Tensor) -> Encoded:
         """The exact encoding of ``tensor``."""
         return self._encoder.encode(tensor)
+
+    def close(self) -> None:
+        """Give the memory of the copies back."""
+        self._copies.clear()
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -41,7 +41,7 @@ class Requests:
     def new(self, state: State, conditioning: Conditioning, sequence: str) -> Request:
         """``sequence``: the host program's own name for the pass."""
         exact = [tensor for name, tensor in sorted(state.items()) if self._roles.get(name) == "exact"]
-        constants = {name: self._book.name(tensor) for name, tensor in conditioning.constants.items()}
+        constants = self._book.names(conditioning.constants)
         digests = {name: digest for name, (digest, _) in constants.items()}
-        moment = " ".join(self._book.name(tensor)[0] for tensor in exact if tensor.nbytes <= _MOST_MOMENT)
+        moment = " ".join(self._book.name(t, lasting=False)[0] for t in exact if t.nbytes <= _MOST_MOMENT)
         return Request(state, conditioning, constants, self._sequences.name(sequence, digests, moment))

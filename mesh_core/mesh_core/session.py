@@ -138,6 +138,7 @@ class Session:
                     log.debug("%s was gone when its session was closed: %s", hop.remote.name, error)
             hop.remote.close()
         self._codecs.close()
+        self._book.close()
         self._legs.clear()
 
     def begin(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mesh_core import wire
+from mesh_core import constants, wire
 from mesh_core.config import Deadlines, Heartbeat, Settings
 from mesh_core.config import Worker as WorkerSettings
 from mesh_core.errors import ConstantsMissing, UnsupportedInput, WireMalformed
@@ -166,6 +166,26 @@ def test_a_constant_changed_in_place_crosses_again(rig: Rig) -> None:
         assert run.stats.constants_bytes == before + large.nbytes
         run(inputs)
         assert run.stats.constants_bytes == before + large.nbytes
+
+
+def test_in_inference_mode_constants_made_anew_are_hashed_once_and_forgotten_when_the_session_closes(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[int] = []
+    digest = constants.digest
+    monkeypatch.setattr(constants, "digest", lambda coded: (hashed.append(coded.nbytes), digest(coded))[1])
+    inputs = tiny.inputs(guidance=False) | {"txt_ids": torch.zeros(1, 500, 4, dtype=torch.int64)}
+    texts = [torch.randn(1, 500, 48) for _ in range(2)]
+    with torch.inference_mode(), split(rig.path, ":0", rig.workers[:1], rig.plugins) as run:
+        for _ in range(4):
+            for text in texts:
+                given = inputs | {"encoder_hidden_states": text.clone()}
+                assert torch.equal(run(given), rig.whole(given))
+        assert run.session is not None
+        copies = run.session._book._copies
+        assert copies.nbytes == 2 * texts[0].nbytes
+    assert hashed.count(texts[0].nbytes) == 2
+    assert copies.nbytes == 0
 
 
 def test_constants_that_the_worker_dropped_are_sent_again(near: Rig) -> None:
