@@ -301,7 +301,8 @@ def test_a_peer_without_the_codec_gets_what_it_has(tmp_path: Path, start: Any, m
         link.rate = SLOW
         with over(tmp_path, [worker], plugins, address=address) as session:
             assert torch.equal(run(session, state()), state())
-            assert used(session)[0] in plugins_with().codecs()
+            # Each way has a codec of its own.
+            assert set(used(session)[0].split("+")) <= plugins_with().codecs().keys()
 
 
 LIES: dict[str, Any] = {
