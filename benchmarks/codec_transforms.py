@@ -107,7 +107,7 @@ def collected(plugins: Any) -> Tensor:
         seen.setdefault(picture, []).append(tensor.clone())
         return tensor
 
-    pictures._draw(8, look)
+    pictures.draw(8, look)
     return torch.stack([torch.stack(seen[i]) for i in range(MEASURED, MEASURED + LEARNT)], 1)
 
 
@@ -141,10 +141,8 @@ def main() -> None:
     plugins = installed_plugins()
     known = transforms(plugins)
     pictures = Pictures(MODEL, plugins, MEASURED, None, TEXT_TOKENS, SIZE)
-    points, lines = (
-        [],
-        ["| transform | prediction | steps | " + " | ".join(f"bits at {t:.0f} dB" for t in TARGETS) + " |"],
-    )
+    points: list[dict[str, Any]] = []
+    lines = ["| transform | prediction | steps | " + " | ".join(f"bits at {t:.0f} dB" for t in TARGETS) + " |"]
     lines.append("|" + "---|" * (3 + len(TARGETS)))
     for temporal in (True, False):
         for steps in arguments.steps:

@@ -12,9 +12,6 @@ that asks for it with another strength; then steps of another session, without a
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import tempfile
 import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,7 +19,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from split_on_gpu import pictures, random_inputs, random_model, start_worker, timed
+from split_on_gpu import pictures, random_inputs, random_model, report_and_save, start_worker
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-klein" / "model" / "transformer"
 
@@ -35,20 +32,10 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=20)
     parser.add_argument("--large", type=int, default=1000, help="megabytes of the large LoRA; 0 leaves it out")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", default=None, help="where the temporary checkpoint goes")
     parser.add_argument("--save", type=Path, default=None, help="markdown file; a .json goes beside it")
     arguments = parser.parse_args()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mesh-bench-")))
-        os.environ["MESH_HOME"] = str(folder / "home")
-        settings = folder / "home" / "config" / "config.toml"
-        settings.parent.mkdir(parents=True)
-        settings.write_text('[loras]\npolicy = "always-send"\n', encoding="utf-8")
-        report = Bench(arguments, folder, stack).run()
-    text = markdown(report)
-    print(text)
-    if arguments.save:
-        arguments.save.write_text(text + "\n", encoding="utf-8")
-        arguments.save.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report_and_save(arguments, lambda *given: Bench(*given).run(), markdown)
 
 
 class Bench:
@@ -57,10 +44,12 @@ class Bench:
         from diffusers import Flux2Transformer2DModel
 
         from mesh_core.checkpoint import read_header
+        from mesh_core.config import Loras, Settings
         from mesh_core.library import recognise
         from mesh_core.plugins import installed_plugins
 
         self.arguments, self.folder = arguments, folder
+        self.settings = Settings(loras=Loras(policy="always-send"))
         self.device, self.plugins = torch.device(arguments.device), installed_plugins()
         path = folder / "models" / "model"
         if arguments.geometry == "tiny-klein":
@@ -96,13 +85,12 @@ class Bench:
     @contextmanager
     def session(self) -> Any:
         """A runner with everything on the worker, and the bytes that this host sent."""
-        from mesh_core.config import Settings
         from mesh_core.hosts.diffusers import identify
         from mesh_core.runner import SplitRunner, open_session, place
         from mesh_core.session import SessionOptions
         from mesh_core.weights import WeightReader
 
-        options = SessionOptions(self.dtype, self.device, settings=Settings.load())
+        options = SessionOptions(self.dtype, self.device, settings=self.settings)
         placement = place(self.checkpoint, ":0", [self.address], self.plugins, options, None)
         session = open_session(lambda: identify(self.checkpoint), placement, options, self.plugins, None)
         local = self.checkpoint.adapter.build_stage(
@@ -228,6 +216,23 @@ class Bench:
         work()
         synchronise(self.device)
         return (perf_counter() - began) * 1e3
+
+
+def timed(step: Any, steps: int, device: Any) -> tuple[Any, float]:
+    """The last result, and the median milliseconds of a step after two warm-up steps."""
+    import torch
+
+    from mesh_core.device import synchronise
+
+    times = []
+    with torch.no_grad():
+        for _ in range(steps + 2):
+            synchronise(device)
+            began = perf_counter()
+            result = step()
+            synchronise(device)
+            times.append((perf_counter() - began) * 1e3)
+    return result, sorted(times[2:])[len(times[2:]) // 2]
 
 
 def markdown(r: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
     python benchmarks/split_on_gpu.py --geometry klein-9b --save benchmarks/results/split_on_gpu.md
     python benchmarks/split_on_gpu.py --geometry ltx-2.3 --worker-memory 48GB --steps 4 --save ...
 
-Weights are random, in bfloat16, written to a temporary folder (18 GB for klein-9b, 44 GB for ltx-2.3) so that stages
+Weights are random, in bfloat16, written to a temporary folder (18 GB for klein-9b, 38 GB for ltx-2.3) so that stages
 are read from disk as users read them. In one run: the uncut model's step; then, for each cut and quality, the same step
 with the blocks after the cut in worker processes on the same GPU, over encrypted loopback. The steps are those of an
 Euler sampler, so that the state changes from step to step as in a real generation. The uncut step is what a GPU that
@@ -148,7 +148,7 @@ def uncut(arguments: argparse.Namespace, folder: Path, device: Any) -> tuple[dic
     video = tuple(int(n) for n in arguments.video.split("x"))
     inputs = random_inputs(model, video if is_video(arguments.geometry) else arguments.size, device)
     model.save_pretrained(folder / "models" / arguments.geometry, max_shard_size="8GB")
-    return inputs, *generate(lambda given: model(**given, return_dict=False), inputs, arguments.steps, device)
+    return inputs, *generate(forward_of(model), inputs, arguments.steps, device)
 
 
 def pictures() -> list[str]:
@@ -158,6 +158,10 @@ def pictures() -> list[str]:
 
 def is_video(geometry: str) -> bool:
     return GEOMETRIES[geometry][0] == "LTX2VideoTransformer3DModel"
+
+
+def forward_of(model: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda inputs: model(**inputs, return_dict=False)
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:
@@ -256,23 +260,6 @@ def video_inputs(model: Any, width: int, height: int, frames: int) -> dict[str, 
         "audio_num_frames": audio,
         **grid,
     }
-
-
-def timed(step: Any, steps: int, device: Any) -> tuple[Any, float]:
-    """The last result, and the median milliseconds of a step after two warm-up steps."""
-    import torch
-
-    from mesh_core.device import synchronise
-
-    times = []
-    with torch.no_grad():
-        for _ in range(steps + 2):
-            synchronise(device)
-            began = perf_counter()
-            result = step()
-            synchronise(device)
-            times.append((perf_counter() - began) * 1e3)
-    return result, sorted(times[2:])[len(times[2:]) // 2]
 
 
 def start_worker(stack: ExitStack, folder: Path, name: str, device: str, memory: str = "30GB") -> str:

@@ -21,7 +21,7 @@ from statistics import median
 from time import monotonic, perf_counter
 from typing import Any
 
-from split_on_gpu import generate, pictures, random_inputs, random_model, report_and_save, start_worker
+from split_on_gpu import forward_of, generate, pictures, random_inputs, random_model, report_and_save, start_worker
 
 WAYS: tuple[tuple[str, str | None], ...] = (
     ("lossless", "raw"),
@@ -143,10 +143,6 @@ def inputs_of(model: Any, pixels: int, batch: int, device: Any) -> dict[str, Any
     for name in ("hidden_states", "encoder_hidden_states", "timestep"):
         inputs[name] = inputs[name].repeat(batch, *[1] * (inputs[name].ndim - 1))
     return inputs
-
-
-def forward_of(model: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda inputs: model(**inputs, return_dict=False)
 
 
 def copy_ms(model: Any, pixels: int, batch: int, here: Any, there: Any) -> float:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesh_codec.base import Decoder, Encoded, Encoder, Limits
+from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
 from mesh_codec.outliers import MAX_ELEMENTS, Outliers, read_outliers
 from mesh_codec.payload import Form, flat_bytes, form_of, read_form, whole_number
@@ -33,7 +34,7 @@ from mesh_codec.pieces import Coded, Packed, cheapest, pack, read_table, sample_
 from mesh_codec.quantiser import Bits, Cut, Grid, bits_of, coded_order, extent
 from mesh_codec.reference import Reference, chain
 from mesh_codec.spread import Spread, measure
-from mesh_codec.symbols import RADIUS, Symbols, expand, squeeze
+from mesh_codec.symbols import RADIUS, Symbols
 
 _MOST_FRAMES = 1 << 62
 
@@ -65,7 +66,7 @@ class EntropyEncoder(Encoder):
             reference.rescale(reference.kept_step(spread.step), grid.pieces())
             pieces = self._code(matrix, grid, reference, predict=True)
         if reference is None or not any(piece.predicted for piece, _ in pieces):
-            before, sides = b"", _sides(spread)
+            before, sides = b"", pack_channels(spread.ranks, spread.means)
             reference = _key(form, spread)
             pieces = self._code(matrix, grid, reference, predict=False)
         exact = _outliers(matrix, reference.order, grid.pieces(), [places for _, places in pieces])
@@ -117,8 +118,8 @@ class EntropyDecoder(Decoder):
         if reference is None:
             if any(piece.predicted for piece in coded):
                 raise CodecCorrupt("A key frame holds changes.")
-            order, means = _read_channels(sides, grid.channels)
-            reference = Reference.empty(form, order, means, step)
+            ranks, means = read_channels(sides, grid.channels)
+            reference = _key(form, Spread(means, ranks, step))
         # From here on the symbols are neither those of the tensor before nor of this one, until all is done.
         self._reference = None
         by_channel = torch.empty((grid.channels, grid.tokens), dtype=form.dtype.torch)
@@ -226,19 +227,6 @@ def _outliers(matrix: Bits, order: NDArray[np.int64], cuts: list[Cut], places: l
     positions = np.sort(np.concatenate(found))
     token, channel = np.divmod(positions, len(matrix))
     return Outliers(positions, matrix[channel, token])
-
-
-def _sides(spread: Spread) -> bytes:
-    return squeeze(np.concatenate([spread.ranks.numpy(), bits_of(spread.means).astype("<u2").view(np.uint8)]))
-
-
-def _read_channels(frame: memoryview, channels: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Order and means of the channels."""
-    data = expand(frame, 3 * channels, "channels")
-    means = (data[channels:].copy().view("<u2").astype(np.uint32) << 16).view(np.float32)
-    if not np.isfinite(means).all():
-        raise CodecCorrupt("The channel means of a payload are not finite.")
-    return coded_order(data[:channels]), means
 
 
 def _check_form(form: Form) -> None:

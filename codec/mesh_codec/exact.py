@@ -22,9 +22,14 @@ def outliers_at(flat: Tensor, places: Tensor) -> Outliers:
     return Outliers(places.cpu().numpy(), bits_of(flat[places].cpu()))
 
 
+def as_integers(tensor: Tensor) -> Tensor:
+    """The bits of the elements, as integers of their size."""
+    return tensor.view(_SIGNED[tensor.element_size()])
+
+
 def bits_at(flat: Tensor, places: Tensor) -> Tensor:
     """The bits of the elements of ``flat`` [n] at ``places``, int64, as integers of their size; waits for no device."""
-    return flat.view(_SIGNED[flat.element_size()])[places]
+    return as_integers(flat)[places]
 
 
 def outliers_of(listed: NDArray[np.int64], itemsize: int) -> Outliers:
@@ -37,9 +42,8 @@ def outliers_of(listed: NDArray[np.int64], itemsize: int) -> Outliers:
 def write_outliers(tensor: Tensor, outliers: Outliers) -> Tensor:
     """``tensor``, contiguous, with ``outliers`` written into it."""
     if len(outliers.positions):
-        kind = _SIGNED[tensor.element_size()]
         # Copied, since what was read from a payload may not be writable, of which torch would warn.
         values = torch.from_numpy(outliers.values.copy().view(f"<i{tensor.element_size()}"))
         places = torch.from_numpy(outliers.positions).to(tensor.device)
-        tensor.view(kind).view(-1)[places] = values.to(tensor.device)
+        as_integers(tensor).view(-1)[places] = values.to(tensor.device)
     return tensor

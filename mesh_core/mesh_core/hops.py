@@ -13,11 +13,11 @@ from mesh_core import wire
 from mesh_core.adapter import ModelSpec
 from mesh_core.config import Settings
 from mesh_core.errors import MeshError
-from mesh_core.negotiation import Crossed, Way
 from mesh_core.payload import Payload, Streams, entry
 from mesh_core.remote import Remote, next_id
 from mesh_core.spans import BlockSpan
 from mesh_core.stats import HopStats
+from mesh_core.ways import Crossed, Way
 
 _MAX_REMEMBERED = 256
 """Constants per worker that the host remembers to have sent."""

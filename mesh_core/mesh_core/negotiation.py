@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from math import isfinite
 from time import monotonic
 from typing import Any
@@ -24,18 +22,9 @@ from mesh_core.errors import PlanError
 from mesh_core.link import Link, read_link, updated
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, measure
+from mesh_core.ways import ASSUMED, Crossed, Way
 
 log = logging.getLogger(__name__)
-
-_ASSUMED: Mapping[Role, int] = {
-    "hidden": 4608 * 4096,
-    "fine": 128 * 2048,
-    "latent": 4096 * 128,
-    "prediction": 4096 * 128,
-    "exact": 4096,
-}
-"""Elements of a picture of 1024x1024 in a model 4096 wide, and of the sound of 5 seconds in one half as wide: what is
-expected until the first step."""
 
 _CONTRADICTION, _PATIENCE = 3.0, 4
 """Factor between what a link was measured at and what steps say of it that has it measured again, and the steps that
@@ -53,49 +42,6 @@ _LEARN_AGAIN = 0.1
 
 _GAIN, _AT_ONCE, _MOST = 0.5, 64.0, 1e6
 """How far one step moves what is believed of a codec's speed, by what factor it may do so, and how far in all."""
-
-
-@dataclass
-class Way:
-    """From one end to the next, over one cut; None stands for this host.
-
-    Attributes:
-        elements: of the tensors of a role together.
-        bits: per element as they came out, by codec and settings.
-        choices: in use, by the tensors' names.
-        asked: the same by role.
-        able: by role, the codecs that all ends have and what those ends can do with them.
-        steps: that crossed since the streams opened.
-        learnt_at: when one of them was last compared with what was expected.
-    """
-
-    cut: int
-    source: Remote | None
-    target: Remote | None
-    roles: Mapping[str, Role]
-    elements: dict[Role, int] = field(default_factory=dict)
-    bits: dict[str, float] = field(default_factory=dict)
-    choices: dict[str, CodecChoice] = field(default_factory=dict)
-    asked: dict[Role, CodecChoice] = field(default_factory=dict)
-    able: dict[Role, tuple[tuple[Codec, ...], dict[str, Any]]] = field(default_factory=dict)
-    steps: int = 0
-    learnt_at: float = 0.0
-
-    @cached_property
-    def main(self) -> Role:
-        """The role of what most bytes belong to."""
-        return max(self.roles.values(), key=lambda role: _ASSUMED[role])
-
-
-@dataclass(frozen=True)
-class Crossed:
-    """What one step cost on one way."""
-
-    way: Way
-    raw_bytes: int
-    coded_bytes: int
-    encode_ms: float
-    decode_ms: float
 
 
 class Negotiation:
@@ -276,7 +222,7 @@ class Negotiation:
 
     def _crossing(self, way: Way, role: Role) -> Crossing:
         return Crossing(
-            elements=way.elements.get(role, _ASSUMED[role]),
+            elements=way.elements.get(role, ASSUMED[role]),
             dtype=self._dtype,
             sender=self._end(way.source),
             receiver=self._end(way.target),

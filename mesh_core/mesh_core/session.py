@@ -33,13 +33,14 @@ from mesh_core.errors import (
 from mesh_core.hops import CannotReachNeighbour, Identity, Leg, RemoteHop
 from mesh_core.hops import SessionOptions as SessionOptions
 from mesh_core.loras.desk import AnyLora, LoraDesk
-from mesh_core.negotiation import Negotiation, Way
+from mesh_core.negotiation import Negotiation
 from mesh_core.payload import Streams
 from mesh_core.plugins import Plugins
 from mesh_core.remote import Remote, await_answer, next_id
 from mesh_core.request import Request, Requests
 from mesh_core.spans import BlockSpan
 from mesh_core.stats import HopStats, RunStats, StepStats
+from mesh_core.ways import Way
 
 log = logging.getLogger(__name__)
 

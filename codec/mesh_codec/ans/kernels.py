@@ -7,8 +7,6 @@ it compiles, so that its functions have none but its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mesh_codec.channels import widest_rank
+from mesh_codec.exact import as_integers
 
 if TYPE_CHECKING:
     from mesh_codec.ans.lattice import Lattice
@@ -27,7 +26,6 @@ _ROUNDER = tl.constexpr(12582912.0)
 """1.5 * 2**23: added to a float32 of at most 2**22 and taken off again, it rounds to nearest, ties to even."""
 
 _FOLDED = 4096
-_BITS: Mapping[int, torch.dtype] = MappingProxyType({2: torch.int16, 4: torch.int32})
 _RANKED, _AMONG = 32, 512
 
 
@@ -35,7 +33,7 @@ def quantise(lattice: Lattice, tokens: Tensor, state: Tensor | None, told: Told,
     rows, columns = tokens.shape
     symbols = torch.empty(columns, rows, dtype=torch.int8, device=tokens.device)
     _quantise[_tiles(rows, columns)](
-        tokens, tokens.view(_BITS[tokens.element_size()]), symbols if state is None else state, symbols,
+        tokens, as_integers(tokens), symbols if state is None else state, symbols,
         lattice.place, lattice.means, lattice.inverse, lattice.scales, told.predicted, told.listed, told.count,
         told.total, len(told.listed), rows, columns, period, state is not None, _TOKENS, _CHANNELS,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from mesh_codec.ans.lattice import PERIOD, RADIUS, Lattice, measure
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
+from mesh_codec.ans.told import Told
 from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Limits
 from mesh_codec.entropy import EntropyCodec
 from mesh_codec.hevc.codec import HevcCodec
@@ -110,7 +111,6 @@ def check_kernels(device: torch.device) -> None:
         ConfigError: a kernel does something else.
     """
     from mesh_codec.ans import gauges, kernels
-    from mesh_codec.ans.told import Told
 
     # Neither size fills its last tile.
     first, second = (t.cpu() for t in states((200, 72), device, 2))

@@ -129,9 +129,9 @@ class Pictures:
         ImportError: the codec needs a package that is not installed.
         """
         if steps not in self.expected:
-            self.expected[steps] = self._draw(steps, None)
+            self.expected[steps] = self.draw(steps, None)
         streams = _Streams(row.codec(), row)
-        errors = (self._draw(steps, streams) - self.expected[steps]).square().mean(dim=(1, 2, 3)).clamp_min(_CEILING)
+        errors = (self.draw(steps, streams) - self.expected[steps]).square().mean(dim=(1, 2, 3)).clamp_min(_CEILING)
         psnr = -10 * torch.log10(errors)
         bits = streams.sent * 8 / streams.elements
         return Quality(row.family, row.label, steps, bits, float(psnr.min()), float(psnr.mean()))
@@ -141,8 +141,8 @@ class Pictures:
             for steps in all_steps:
                 yield self.measure(row, steps)
 
-    def _draw(self, steps: int, cross: Callable[[int, str, Tensor], Tensor] | None) -> Tensor:
-        """Pictures [prompts, 3, height, width] in [0, 1], of 8 bits."""
+    def draw(self, steps: int, cross: Callable[[int, str, Tensor], Tensor] | None) -> Tensor:
+        """Pictures [prompts, 3, height, width] in [0, 1], of 8 bits; ``cross`` is given each picture's state."""
         self.cut.cross = cross
         noise = [torch.Generator().manual_seed(i) for i in range(len(self.prompts))]
         with torch.no_grad():
