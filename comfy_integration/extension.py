@@ -7,7 +7,6 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from .guard import check_pack
 from .hub import current
 from .nodes import NODES
 from .routes import add_routes
@@ -19,7 +18,6 @@ class MeshExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         hub = current()
         add_routes(PromptServer.instance.routes, hub)
-        message = check_pack()
-        if message:
-            log.error("%s", message)
+        if hub.message:
+            log.error("%s", hub.message)
         return NODES

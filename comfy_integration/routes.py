@@ -36,8 +36,7 @@ def add_routes(routes: web.RouteTableDef, hub: Hub) -> None:
 
     @routes.get("/mesh/status")
     async def status(request: web.Request) -> web.Response:
-        message = await asyncio.to_thread(lambda: hub.message)
-        return web.json_response({"nodes": hub.status.all(), "message": message})
+        return web.json_response({"nodes": hub.status.all(), "message": hub.message})
 
     @routes.get("/mesh/workers")
     async def workers(request: web.Request) -> web.Response:
