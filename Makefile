@@ -13,6 +13,10 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py --prompt "$$PROMPT"
 
 test: lint
+	# NVIDIA's parts that can be tested without a GPU. A PyTorch for CUDA brings its own Triton.
+	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -c "import triton, nvidia.libnvcomp" 2>/dev/null || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		triton==3.8.0 nvidia-libnvcomp-cu13==6.0.0.12
 	$(BIN)/python tests/comfy/install.py
 	$(BIN)/python -m pytest
 
@@ -35,7 +39,4 @@ $(READY): $(PROJECTS) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e ".[dev]" -e codec -e adapters/flux2 -e adapters/klein -e adapters/ltx
-	# The GPU's kernels are tested without a GPU. A PyTorch for CUDA brings its own Triton.
-	test "$$(uname -sm)" != "Linux x86_64" || $(BIN)/python -c "import triton" 2>/dev/null || \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.8.0
 	touch $@

@@ -1,7 +1,8 @@
 """Throw damaged payloads at the decoders: each must give a tensor of the announced form, or a CodecError.
 
 Damage: header values, flipped, cut, added and foreign bytes, frames lost, swapped and replayed, and for the entropy
-and lossless codecs zstandard frames that are well formed with contents that are not. Every round ends with an intact
+and lossless codecs zstandard frames that are well formed with contents that are not. Where there is an NVIDIA GPU, the
+entropy codec is the one that runs there. Every round ends with an intact
 key frame, which must decode. Memory is watched. The first failure is printed with its seed, and the exit code is 1.
 
     python benchmarks/fuzz_codecs.py [--minutes 10] [--codecs raw,lossless,entropy] [--seed 0]
@@ -33,7 +34,8 @@ ODD_VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 1, 2, 1 << 31, 1 << 63, 10**30, 0.0, -1.5, 1e38, float("nan"), float("inf"), "", "float32"),
     *("bfloat16", "int64", b"", b"12345678", [], [0], [1 << 40, 2], [1, 1, 1, 1, 1, 1, 1, 1, 1], [-1], ["2"], {}),
 )
-SHAPES = ((70, 12), (1, 130, 24), (5,), (), (0, 4), (3, 3, 3))
+SHAPES = ((70, 12), (1, 130, 24), (5,), (), (0, 4), (3, 3, 3), (1500, 256))
+"""The last one is several chunks for a coder on a GPU."""
 
 
 class Fuzzer:
@@ -91,10 +93,12 @@ class Fuzzer:
             self.random.shuffle(buffers)
         if self.random.random() < 0.3 and len(buffers) == 4:
             buffers[0], buffers[2] = self._forged(header)
+        elif self.random.random() < 0.3 and len(buffers) == 4:
+            buffers[2] = self._shifted(buffers[2])
         return Encoded(header, buffers)
 
     def _bytes(self, data: bytes) -> bytes:
-        kind, r = self.random.randrange(6), self.random
+        kind, r = self.random.randrange(7), self.random
         if kind == 0:
             return data[: r.randint(0, len(data))]
         if kind == 1:
@@ -104,9 +108,22 @@ class Fuzzer:
         if kind == 3:
             return squeeze(np.frombuffer(r.randbytes(r.choice((1, 36, 72, 840, 3120))), dtype=np.uint8))
         changed = bytearray(data)
+        # Headers are at the beginning.
+        reach = min(len(changed), 600) if kind == 4 else len(changed)
         for _ in range(r.randint(1, 4)):
             if changed:
-                changed[r.randrange(len(changed))] ^= r.randint(1, 255)
+                changed[r.randrange(reach)] ^= r.randint(1, 255)
+        return bytes(changed)
+
+    def _shifted(self, frame: bytes) -> bytes:
+        """A table of chunks (`mesh_codec.ans.chunks`) whose entries fit the frame, but not the chunks."""
+        r, changed = self.random, bytearray(frame)
+        numbers = np.frombuffer(changed, "<u4", min(3, len(changed) // 4))
+        if len(numbers):
+            one, other = r.randrange(len(numbers)), r.randrange(len(numbers))
+            moved = r.choice((1, 2, 15, 16, 16 * r.randrange(1 << 12)))
+            numbers[one] = (int(numbers[one]) + moved) % (1 << 32)
+            numbers[other] = (int(numbers[other]) - moved) % (1 << 32)
         return bytes(changed)
 
     def _forged(self, header: dict[str, Any]) -> tuple[bytes, bytes]:
@@ -136,6 +153,8 @@ def main() -> None:
     torch.set_num_threads(1)
     known: dict[str, Codec] = {c.name: c for c in (RawCodec(), LosslessCodec(), EntropyCodec(), HevcCodec())}
     fuzzers = [Fuzzer(known[name], options.seed) for name in options.codecs.split(",")]
+    for fuzzer in fuzzers:
+        print(f"{fuzzer.codec.name:10} {fuzzer.settings}", flush=True)
     process = psutil.Process()
     before, end, rounds = process.memory_info().rss, monotonic() + 60 * options.minutes, 0
     while monotonic() < end:

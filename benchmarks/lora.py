@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--changes", type=int, default=20)
     parser.add_argument("--large", type=int, default=1000, help="megabytes of the large LoRA; 0 leaves it out")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", default="30GB", help="of the worker: less than two models keeps one in host memory")
     parser.add_argument("--folder", default=None, help="where the temporary checkpoint goes")
     parser.add_argument("--save", type=Path, default=None, help="markdown file; a .json goes beside it")
     arguments = parser.parse_args()
@@ -62,7 +63,7 @@ class Bench:
         self.layers = {n: tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         del model
         self.checkpoint = recognise(read_header(path), self.plugins)
-        self.address = start_worker(stack, folder, "worker", arguments.device)
+        self.address = start_worker(stack, folder, "worker", arguments.device, arguments.memory)
 
     def _inputs(self, model: Any) -> dict[str, Any]:
         return random_inputs(model, self.arguments.size, self.device)
@@ -122,6 +123,7 @@ class Bench:
         report: dict[str, Any] = {
             "geometry": self.arguments.geometry,
             "device": label(self.device),
+            "worker_memory": self.arguments.memory,
             "torch": torch.__version__,
         }
         began = perf_counter()

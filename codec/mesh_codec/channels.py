@@ -24,19 +24,18 @@ def pack_channels(ranks: Tensor, means: Tensor) -> bytes:
     return squeeze(np.concatenate([ranks.numpy(), bits_of(means).astype("<u2").view(np.uint8)]))
 
 
-def read_channels(frame: memoryview, channels: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """The inverse of `pack_channels`, onto ``device`` in one copy.
+def read_channels(frame: memoryview, channels: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack_channels`.
 
     Raises:
         CodecCorrupt: damaged, or means that are not finite.
     """
-    data = expand(frame, 3 * channels, "channels").copy()
-    told = data[channels:].view("<u2")
+    data = expand(frame, 3 * channels, "channels")
+    told = data[channels:].copy().view("<u2")
     # All bits of the exponent: infinite, or not a number.
     if ((told & 0x7F80) == 0x7F80).any():
         raise CodecCorrupt("The channel means of a payload are not finite.")
-    there = torch.from_numpy(data).to(device)
-    return there[:channels], there[channels:].clone().view(torch.bfloat16)
+    return torch.from_numpy(data[:channels].copy()), torch.from_numpy(told.view("<i2")).view(torch.bfloat16)
 
 
 def widened(ranks: Tensor, step: float | Tensor, radius: int) -> Tensor:

@@ -39,11 +39,15 @@ def outliers_of(listed: NDArray[np.int64], itemsize: int) -> Outliers:
     return Outliers(ordered >> 32, ordered.astype(f"<u{itemsize}"))
 
 
+def listed(outliers: Outliers, device: torch.device) -> Tensor:
+    """int64 [n] on ``device``: places in the upper half, bits of the elements in the lower. Waits for no device."""
+    there = torch.from_numpy((outliers.positions << 32) | outliers.values.astype(np.int64))
+    return there.to(device, non_blocking=True)
+
+
 def write_outliers(tensor: Tensor, outliers: Outliers) -> Tensor:
-    """``tensor``, contiguous, with ``outliers`` written into it."""
+    """``tensor``, contiguous, with ``outliers`` written into it; waits for no device."""
     if len(outliers.positions):
-        # Copied, since what was read from a payload may not be writable, of which torch would warn.
-        values = torch.from_numpy(outliers.values.copy().view(f"<i{tensor.element_size()}"))
-        places = torch.from_numpy(outliers.positions).to(tensor.device)
-        as_integers(tensor).view(-1)[places] = values.to(tensor.device)
+        there, elements = listed(outliers, tensor.device), as_integers(tensor).view(-1)
+        elements[there >> 32] = there.to(elements.dtype)
     return tensor

@@ -8,6 +8,7 @@ where symbols come from.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import local
 
 import numpy as np
 import zstandard
@@ -103,6 +104,17 @@ PACKINGS: tuple[Packing, ...] = (
 """By number in the bitstream."""
 
 
+class _OfThread(local):
+    """A context is for one thread at a time, and takes as long to make as to use on a small frame."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(compression_params=_LITERALS)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_of_thread = _OfThread()
+
+
 def entropy_bits(data: NDArray[np.uint8]) -> float:
     """Order-0 entropy of ``data`` in bits per byte."""
     counts = np.bincount(data)
@@ -112,7 +124,7 @@ def entropy_bits(data: NDArray[np.uint8]) -> float:
 
 def squeeze(data: NDArray[np.uint8]) -> bytes:
     """``data`` as one zstandard frame with its size and a checksum."""
-    return zstandard.ZstdCompressor(compression_params=_LITERALS).compress(data.data)
+    return _of_thread.compressor.compress(data.data)
 
 
 def check_frame(frame: memoryview, size: int, what: str) -> None:
@@ -135,7 +147,7 @@ def expand(frame: memoryview, size: int, what: str) -> NDArray[np.uint8]:
     """
     check_frame(frame, size, what)
     try:
-        data = zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
+        data = _of_thread.decompressor.decompress(frame, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise CodecCorrupt(f"The {what} of a payload are damaged: {error}.") from error
     if len(data) != size:

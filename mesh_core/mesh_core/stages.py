@@ -129,7 +129,8 @@ class StageStore:
                 entry = self._entries.get(loaded.key)
                 alone = entry is not None and entry.users == 1 and key not in self._entries
             if entry is not None and alone:
-                self._make_room(checkpoint, key, _patched(loras) - entry.patched.base.keys(), keep=loaded.key)
+                has = entry.patched.base.keys()
+                self._make_room(checkpoint, key, _patched(loras) - has, keep=loaded.key, has=has)
                 before = entry.loras
                 try:
                     self._merge(key, entry, loras)
@@ -166,8 +167,11 @@ class StageStore:
             return entry
 
     def _make_room(
-        self, checkpoint: Checkpoint, key: StageKey, patched: Collection[str] = (), keep: StageKey | None = None
-    ) -> None:
+        self, checkpoint: Checkpoint, key: StageKey, patched: Collection[str] = (), keep: StageKey | None = None,
+        has: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        """``patched`` will be made from what is loaded; the stage ``keep`` stays; ``has``: parameters that it has in
+        a patched version, whatever became of the untouched one."""
         size = key.dtype.itemsize
         wanted = checkpoint.spec.parameters_of(key.span)
         # On a GPU, what patched weights were made from moves to host memory when there is no room.
@@ -180,11 +184,11 @@ class StageStore:
                 hint="fewer blocks for this worker, or a larger --memory",
             )
         # Eviction frees parameters that the new stage shares last, so look at what is truly left each time.
-        while self._missing(checkpoint, key) + extra + self.nbytes > self.budget:
+        while self._missing(checkpoint, key, has) + extra + self.nbytes > self.budget:
             if not self._evict(key, keep) and not self._park():
                 break
         held = self.nbytes
-        if self._missing(checkpoint, key) + extra + held > self.budget:
+        if self._missing(checkpoint, key, has) + extra + held > self.budget:
             raise PlanDoesNotFit(
                 f"Blocks {key.span} need {needed / 1e9:.2f} GB; other sessions use {held / 1e9:.2f} GB of "
                 f"{self.budget / 1e9:.2f} GB.",
@@ -215,12 +219,12 @@ class StageStore:
                     moved = True
         return moved
 
-    def _missing(self, checkpoint: Checkpoint, key: StageKey) -> int:
+    def _missing(self, checkpoint: Checkpoint, key: StageKey, has: Collection[str]) -> int:
         wanted = checkpoint.spec.parameters_of(key.span)
         return sum(
             p.elements * key.dtype.itemsize
             for name, p in wanted.items()
-            if self._pool.get((key.fingerprint, name, self.device, key.dtype)) is None
+            if name not in has and self._pool.get((key.fingerprint, name, self.device, key.dtype)) is None
         )
 
     def _patchable(self, checkpoint: Checkpoint, key: StageKey, stage: Stage) -> PatchedModel:

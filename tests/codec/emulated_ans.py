@@ -1,13 +1,20 @@
-"""A byte coder like nvCOMP's ANS, on the CPU: zstandard in its place, everything around it as on a GPU."""
+"""The coder of NVIDIA GPUs on the CPU: zstandard in nvCOMP's place, everything around it as on a GPU."""
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from mesh_codec.ans.coder import ByteCoder, CoderFactory, Coding
+from mesh_codec import CodecError, CodecUnsupported
+from mesh_codec.ans.coder import ByteCoder, CoderFactory
+from mesh_codec.ans.libnvcomp import Batch
+from mesh_codec.ans.nvcomp import ChunkCoder
 from mesh_codec.symbols import expand, squeeze
+
+CANNOT_DECOMPRESS, CANNOT_COMPRESS = 12, 19
 
 
 class EmulatedAns(CoderFactory):
@@ -15,7 +22,7 @@ class EmulatedAns(CoderFactory):
     engine = "emulated"
 
     def __init__(self, *, works: bool = True) -> None:
-        self.works, self.failing = works, False
+        self.works, self.failing = works, ""
 
     def available(self) -> bool:
         return self.works
@@ -27,34 +34,54 @@ class EmulatedAns(CoderFactory):
         return torch.device("cpu")
 
     def open(self, device: torch.device) -> ByteCoder:
-        return _Coder(self)
+        return ChunkCoder(device, _Library(self))
 
 
-class _Coder(ByteCoder):
+class _Library:
+    """Stands in for `mesh_codec.ans.libnvcomp.Library`; ``factory.failing``: "call" or "chunk"."""
+
     def __init__(self, factory: EmulatedAns) -> None:
         self._factory = factory
 
-    def compress(self, data: Tensor) -> Coding:
-        assert data.dtype == torch.uint8 and data.ndim == 1 and data.is_contiguous()
-        if self._factory.failing:
-            from mesh_codec import CodecUnsupported
+    def room(self, largest: int) -> int:
+        return largest + 100
 
+    def scratch(self, count: int, largest: int, stream: int, *, coding: bool) -> int:
+        return 0
+
+    def compress(self, batch: Batch, stream: int) -> None:
+        if self._factory.failing == "call":
             raise CodecUnsupported("out of memory")
-        return _Coding(squeeze(data.numpy()))
+        chunks = zip(_array(batch.plain, batch).tolist(), _array(batch.plain_sizes, batch).tolist(), strict=True)
+        for number, (plain, size) in enumerate(chunks):
+            coded = squeeze(np.frombuffer(ctypes.string_at(plain, size), np.uint8))
+            assert len(coded) <= self.room(batch.largest)
+            ctypes.memmove(int(_array(batch.coded, batch)[number]), coded, len(coded))
+            _array(batch.coded_sizes, batch)[number] = len(coded)
+            failed = self._factory.failing == "chunk" and number == batch.count - 1
+            _statuses(batch)[number] = CANNOT_COMPRESS if failed else 0
 
-    def load(self, frame: memoryview) -> Tensor:
-        return torch.from_numpy(np.frombuffer(frame, np.uint8).copy())
-
-    def expand(self, coded: Tensor, size: int) -> Tensor:
-        return torch.from_numpy(expand(coded.numpy().data, size, "symbols").copy())
-
-
-class _Coding(Coding):
-    def __init__(self, coded: bytes) -> None:
-        self._coded = coded
-
-    def fetch(self) -> None:
+    def check(self, *frame: object) -> None:
         pass
 
-    def read(self) -> memoryview:
-        return memoryview(self._coded)
+    def decompress(self, batch: Batch, stream: int) -> None:
+        chunks = list(zip(_array(batch.coded, batch).tolist(), _array(batch.coded_sizes, batch).tolist(), strict=True))
+        for number, (coded, size) in enumerate(chunks):
+            assert (coded - chunks[0][0]) % 16 == 0
+            room = int(_array(batch.plain_sizes, batch)[number])
+            try:
+                plain = expand(memoryview(ctypes.string_at(coded, size)), room, "symbols").tobytes()
+            except CodecError:
+                _statuses(batch)[number] = CANNOT_DECOMPRESS
+                continue
+            ctypes.memmove(int(_array(batch.plain, batch)[number]), plain, len(plain))
+            _array(batch.done_sizes, batch)[number] = len(plain)
+            _statuses(batch)[number] = 0
+
+
+def _array(address: int, batch: Batch) -> NDArray[np.int64]:
+    return np.frombuffer((ctypes.c_int64 * batch.count).from_address(address), np.int64)
+
+
+def _statuses(batch: Batch) -> NDArray[np.int32]:
+    return np.frombuffer((ctypes.c_int32 * batch.count).from_address(batch.statuses), np.int32)

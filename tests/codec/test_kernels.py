@@ -42,16 +42,22 @@ def check(kernel, constants, **types):
     for capability in (80, 90):
         compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
 
-tile = {"ROWS": 32, "COLUMNS": 32}
+tile = {"ROWS": 32, "COLUMNS": 64}
 for held in (True, False):
-    check(kernels._quantise, tile | {"HELD": held}, means="*fp32")
+    check(kernels._quantise, tile | {"HELD": held, "PERIOD": 65521}, means="*fp32")
 check(kernels._restore, tile, means="*fp32")
-check(kernels._fold, {"FOLDED": 4096})
+check(kernels._fold, {"PERIOD": 65521, "FOLDED": 4096})
+check(kernels._put, {"WRITTEN": 512}, elements="*i16", count="i32")
+check(
+    kernels._pack, {"PACKERS": 8, "PACKED": 1024, "ADDED": 128},
+    rooms="*i64", sizes="*i64", statuses="*i32", words="*i64", table="*i32",
+    count="i32",
+)
 check(kernels._tables, {"RANKED": 32, "AMONG": 512}, means="*bf16")
 sampled = {"EVERY": 2, "SAMPLES": 128, "FEW": 64, "COLUMNS": 16}
 check(gauges._describe, sampled, means="*bf16", count="i32")
 check(gauges._describe, sampled | {"stride": 1}, means="*bf16", count="i32")
-check(gauges._settle, {"LANES": 1024}, count="i32")
+check(gauges._settle, {"LANES": 1024, "RANKED": 32, "AMONG": 512}, means="*bf16", count="i32")
 check(gauges._compare, {"ROWS": 64, "COLUMNS": 16}, means="*fp32", count="i32")
 """
 

@@ -8,15 +8,19 @@ from threading import Barrier
 
 import pytest
 import torch
+from torch import nn
 
 from mesh_core import fingerprint
 from mesh_core.errors import Cancelled, PlanDoesNotFit
 from mesh_core.library import Checkpoint
+from mesh_core.loras.patch import Applied
+from mesh_core.loras.read import read_lora
 from mesh_core.plan import span_bytes
 from mesh_core.plugins import Plugins
 from mesh_core.spans import BlockSpan
 from mesh_core.stages import Loaded, StageKey, StageStore
 from tests.adapters import tiny
+from tests.support import loras
 from tests.support.splitting import checkpoint_at
 
 CPU = torch.device("cpu")
@@ -142,6 +146,24 @@ def test_a_load_that_fails_leaves_nothing_behind(checkpoint: Checkpoint) -> None
         store.acquire(checkpoint, key(checkpoint, 0, 5), fails)
     assert store.nbytes == 0
     assert acquire(store, checkpoint, 0, 5).bytes_read == size(checkpoint, 0, 5)
+
+
+def test_loras_change_though_the_untouched_weights_have_left_the_device(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = loras.save(tmp_path / "ink.safetensors", loras.peft(loras.modules(tiny.transformer(guidance=False))))
+    ink = read_lora(file, checkpoint)
+    store = StageStore(CPU, 3 * size(checkpoint, 0, 5))
+    loaded = store.adjust(checkpoint, acquire(store, checkpoint, 0, 5), [Applied(ink, 1.0)])
+    patched = store._entries[loaded.key].patched
+    # As after parking on a GPU with room for one version: what is kept in host memory is not the device's.
+    for name, base in list(patched.base.items()):
+        patched._base[name] = nn.Parameter(base.data.clone(), requires_grad=False)
+    del base
+    store.budget = store.nbytes
+    assert store.budget < 1.2 * size(checkpoint, 0, 5)
+    for strength in (0.5, 0.2):
+        changed = store.adjust(checkpoint, loaded, [Applied(ink, strength)])
+        assert changed.bytes_read == 0 and changed.stage is loaded.stage
+        loaded = changed
 
 
 def test_clear_frees_what_is_idle(checkpoint: Checkpoint) -> None:

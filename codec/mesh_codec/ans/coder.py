@@ -14,7 +14,7 @@ class Coding(ABC):
 
     @abstractmethod
     def fetch(self) -> None:
-        """Start the copy to the host; waits until everything is coded.
+        """Start bringing them to the host; what was begun has to be read.
 
         Raises:
             CodecUnsupported: the coder failed.
@@ -22,7 +22,7 @@ class Coding(ABC):
 
     @abstractmethod
     def read(self) -> memoryview:
-        """The coded bytes; waits for the copy.
+        """The coded bytes; waits for them.
 
         Raises:
             CodecUnsupported: the coder failed.
@@ -34,23 +34,20 @@ class ByteCoder(ABC):
 
     @abstractmethod
     def compress(self, data: Tensor) -> Coding:
-        """Start coding flat contiguous uint8 ``data`` on the coder's device.
+        """Start coding flat contiguous uint8 ``data`` of at least one byte on the coder's device.
 
         Raises:
             CodecUnsupported: the coder failed.
         """
 
     @abstractmethod
-    def load(self, frame: memoryview) -> Tensor:
-        """Start the copy of coded bytes to the device."""
-
-    @abstractmethod
-    def expand(self, coded: Tensor, size: int) -> Tensor:
-        """The inverse of `compress`, from what `load` gave: uint8 [``size``] on the coder's device. Nothing larger is
-        ever allocated.
+    def expand(self, frame: memoryview, size: int) -> tuple[Tensor, Tensor]:
+        """Start the inverse of `compress`: uint8 [``size``] on the coder's device, and what tells whether it is right,
+        int32 [2 + parts]: the `mesh_codec.ans.lattice.fold` of it, 8 bytes, and 0 for each part that could be decoded.
+        Nothing larger is ever allocated. Whoever waits for either may let go of ``frame``.
 
         Raises:
-            CodecCorrupt: damaged, or of another size.
+            CodecCorrupt: of another size, or seen to be damaged before anything was decoded.
         """
 
 

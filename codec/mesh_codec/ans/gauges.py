@@ -6,13 +6,21 @@ which tell decoders what they chose, may measure with these. Must not know buffe
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mesh_codec import spread
+from mesh_codec.ans.kernels import AMONG, RANKED, Tables, earlier, new_tables, tabulate
+from mesh_codec.ans.launch import aligned, launch
+from mesh_codec.channels import widest_rank
 from mesh_codec.spread import MEDIAN_EVERY, SAMPLES, stride_of
+
+if TYPE_CHECKING:
+    from mesh_codec.ans.told import Told
 
 _FEW = SAMPLES // MEDIAN_EVERY
 _CHANNELS = 16
@@ -25,29 +33,35 @@ def describe(tokens: Tensor, means: Tensor) -> Tensor:
     rows, columns = tokens.shape
     stride = stride_of(columns, rows)
     deviations = torch.empty(columns, dtype=torch.float64, device=tokens.device)
-    _describe[(triton.cdiv(columns, _CHANNELS),)](
+    launch(
+        _describe, (triton.cdiv(columns, _CHANNELS), 1), (rows, columns, tokens.dtype, aligned(tokens, means)),
         tokens, deviations, means, columns, stride, -(-rows // stride),
         spread.REACH, spread.DEVIATION_PER_MAD, MEDIAN_EVERY, SAMPLES, _FEW, _CHANNELS,
     )  # fmt: skip
     return deviations
 
 
-def settle(deviations: Tensor, relative_step: float, ranks: Tensor, step: Tensor) -> None:
-    """`mesh_codec.spread.settle`, into ``ranks`` and ``step``."""
-    every = -(-len(deviations) // spread.CHANNELS)
-    _settle[(1,)](
-        deviations, ranks, step, relative_step, spread.CAP, *spread.STEP_RANGE, len(deviations), every, spread.CHANNELS,
-        num_warps=8,
+def settle(deviations: Tensor, relative_step: float, told: Told, radius: int) -> Tables:
+    """`mesh_codec.spread.settle`, into ``told``; what `mesh_codec.ans.kernels.tables` makes of it and the means."""
+    channels = len(deviations)
+    every = -(-channels // spread.CHANNELS)
+    place, floats, found = new_tables(channels, deviations.device)
+    launch(
+        _settle, (triton.cdiv(channels, RANKED), 1), (channels, radius, aligned(told.ranks, told.means)), deviations,
+        told.ranks, told.means, told.step, place, floats, float(relative_step), spread.CAP, *spread.STEP_RANGE,
+        channels, every, widest_rank(radius), spread.CHANNELS, RANKED, AMONG, num_warps=8,
     )  # fmt: skip
+    return found
 
 
 def compare(tokens: Tensor, state: Tensor, place: Tensor, means: Tensor, inverse: Tensor, every: int) -> Tensor:
     """`Lattice.compare`; ``place``, ``means`` and ``inverse`` are the lattice's."""
     rows, columns = tokens.shape
     sizes = torch.empty(2, columns, dtype=torch.float32, device=tokens.device)
-    _compare[(triton.cdiv(columns, _CHANNELS),)](
-        tokens, state, place, means, inverse, sizes, rows, columns, every, -(-rows // every), _TOKENS, _CHANNELS
-    )
+    launch(
+        _compare, (triton.cdiv(columns, _CHANNELS), 1), (rows, columns, tokens.dtype, every, aligned(tokens)),
+        tokens, state, place, means, inverse, sizes, rows, columns, every, -(-rows // every), _TOKENS, _CHANNELS,
+    )  # fmt: skip
     return sizes
 
 
@@ -88,8 +102,10 @@ def _describe(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _settle(  # type: ignore[no-untyped-def]
-    deviations, ranks, step, relative, cap, lowest, highest, count, every, LANES: tl.constexpr
-):
+    deviations, ranks, means, step, place, floats, relative, cap, lowest, highest, count, every, widest,
+    LANES: tl.constexpr, RANKED: tl.constexpr, AMONG: tl.constexpr,
+):  # fmt: skip
+    # Every program works the step out by itself: that takes less than another launch.
     number = tl.arange(0, LANES) * every
     few = tl.load(deviations + number, number < count, other=0.0).to(tl.float32)
     vary = tl.sum((few > 0).to(tl.int32), 0)
@@ -110,15 +126,25 @@ def _settle(  # type: ignore[no-untyped-def]
     exact = tl.sqrt(tl.sum(total, 0) / tl.maximum(number_varying, 1)) * relative
     exact = tl.minimum(tl.maximum(exact, lowest), highest)
     chosen = tl.where(number_varying > 0, exact, 0.0).to(tl.float32)
-    tl.store(step, chosen)
-    for start in range(0, count, LANES):
-        number = start + tl.arange(0, LANES)
-        deviation = tl.load(deviations + number, number < count, other=0.0)
-        varies = (deviation > 0) & (number_varying > 0)
-        steps = tl.where(varies, deviation / tl.where(number_varying > 0, chosen, 1.0), 1.0).to(tl.float32)
-        rank = tl.floor(tl.log2(steps) * 4 + 128.5)
-        rank = tl.where(varies, tl.minimum(tl.maximum(rank, 0.0), 255.0), 0.0)
-        tl.store(ranks + number, rank.to(tl.uint8), number < count)
+    own = tl.program_id(0) * RANKED + tl.arange(0, RANKED)
+    rank = _rank(tl.load(deviations + own, own < count, other=0.0), chosen)
+    before = tl.zeros((RANKED,), tl.int32)
+    for start in range(0, count, AMONG):
+        other = start + tl.arange(0, AMONG)
+        theirs = _rank(tl.load(deviations + other, other < count, other=0.0), chosen)
+        before += earlier(rank, own, theirs, other, count)
+    tabulate(rank, own, before, chosen, means, place, floats, count, widest)
+    tl.store(ranks + own, rank.to(tl.uint8), own < count)
+    if tl.program_id(0) == 0:
+        tl.store(step, chosen)
+
+
+@triton.jit
+def _rank(deviation, step):  # type: ignore[no-untyped-def]
+    varies = tl.where(step > 0, deviation, 0.0) > 0
+    steps = tl.where(varies, deviation / tl.where(step > 0, step, 1.0), 1.0).to(tl.float32)
+    rank = tl.floor(tl.log2(steps) * 4 + 128.5)
+    return tl.where(varies, tl.minimum(tl.maximum(rank, 0.0), 255.0), 0.0).to(tl.int32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

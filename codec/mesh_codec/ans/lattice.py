@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mesh_codec.ans.told import Told
 from mesh_codec.channels import still, widened
-from mesh_codec.exact import bits_at
+from mesh_codec.exact import as_integers, bits_at
 from mesh_codec.spread import describe, settle
 
 RADIUS = 127
@@ -30,19 +30,19 @@ PERIOD = 65521
 """Of the weights in `fold`: prime, and no size of a chunk that a byte coder cuts, so that exchanged chunks show."""
 
 
-def measure(tokens: Tensor, relative_step: float, told: Told) -> None:
+def measure(tokens: Tensor, relative_step: float, told: Told) -> Lattice:
     """Write ranks, means and step of contiguous ``tokens`` [tokens, channels] into ``told``; see `mesh_codec.spread`.
     Waits for no device."""
     if tokens.is_cuda and tokens.shape[1] > 1:
         from mesh_codec.ans import gauges
 
-        gauges.settle(gauges.describe(tokens, told.means), relative_step, told.ranks, told.step)
-        return
+        return Lattice(*gauges.settle(gauges.describe(tokens, told.means), relative_step, told, RADIUS))
     deviations, means = describe(tokens.t())
     ranks, step = settle(deviations, relative_step)
     told.means.copy_(means)
     told.ranks.copy_(ranks)
     told.step.copy_(step)
+    return Lattice.of(told.ranks, told.means, told.step)
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class Lattice:
 
             return quantise(self, tokens, state, told, PERIOD)
         offset = self._offset(tokens).t()
-        inside = offset.abs() <= _FARTHEST + 0.5
+        inside = offset.abs() < _FARTHEST + 0.5
         lattice = torch.where(inside, offset, 0).round().to(torch.int32)
         base = torch.zeros_like(lattice)
         if state is not None:
             base += state[self.place] * told.predicted[:, None]
         symbols = lattice - base
-        inside &= (symbols.abs() <= RADIUS) & (lattice.abs() <= _FARTHEST)
+        inside &= symbols.abs() <= RADIUS
         symbols = torch.where(inside, symbols, 0)
         if state is not None:
             state[self.place] = (base + symbols).to(torch.int16)
@@ -143,21 +143,38 @@ class Lattice:
         return torch.stack([sample.abs().mean(0), (sample - before).abs_().mean(0)])
 
 
+def put(values: Tensor, listed: Tensor) -> Tensor:
+    """``values``, contiguous, with the elements of a `listing` written into it."""
+    if not len(listed):
+        return values
+    if values.is_cuda:
+        from mesh_codec.ans import kernels
+
+        kernels.put(values, listed)
+        return values
+    elements = as_integers(values).view(-1)
+    elements[listed >> 32] = listed.to(elements.dtype)
+    return values
+
+
 def listing(places: Tensor, bits: Tensor) -> Tensor:
     """int64 [n]: places in the upper half, bits of the elements there in the lower."""
     return (places << 32) | (bits.to(torch.int64) & 0xFFFFFFFF)
 
 
-def fold(data: Tensor) -> Tensor:
+def fold(data: Tensor, total: Tensor | None = None) -> Tensor:
     """A number, int64 [1], that damage to flat uint8 ``data`` changes, order included: computed where the data is, so
-    that it costs one read of it. Not a signature: it is no help against who means to deceive."""
+    that it costs one read of it; added to ``total``, if given. Not a signature: it is no help against who means to
+    deceive."""
+    total = torch.zeros(1, dtype=torch.int64, device=data.device) if total is None else total
     if data.is_cuda:
         from mesh_codec.ans import kernels
 
-        return kernels.fold(data, PERIOD)
+        kernels.fold(data, total, PERIOD)
+        return total
     # Sums of at most 2**31 products of less than 2**24: nothing wraps.
     weights = torch.arange(1, PERIOD + 1, device=data.device)
     whole = data[: data.numel() // PERIOD * PERIOD].view(-1, PERIOD)
     rest = data[whole.numel() :]
-    total = (whole.sum(0, dtype=torch.int64) * weights).sum() + (rest.to(torch.int64) * weights[: len(rest)]).sum()
-    return total.view(1)
+    total += (whole.sum(0, dtype=torch.int64) * weights).sum() + (rest.to(torch.int64) * weights[: len(rest)]).sum()
+    return total

@@ -1,36 +1,33 @@
-"""rANS on NVIDIA GPUs through nvCOMP's Python package, 6.0; extra ``cuda``.
+"""rANS on NVIDIA GPUs through nvCOMP's C interface; extra ``cuda``. Chunks are coded side by side.
 
-`Codec(algorithm="ANS")` codes chunks side by side, each with a table of its own; a codec is bound to one stream and
-one thread; `decode` into a buffer of ours never writes past its end and refuses what is larger. Seen on an H100: a
-codec that was opened with other options than the encoder's gives back other bytes without a word, so that the options
-are part of the format; and memory that the library takes from the driver's pool goes back to the system whenever a
-stream is waited for, which costs milliseconds, so that it takes it from torch's allocator here.
+All work is put on the caller's current stream and nothing waits but `Coding.read`. The coded chunks go straight into
+page-locked memory of the host, written by a kernel: how many bytes they are, only the device knows by then.
 """
 
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from mesh_codec.ans.chunks import CHUNK, frame_size, pack, padded, plain_chunks, read_table, table_size
 from mesh_codec.ans.coder import ByteCoder, CoderFactory, Coding
 from mesh_codec.ans.lattice import fold
-from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
+from mesh_codec.ans.libnvcomp import SLACK, Batch, Library
+from mesh_codec.errors import CodecError, CodecUnsupported
 from mesh_codec.foreign import named
 from mesh_codec.payload import tensor_over
 
 _log = logging.getLogger(__name__)
 
-_OPTIONS = {"algorithm": "ANS", "data_type": "|u1", "uncomp_chunk_size": 1 << 17, "states_per_lane": 1}
-"""Of the format. Chunks of 128 KiB with one state cost 4 % fewer bits than the library's own choice, in like time."""
-
 
 class NvComp(CoderFactory):
-    format: ClassVar[str] = "step-ans-1"
+    format: ClassVar[str] = "step-ans-2"
     engine: ClassVar[str] = "nvcomp"
 
     def available(self) -> bool:
@@ -48,7 +45,11 @@ class NvComp(CoderFactory):
     def open(self, device: torch.device) -> ByteCoder:
         if device.type != "cuda":
             raise CodecUnsupported(f"nvCOMP codes on CUDA devices, not on {device}.")
-        return _Coder(device)
+        return ChunkCoder(device, self._library)
+
+    @cached_property
+    def _library(self) -> Library:
+        return Library()
 
     @cached_property
     def _found(self) -> str:
@@ -62,90 +63,118 @@ class NvComp(CoderFactory):
 
     def _try(self) -> None:
         device = self.device()
-        coder = self.open(device)
-        data = torch.arange(1 << 18, device=device).remainder_(7).to(torch.uint8)
-        if not torch.equal(coder.expand(coder.load(coder.compress(data).read()), len(data)), data):
-            raise CodecUnsupported("nvCOMP gives back other bytes than it was given.")
         # Triton may be missing, or the compiler that it starts kernels with.
         with torch.cuda.device(device), named(CodecUnsupported, "Triton's kernels do not run here"):
-            seen = int(fold(data))
-        if seen != int(fold(data.cpu())):
+            data = torch.arange(3 * CHUNK // 2, device=device).remainder_(7).to(torch.uint8)
+            seen, expected = int(fold(data)), int(fold(data.cpu()))
+        if seen != expected:
             raise CodecUnsupported("Triton's kernels sum up to something else than plain torch.")
+        coder = self.open(device)
+        with torch.cuda.device(device):
+            back, checks = coder.expand(coder.compress(data).read(), len(data))
+            if checks[2:].any() or not torch.equal(back, data):
+                raise CodecUnsupported("nvCOMP gives back other bytes than it was given.")
 
 
-class _Coder(ByteCoder):
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        with named(
-            CodecUnsupported,
-            "nvCOMP cannot be used; try pip install nvidia-nvcomp-cu13 (or -cu12 with drivers before 580)",
-        ):
-            from nvidia import nvcomp
+class ChunkCoder(ByteCoder):
+    """``library`` takes addresses of ``device``'s memory; with one that codes on the CPU, this does too."""
 
-            self._nvcomp: Any = nvcomp
-        # Work of ours and of the library runs in this order, whatever stream the caller's thread has.
-        self._stream = torch.cuda.current_stream(device)
-        with torch.cuda.device(device), named(CodecUnsupported, "nvCOMP has no ANS coder"):
-            self._nvcomp.set_device_allocator(_Block)
-            self._codec = self._nvcomp.Codec(
-                device_id=device.index or 0, cuda_stream=self._stream.cuda_stream, **_OPTIONS
-            )
+    def __init__(self, device: torch.device, library: Library) -> None:
+        self._device, self._library, self._cuda = device, library, device.type == "cuda"
+        self._room = padded(library.room(CHUNK))
+        self._arrays, self._known = torch.empty(0), (0, 0, 0)
+        self._scratch_sizes: dict[tuple[int, bool], int] = {}
 
     def compress(self, data: Tensor) -> Coding:
-        with self._in_order(), named(CodecUnsupported, "nvCOMP cannot encode"):
-            array = self._codec.encode(self._nvcomp.as_array(data, self._stream.cuda_stream))
-        return _Coding(array, data, self._stream)
+        (places, sizes), stream = plain_chunks(len(data)), self._stream()
+        count = len(sizes)
+        # What the library leaves out between its parts would tell others what was in this memory.
+        rooms = torch.zeros(count * self._room, dtype=torch.uint8, device=self._device)
+        # Memory that was given back is mostly given again: then the device knows where all is.
+        known = rooms.data_ptr(), data.data_ptr(), len(data)
+        if self._known != known:
+            coded = rooms.data_ptr() + places // CHUNK * self._room
+            self._arrays, self._known = self._to_device(coded, sizes, data.data_ptr() + places, sizes), known
+        coded_sizes, statuses = self._arrays[count : 2 * count], _checks(self._arrays, count)[2:]
+        self._library.compress(self._batch(self._arrays, count, self._scratch(count, stream, coding=True)), stream)
+        return _Coding(rooms, coded_sizes, statuses)
 
-    def load(self, frame: memoryview) -> Tensor:
-        with self._in_order():
-            return tensor_over(frame, torch.uint8).to(self._device, non_blocking=True)
+    def expand(self, frame: memoryview, size: int) -> tuple[Tensor, Tensor]:
+        coded_places, coded_sizes = read_table(frame, size, self._room)
+        coded = torch.empty(frame.nbytes + SLACK, dtype=torch.uint8, device=self._device)
+        coded[: frame.nbytes].copy_(tensor_over(frame, torch.uint8), non_blocking=True)
+        data = torch.empty(size, dtype=torch.uint8, device=self._device)
+        (places, sizes), stream = plain_chunks(size), self._stream()
+        count = len(sizes)
+        self._library.check(frame, coded_places, coded_sizes, sizes)
+        arrays = self._to_device(coded.data_ptr() + coded_places, coded_sizes, data.data_ptr() + places, sizes)
+        self._library.decompress(self._batch(arrays, count, self._scratch(count, stream, coding=False)), stream)
+        fold(data, arrays[5 * count : 5 * count + 1])
+        return data, _checks(arrays, count)
 
-    def expand(self, coded: Tensor, size: int) -> Tensor:
-        with self._in_order(), named(CodecCorrupt, "nvCOMP cannot decode the symbols of a payload"):
-            data = torch.empty(size, dtype=torch.uint8, device=self._device)
-            # Memory of ours, whose size is fixed: the library refuses what is larger. What is smaller the sum over the
-            # symbols shows.
-            self._codec.decode(self._nvcomp.as_array(coded, self._stream.cuda_stream), out=data)
-            # The library's work ends with a call into Python; who goes on without waiting holds it up by milliseconds.
-            self._stream.synchronize()
-        return data
+    def _to_device(self, *columns: NDArray[np.int64]) -> Tensor:
+        """int64 on the device: for each chunk the coded address and size, the plain ones, and the size made; what
+        `_checks` sees."""
+        count = len(columns[0])
+        host = torch.empty(5 * count + 1 + -(-count // 2), dtype=torch.int64, pin_memory=self._cuda)
+        array = host.numpy()
+        array[: 4 * count].reshape(4, count)[:] = columns
+        # A status that nobody writes is none of success.
+        array[4 * count :], array[5 * count] = -1, 0
+        return host.to(self._device, non_blocking=True)
 
-    def _in_order(self) -> AbstractContextManager[object]:
-        """The coder's device and stream, after what the caller's does."""
-        current = torch.cuda.current_stream(self._device)
-        if current == self._stream:
-            return torch.cuda.device(self._device)
-        self._stream.wait_stream(current)
-        return torch.cuda.stream(self._stream)
+    def _batch(self, arrays: Tensor, count: int, scratch: Tensor) -> Batch:
+        first = arrays.data_ptr()
+        coded, coded_sizes, plain, plain_sizes, done, total = range(first, first + 48 * count, 8 * count)
+        return Batch(
+            coded, coded_sizes, plain, plain_sizes, total + 8, count, CHUNK, done, scratch.data_ptr(), len(scratch)
+        )
+
+    def _scratch(self, count: int, stream: int, *, coding: bool) -> Tensor:
+        size = self._scratch_sizes.get((count, coding))
+        if size is None:
+            size = self._library.scratch(count, CHUNK, stream, coding=coding)
+            self._scratch_sizes[count, coding] = size
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream if self._cuda else 0
+
+
+def _checks(arrays: Tensor, count: int) -> Tensor:
+    """int32 [2 + chunks]: a sum of 8 bytes, 0 at first, and the statuses."""
+    return arrays[5 * count :].view(torch.int32)[: 2 + count]
 
 
 class _Coding(Coding):
-    def __init__(self, array: Any, data: Tensor, stream: torch.cuda.Stream) -> None:
-        # The data is read until all is coded.
-        self._array, self._data, self._stream = array, data, stream
-        self._host: Tensor | None = None
+    def __init__(self, rooms: Tensor, sizes: Tensor, statuses: Tensor) -> None:
+        self._rooms, self._sizes, self._statuses = rooms, sizes, statuses
+        self._frame: Tensor | None = None
+        self._there: torch.cuda.Event | None = None
 
     def fetch(self) -> None:
-        with torch.cuda.stream(self._stream), named(CodecUnsupported, "nvCOMP cannot encode"):
-            # Not through DLPack: there 6.0 gives the size that it had reserved, not that of what it made.
-            coded = torch.as_tensor(self._array, device=self._data.device)
-            self._host = torch.empty(coded.numel(), dtype=torch.uint8, pin_memory=True)
-            self._host.copy_(coded.view(torch.uint8).view(-1), non_blocking=True)
+        count, cuda = len(self._sizes), self._rooms.is_cuda
+        self._frame = torch.empty(table_size(count) + len(self._rooms), dtype=torch.uint8, pin_memory=cuda)
+        with named(CodecUnsupported, "coded symbols do not reach the host"):
+            pack(self._rooms, self._sizes, self._statuses, self._frame)
+        if cuda:
+            self._there = torch.cuda.current_stream(self._rooms.device).record_event()
+        # Only its memory is needed from here on, in the order of the stream.
+        del self._rooms
 
     def read(self) -> memoryview:
-        if self._host is None:
+        if self._frame is None:
             self.fetch()
-        assert self._host is not None
-        self._stream.synchronize()
-        return self._host.numpy().data
+        assert self._frame is not None
+        if self._there is not None:
+            self._there.synchronize()
+        frame = self._frame.numpy()
+        sizes = frame[: 4 * len(self._sizes)].view("<u4").astype(np.int64)
+        if not sizes.all():
+            raise CodecUnsupported("nvCOMP could not code a chunk of symbols.")
+        return frame[: frame_size(sizes)].data
 
-
-class _Block:
-    """Device memory for nvCOMP, of torch's allocator: on the current device and stream, which are the codec's."""
-
-    def __init__(self, nbytes: int, stream: Any) -> None:
-        self._memory = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
-
-    @property
-    def ptr(self) -> int:
-        return self._memory.data_ptr()
+    def __del__(self) -> None:
+        # The kernel writes into memory that nobody but us knows to be in use.
+        if self._there is not None:
+            self._there.synchronize()

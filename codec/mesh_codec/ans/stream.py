@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesh_codec.ans.coder import ByteCoder, CoderFactory
-from mesh_codec.ans.lattice import Lattice, fold, measure
-from mesh_codec.ans.told import Facts, Told
+from mesh_codec.ans.lattice import Lattice, measure, put
+from mesh_codec.ans.told import Facts, Told, on_device
 from mesh_codec.base import Decoder, Encoded, Encoder, Limits
 from mesh_codec.chains import Link, positive_number
 from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
-from mesh_codec.exact import outliers_of, write_outliers
+from mesh_codec.exact import listed, outliers_of
 from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
 from mesh_codec.payload import Form, flat_bytes, form_of, read_form, whole_number
 from mesh_codec.quantiser import Grid
@@ -52,7 +52,7 @@ class _Chain:
     lattice: Lattice
     link: Link
     state: Tensor | None = None
-    """The lattice of the last tensor; None where nothing is held."""
+    """The lattice of the last tensor, or room for that of the first; None where nothing is held."""
 
     step: float = 0.0
 
@@ -65,6 +65,7 @@ class AnsEncoder(Encoder):
         self._relative_step, self._temporal, self._factory = relative_step, temporal, factory
         self._chain: _Chain | None = None
         self._coder: tuple[torch.device, ByteCoder] | None = None
+        self._kept: tuple[tuple[Grid, torch.device], Told] | None = None
 
     def encode(self, tensor: Tensor) -> Encoded:
         form = form_of(tensor)
@@ -80,18 +81,20 @@ class AnsEncoder(Encoder):
             return self._coded(tokens, form, grid)
 
     def _coded(self, tokens: Tensor, form: Form, grid: Grid) -> Encoded:
-        told = Told(grid.channels, form.elements, tokens.device)
+        told = self._told(grid, tokens.device)
         chain = self._continued(tokens, grid, told) or self._begun(tokens, grid, told)
         # Whatever fails from here leaves a state that the decoder does not have.
         self._chain = None
         symbols = chain.lattice.quantise(tokens, chain.state, told)
-        if chain.state is None and self._temporal:
-            told.size.copy_(chain.lattice.compare(tokens, symbols, _EVERY)[0].mean())
-        told.fetch()
+        if chain.link.key and chain.state is not None:
+            told.size.copy_(chain.lattice.compare(tokens, chain.state, _EVERY)[0].mean())
         coding = self._opened(tokens.device).compress(symbols.view(torch.uint8).view(-1))
-        facts = told.read()
-        # While the coded symbols are on their way, the rest is packed.
+        told.fetch()
         coding.fetch()
+        facts = told.read()
+        if not chain.link.key and not chain.size / _DRIFT <= facts.size <= chain.size * _DRIFT:
+            return self._coded(tokens, form, grid)
+        # While the coded symbols are on their way, the rest is packed.
         exact = outliers_of(self._listed(facts, chain, tokens, symbols), form.dtype.itemsize)
         sides = flags = b""
         if chain.link.key:
@@ -102,12 +105,10 @@ class AnsEncoder(Encoder):
         header |= chain.link.header()
         chain.link = chain.link.next
         packed = exact.to_bytes()
+        told.clear()
+        self._kept = (grid, tokens.device), told
         frame = coding.read()
-        if self._temporal:
-            # Only now, when the coder needs none of its memory any more.
-            del coding
-            chain.state = symbols.to(torch.int16) if chain.state is None else chain.state
-            self._chain = chain
+        self._chain = chain if self._temporal else None
         return Encoded(header, (sides, flags, frame, packed), frame)
 
     def reset(self) -> None:
@@ -119,14 +120,20 @@ class AnsEncoder(Encoder):
         if not chain or chain.state is None or chain.grid != grid or chain.state.device != tokens.device:
             return None
         own, change = chain.lattice.compare(tokens, chain.state, _EVERY)
-        if not chain.size / _DRIFT <= float(own.mean()) <= chain.size * _DRIFT:
-            return None
         torch.lt(change, own, out=told.predicted)
+        # Whether the elements have grown too much for this chain is found with everything else, not waited for.
+        told.size.copy_(own.mean())
         return chain
 
     def _begun(self, tokens: Tensor, grid: Grid, told: Told) -> _Chain:
-        measure(tokens, self._relative_step, told)
-        return _Chain(grid, Lattice.of(told.ranks, told.means, told.step), Link.first())
+        lattice = measure(tokens, self._relative_step, told)
+        return _Chain(grid, lattice, Link.first(), lattice.empty(grid.tokens) if self._temporal else None)
+
+    def _told(self, grid: Grid, device: torch.device) -> Told:
+        kept, self._kept = self._kept, None
+        if kept and kept[0] == (grid, device):
+            return kept[1]
+        return Told(grid.channels, grid.channels * grid.tokens, device)
 
     def _listed(self, facts: Facts, chain: _Chain, tokens: Tensor, symbols: Tensor) -> NDArray[np.int64]:
         if facts.listed is not None:
@@ -153,7 +160,7 @@ class AnsDecoder(Decoder):
         self._coder: tuple[torch.device, ByteCoder] | None = None
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
-        header, form = encoded.header, read_form(encoded.header, self._limits)
+        form = read_form(encoded.header, self._limits)
         if not form.dtype.lossy or form.elements > MAX_ELEMENTS:
             raise CodecCorrupt(f"A payload announces {form.elements} elements of {form.dtype.name}: not entropy coded.")
         expected = 4 if form.elements else 0
@@ -161,29 +168,28 @@ class AnsDecoder(Decoder):
             raise CodecCorrupt(f"A coded tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
         if not expected:
             return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
-        sides, flags, frame, exact = (flat_bytes(b, None, "payload") for b in encoded.buffers)
-        count = whole_number(header, "outliers", form.elements)
-        total = whole_number(header, "sum", _LARGEST_SUM)
-        outliers = read_outliers(exact, count, form.dtype.itemsize, form.elements)
         place, coder = self._opened(device)
         with current(place):
-            values = self._decoded(header, form, coder, place, (sides, flags, frame), total)
-        return write_outliers(values.view(form.shape), outliers).to(device)
+            return self._decoded(encoded, form, coder, place).view(form.shape).to(device)
 
-    def _decoded(
-        self, header: Mapping[str, Any], form: Form, coder: ByteCoder, place: torch.device,
-        buffers: tuple[memoryview, memoryview, memoryview], total: int,
-    ) -> Tensor:  # fmt: skip
-        sides, flags, frame = buffers
-        coded = coder.load(frame)
+    def _decoded(self, encoded: Encoded, form: Form, coder: ByteCoder, place: torch.device) -> Tensor:
+        header = encoded.header
+        sides, flags, frame, exact = (flat_bytes(b, None, "payload") for b in encoded.buffers)
+        data, checks = coder.expand(frame, form.elements)
+        # While the device works, the rest is read.
+        total = whole_number(header, "sum", _LARGEST_SUM)
+        count = whole_number(header, "outliers", form.elements)
+        outliers = listed(read_outliers(exact, count, form.dtype.itemsize, form.elements), place)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
-        data = coder.expand(coded, form.elements)
-        if int(fold(data)) != total:
-            raise CodecCorrupt("The symbols of a payload are damaged: their sum does not match.")
+        if not chain.link.key:
+            # What follows changes the state of the last tensor.
+            _check(checks, total)
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
         if chain.state is None:
             chain.state = chain.lattice.empty(chain.grid.tokens)
-        values = chain.lattice.restore(symbols, chain.state, predicted, form.dtype.torch)
+        values = put(chain.lattice.restore(symbols, chain.state, predicted, form.dtype.torch), outliers)
+        if chain.link.key:
+            _check(checks, total)
         chain.link = chain.link.next
         self._chain = chain
         return values
@@ -206,10 +212,9 @@ class AnsDecoder(Decoder):
         link, step = Link.read(header), positive_number(header, "step")
         if link.key:
             flat_bytes(flags, 0, "prediction")
-            ranks, means = read_channels(sides, grid.channels, place)
-            lattice = Lattice.of(ranks, means, torch.full((1,), step, device=place))
-            nothing = torch.zeros(grid.channels, dtype=torch.bool, device=place)
-            return _Chain(grid, lattice, link, step=step), nothing
+            ranks, means = read_channels(sides, grid.channels)
+            there, ranks, means, nothing = on_device(ranks, means, step, place)
+            return _Chain(grid, Lattice.of(ranks, means, there), link, step=step), nothing
         flat_bytes(sides, 0, "channels")
         chosen = np.unpackbits(np.frombuffer(flat_bytes(flags, -(-grid.channels // 8), "prediction"), np.uint8))
         held = self._chain
@@ -217,4 +222,11 @@ class AnsDecoder(Decoder):
             raise CodecStateLost("A payload was predicted from a tensor that this decoder does not have.")
         if held.grid != grid or held.step != step:
             raise CodecCorrupt("A payload was predicted from a tensor of another shape.")
-        return held, torch.from_numpy(chosen[: grid.channels].view(np.bool_)).to(place)
+        return held, torch.from_numpy(chosen[: grid.channels].view(np.bool_)).to(place, non_blocking=True)
+
+
+def _check(checks: Tensor, total: int) -> None:
+    """``checks`` are those of `ByteCoder.expand`; waits for the device."""
+    found = checks.cpu()
+    if int(found[:2].view(torch.int64)) != total or found[2:].any():
+        raise CodecCorrupt("The symbols of a payload are damaged: their sum does not match.")

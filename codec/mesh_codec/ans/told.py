@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mesh_codec.quantiser import bits_of
+
 _FETCHED = 8192
 """Outliers that come with everything else; more cost a copy of their own."""
 
@@ -23,7 +25,7 @@ _ALIGNED = 16
 
 
 class Told:
-    """Attributes, all on the device, 0 at first:
+    """Attributes, all on the device, 0 at first and after `clear`:
     count: int64 [1], of the elements that no symbol stands for.
     listed: int64 [room], in any order: the place of such an element in its upper half, its bits in the lower. What
         finds no room is counted only.
@@ -37,18 +39,23 @@ class Told:
         self._places = _layout(channels, room)
         start, size, _ = self._places[-1]
         self._memory = torch.zeros(start + size, dtype=torch.uint8, device=device)
-        parts = [self._memory[start : start + size].view(dtype) for start, size, dtype in self._places]
+        parts = _parts(self._memory, self._places)
         self.count, self.total, self.step, self.size, self.ranks, self.means, self.predicted, self.listed = parts
         self._fetched = start + 8 * min(room, _FETCHED)
         self._host = self._memory
         self._there: torch.cuda.Event | None = None
+        if self._memory.is_cuda:
+            self._host = torch.empty(self._fetched, dtype=torch.uint8, pin_memory=True)
+            self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def clear(self) -> None:
+        self._memory.zero_()
 
     def fetch(self) -> None:
         """Start the copy; what is written later is not in it."""
-        if self._memory.is_cuda:
-            self._host = torch.empty(self._fetched, dtype=torch.uint8, pin_memory=True)
+        if self._there is not None:
             self._host.copy_(self._memory[: self._fetched], non_blocking=True)
-            self._there = torch.cuda.current_stream(self._memory.device).record_event()
+            self._there.record(torch.cuda.current_stream(self._memory.device))
 
     def read(self) -> Facts:
         """What was fetched; waits until it is there."""
@@ -56,7 +63,7 @@ class Told:
             self._there.synchronize()
         host = self._host.numpy()[: self._fetched]
         count, total, step, size, ranks, means, predicted, listed = (
-            host[start : start + size].copy() for start, size, _ in self._places
+            host[start : start + size] for start, size, _ in self._places
         )
         number, entries = int(count.view(np.int64)[0]), listed.view(np.int64)
         if number > len(entries) and number <= len(self.listed):
@@ -70,6 +77,21 @@ class Told:
             predicted,
             entries[:number] if number <= len(entries) else None,
         )
+
+
+def on_device(ranks: Tensor, means: Tensor, step: float, device: torch.device) -> list[Tensor]:
+    """In one copy: float32 [1] step, ``ranks``, ``means``, and bool [channels], all False."""
+    places = _layout(len(ranks), 0)
+    host = np.zeros(places[-1][0], np.uint8)
+    for place, value in ((2, np.float32(step)), (4, ranks.numpy()), (5, bits_of(means))):
+        start, size, _ = places[place]
+        host[start : start + size].view(value.dtype)[:] = value
+    there = torch.from_numpy(host).to(device, non_blocking=True)
+    return _parts(there, [places[2], *places[4:7]])
+
+
+def _parts(memory: Tensor, places: list[tuple[int, int, torch.dtype]]) -> list[Tensor]:
+    return [memory[start : start + size].view(dtype) for start, size, dtype in places]
 
 
 @lru_cache(maxsize=256)
@@ -88,7 +110,8 @@ def _layout(channels: int, room: int) -> list[tuple[int, int, torch.dtype]]:
 
 @dataclass(frozen=True)
 class Facts:
-    """`Told` on the host; ``listed`` is None where there was no room for all."""
+    """`Told` on the host, good until the next `Told.clear` or `Told.fetch`; ``listed`` is None where there was no room
+    for all."""
 
     total: int
     step: float

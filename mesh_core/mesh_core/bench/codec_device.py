@@ -17,7 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mesh_codec.ans.lattice import PERIOD, RADIUS, Lattice, measure
+from mesh_codec.ans.chunks import frame_size, pack, table_size
+from mesh_codec.ans.lattice import PERIOD, RADIUS, Lattice, measure, put
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
 from mesh_codec.ans.told import Told
@@ -117,7 +118,10 @@ def check_kernels(device: torch.device) -> None:
     first[3, 4], first[5, 6], first[:, 7] = torch.nan, torch.inf, 0.3
     told, there = (Told(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
     measure(first, _STEP, told)
-    gauges.settle(gauges.describe(first.to(device), there.means), _STEP, there.ranks, there.step)
+    settled = gauges.settle(gauges.describe(first.to(device), there.means), _STEP, there, RADIUS)
+    # Encoder and decoder get at the same tables in two ways.
+    for one, other in zip(settled, kernels.tables(there.ranks, there.means, there.step, RADIUS), strict=True):
+        _same(one, other, 0)
     for name in ("ranks", "means", "step"):
         _same(getattr(told, name).double(), getattr(there, name).cpu().double(), 2e-2)
     plain = Lattice.of(told.ranks, told.means, told.step)
@@ -137,8 +141,11 @@ def check_kernels(device: torch.device) -> None:
         values = plain.restore(symbols, before, told.predicted, tensor.dtype)
         back = kernels.restore(fused, coded, restored, there.predicted, tensor.dtype)
         wanted: list[Tensor] = [symbols, held, told.count, told.listed[:number], told.total, told.total]
-        listed = there.listed[:number].sort().values
-        got: list[Tensor] = [coded, kept, there.count, listed, there.total, kernels.fold(flat, PERIOD)]
+        listed, folded = there.listed[:number].sort().values, torch.zeros_like(there.total)
+        kernels.fold(flat, folded, PERIOD)
+        put(values, told.listed[:number])
+        kernels.put(back, there.listed[:number])
+        got: list[Tensor] = [coded, kept, there.count, listed, there.total, folded]
         if not told.predicted.any():
             fresh = Told(first.shape[1], first.numel(), device)
             wanted.append(symbols)
@@ -149,6 +156,25 @@ def check_kernels(device: torch.device) -> None:
         told, there = (Told(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
         for end in (told, there):
             end.predicted[:] = torch.arange(first.shape[1]) % 3 != 0
+    _check_packing(device)
+
+
+def _check_packing(device: torch.device) -> None:
+    """More chunks than a program of the kernel adds up at a time, and larger ones than it moves at a time."""
+    from mesh_codec.ans import kernels
+
+    generator = torch.Generator().manual_seed(0)
+    count, room = 135, 20_000
+    rooms = torch.randint(256, (count * room,), generator=generator, dtype=torch.uint8)
+    sizes = torch.randint(1, 400, (count,), generator=generator)
+    sizes[::100] = torch.randint(room - 50, room + 1, (len(sizes[::100]),), generator=generator)
+    statuses = (torch.arange(count) % 50 == 7).int()
+    size = frame_size(torch.where(statuses == 0, sizes, 0).numpy())
+    expected, found = torch.zeros(2, size, dtype=torch.uint8)
+    pack(rooms, sizes, statuses, expected)
+    there = found.to(device)
+    kernels.pack(rooms.to(device), sizes.to(device), statuses.to(device), there, table_size(count))
+    _same(expected, there.cpu(), 0)
 
 
 def _same(expected: Tensor, found: Tensor, tolerance: float) -> None:
@@ -165,7 +191,7 @@ def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.d
                 shape, name, AnsEncoder(_STEP, temporal, engine), AnsDecoder(Limits(), engine), tensors, _TIMED, note
             )
     else:
-        yield Row(shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-nvcomp-cu13")
+        yield Row(shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-libnvcomp-cu13")
     portable, settings = EntropyCodec(), {"step": _STEP}
     yield _timed(
         shape, "entropy, portable", portable.encoder(settings), portable.decoder(settings), tensors, 5, "on the CPU"

@@ -98,7 +98,9 @@ class PatchedModel:
         weights: dict[str, Tensor] = {}
         for name in sorted(group):
             here = self._parameter(name)
-            weights[name] = self._base.setdefault(name, here).data.to(here.device, torch.float32)
+            base = self._base.setdefault(name, here).data
+            # One after the other: both at once would convert in host memory, and send twice the bytes.
+            weights[name] = base.to(here.device, non_blocking=True).to(torch.float32)
         for applied, patch in entries:
             _apply(patch, self._tensors(patch), applied, weights)
         for name, weight in weights.items():
