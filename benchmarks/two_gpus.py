@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
     from mesh_core.hosts.diffusers import identify
     from mesh_core.library import recognise
     from mesh_core.plugins import installed_plugins
+    from mesh_core.spans import BlockSpan
 
     end = monotonic() + arguments.minutes * 60
     here, there = (torch.device(d) for d in arguments.devices)
@@ -87,20 +88,24 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
     if here.type == "cuda":
         torch.cuda.empty_cache()
     worker = start_worker(stack, folder, "second-gpu", arguments.devices[1])
+    build = builder(checkpoint, here)
+    # Every cut's blocks are taken from these, so that a cell costs no loading.
+    whole = build(BlockSpan(0, checkpoint.spec.blocks))
     rows, left, engines = [], [], video_engines()
     # What codecs cost here is measured beside the first steps that leave the choice open; it is kept for all others.
     settling = Cell(*shapes[0], 8, checkpoint.spec.blocks // 2, "transparent", None)
-    measure(settling, checkpoint, identity, worker, prepared[shapes[0]], uncut[shapes[0]], here)
+    measure(settling, checkpoint, identity, worker, prepared[shapes[0]], uncut[shapes[0]], here, build)
     for cell in cells(arguments, checkpoint.spec.blocks, "NVENC" in engines):
         if monotonic() > end:
             left.append(vars(cell))
             continue
         shape = (cell.pixels, cell.batch)
         try:
-            rows.append(measure(cell, checkpoint, identity, worker, prepared[shape], uncut[shape], here))
+            rows.append(measure(cell, checkpoint, identity, worker, prepared[shape], uncut[shape], here, build))
         except Exception as error:
             # One way that does not work here must not cost the others, and is a result too.
             rows.append({**vars(cell), "error": f"{type(error).__name__}: {error}"[:300]})
+    del whole
     return {
         "geometry": arguments.geometry,
         "devices": [label(here), label(there)],
@@ -121,8 +126,9 @@ def video_engines() -> list[str]:
 
 
 def cells(arguments: argparse.Namespace, blocks: int, encodes: bool) -> Iterator[Cell]:
-    """Without repetition: the middle cut of the first size in every way, then with more steps and at other cuts; the
-    middle cut of the other sizes; then all that is left. Video in software would take seconds a step: it is only run
+    """Without repetition: the middle cut of the first size in every way, then with more steps; the middle cut of the
+    other sizes; all other cuts, one after the other, since the worker loads what a cut adds; then all that is left.
+    Video in software would take seconds a step: it is only run
     where the GPU ``encodes``."""
     ways = [way for way in WAYS if encodes or way[1] != "hevc"]
     first, more = arguments.steps[0], arguments.steps[1:]
@@ -131,10 +137,12 @@ def cells(arguments: argparse.Namespace, blocks: int, encodes: bool) -> Iterator
     few: tuple[tuple[Any, str | None], ...] = (("lossless", None), ("transparent", None))
     order = [Cell(*shapes[0], first, half, *way) for way in ways]
     order += [Cell(*shapes[0], steps, half, *way) for steps, way in product(more, few)]
-    order += [Cell(*shapes[0], first, cut, *way) for cut, way in product(others, few)]
     order += [Cell(*shape, first, half, *way) for shape, way in product(shapes[1:], few)]
-    order += [Cell(*s, steps, half, *way) for s, steps, way in product(shapes, arguments.steps, ways)]
-    order += [Cell(*s, first, cut, *way) for s, cut, way in product(shapes, others, few)]
+    order += [Cell(*shape, first, cut, *way) for cut, shape, way in product(others, shapes, few)]
+    order += [Cell(*shapes[0], steps, half, *way) for steps, way in product(more, ways)]
+    order += [Cell(*s, first, half, *way) for s, way in product(shapes, ways)]
+    order += [Cell(*s, steps, half, *way) for s, steps, way in product(shapes, more, few)]
+    order += [Cell(*s, steps, half, *way) for s, steps, way in product(shapes, more, ways)]
     yield from dict.fromkeys(order)
 
 
@@ -163,23 +171,35 @@ def copy_ms(model: Any, pixels: int, batch: int, here: Any, there: Any) -> float
     return median(times[5:])
 
 
+def builder(checkpoint: Any, device: Any) -> Callable[[Any], Any]:
+    """Makes stages of spans that share their parameters."""
+    import torch
+
+    from mesh_core.weights import ParameterPool, WeightReader
+
+    pool = ParameterPool()
+
+    def build(span: Any) -> Any:
+        reader = WeightReader(checkpoint.header, pool=pool)
+        return checkpoint.adapter.build_stage(checkpoint.spec, span, reader, device=device, dtype=torch.bfloat16)
+
+    return build
+
+
 def measure(
-    cell: Cell, checkpoint: Any, identity: Any, worker: str, inputs: dict[str, Any], uncut: Any, device: Any
-) -> dict[str, Any]:
+    cell: Cell, checkpoint: Any, identity: Any, worker: str, inputs: dict[str, Any], uncut: Any, device: Any,
+    build: Callable[[Any], Any],
+) -> dict[str, Any]:  # fmt: skip
     import torch
 
     from mesh_core.plugins import installed_plugins
     from mesh_core.runner import SplitRunner, open_session, place
     from mesh_core.session import SessionOptions
-    from mesh_core.weights import WeightReader
 
     options, plugins = SessionOptions(torch.bfloat16, device, cell.quality, codec=cell.codec), installed_plugins()
     placement = place(checkpoint, f":{cell.cut}", [worker], plugins, options, None)
     session = open_session(lambda: identity, placement, options, plugins, None)
-    stage = checkpoint.adapter.build_stage(
-        checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device=device, dtype=torch.bfloat16
-    )
-    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    runner = SplitRunner(checkpoint, placement.plan, build(placement.plan.local), session)
     try:
         # The first generation warms both ends up, and lets the choice learn what steps cost here.
         generate(runner, inputs, 4, device)
@@ -188,7 +208,7 @@ def measure(
         steps = runner.stats.steps[1:]
     finally:
         runner.close()
-    del stage, runner
+    del runner
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
