@@ -259,6 +259,8 @@ def markdown(r: dict[str, Any]) -> str:
             ),
         ]
     head = f"{r['geometry']}, {r['layers']} layers with a LoRA, {r['device']}, torch {r['torch']}; loopback with CURVE"
+    if "worker_memory" in r:
+        head += f"; worker with {r['worker_memory']}"
     return "\n".join([head, "", "| what | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows)])
 
 

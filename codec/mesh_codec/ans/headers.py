@@ -39,9 +39,10 @@ def check_headers(frame: memoryview, places: _Numbers, sizes: _Numbers, symbols:
     rows, firsts = np.frombuffer(frame, f"V{_ROW}", frame.nbytes // _ROW), places // _ROW
     parts, span = -(-symbols // PART), rows[firsts].view("<u2").reshape(-1, _ROW // 2)[:, 4]
     # Nearly always two kinds: all but the last chunk have as many parts, and their symbols are bytes of either sign.
-    kinds = parts << 16 | span
-    for kind in set(kinds.tolist()):
-        of_kind = kinds == kind
+    kinds = (parts << 16 | span).astype(np.int64)
+    found = set(kinds.tolist())
+    for kind in found:
+        of_kind = kinds == kind if len(found) > 1 else slice(None)
         if not _fit(rows, firsts[of_kind], sizes[of_kind], symbols[of_kind], kind >> 16, kind & 0xFFFF):
             raise CodecCorrupt("A chunk of symbols in a payload is damaged: its header does not fit.")
 
@@ -59,8 +60,9 @@ def _fit(rows: NDArray[np.void], firsts: _Numbers, sizes: _Numbers, symbols: _Nu
         (words[:, 0] == symbols).all()
         and (words[:, 1:4] == (PART, _BITS << 16 | span, 1)).all()
         and taken.min() >= _STATES
-        and not (taken & 1).any()
+        and not (np.bitwise_or.reduce(taken, axis=None) & 1)
         and (before_last.sum(1) + taken[:, -1] + length * _ROW == sizes).all()
         and frequencies.min() >= -1
-        and (np.abs(frequencies).sum(1, dtype=np.int64) == 1 << _BITS).all()
+        # Of at most 256 entries that may be as large as 2**15, int32 holds the sum.
+        and (np.abs(frequencies).sum(1, dtype=np.int32) == 1 << _BITS).all()
     )
