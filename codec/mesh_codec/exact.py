@@ -47,7 +47,11 @@ def listed(outliers: Outliers, device: torch.device) -> Tensor:
 
 def write_outliers(tensor: Tensor, outliers: Outliers) -> Tensor:
     """``tensor``, contiguous, with ``outliers`` written into it; waits for no device."""
-    if len(outliers.positions):
-        there, elements = listed(outliers, tensor.device), as_integers(tensor).view(-1)
-        elements[there >> 32] = there.to(elements.dtype)
+    return write_listed(tensor, listed(outliers, tensor.device)) if len(outliers.positions) else tensor
+
+
+def write_listed(tensor: Tensor, there: Tensor) -> Tensor:
+    """``tensor``, contiguous, with what `listed` gave written into it."""
+    elements = as_integers(tensor).view(-1)
+    elements[there >> 32] = there.to(elements.dtype)
     return tensor

@@ -267,6 +267,12 @@ def test_a_gpu_that_cannot_be_used_is_said_to_people():
     assert not EntropyCodec(EmulatedAns()).remedies() and not LosslessCodec().remedies()
 
 
+def test_an_amd_gpu_is_not_told_to_install_nvidias_library(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not EntropyCodec().remedies() and len(EntropyCodec().capabilities()["formats"]) == 1
+
+
 def test_without_a_gpu_nvcomp_is_not_offered():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,12 @@ def test_options_that_the_library_does_not_know_are_an_error(monkeypatch):
 def test_another_version_is_named(monkeypatch):
     monkeypatch.setattr(libnvcomp, "MAJOR", MAJOR + 1)
     with pytest.raises(CodecUnsupported, match=f"not {MAJOR + 1}"):
+        Library()
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch):
+    monkeypatch.setattr(libnvcomp, "import_module", lambda name: SimpleNamespace(load_library=lambda: None))
+    with pytest.raises(CodecUnsupported, match="could not be loaded"):
         Library()
 
 

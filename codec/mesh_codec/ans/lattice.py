@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mesh_codec.ans.told import Told
 from mesh_codec.channels import still, widened
-from mesh_codec.exact import as_integers, bits_at
+from mesh_codec.exact import bits_at, write_listed
 from mesh_codec.spread import describe, settle
 
 RADIUS = 127
@@ -152,9 +152,7 @@ def put(values: Tensor, listed: Tensor) -> Tensor:
 
         kernels.put(values, listed)
         return values
-    elements = as_integers(values).view(-1)
-    elements[listed >> 32] = listed.to(elements.dtype)
-    return values
+    return write_listed(values, listed)
 
 
 def listing(places: Tensor, bits: Tensor) -> Tensor:

@@ -108,6 +108,8 @@ class Library:
             "nvCOMP cannot be loaded; try pip install nvidia-libnvcomp-cu13 (or -cu12 with drivers before 580)",
         ):
             self._library: Any = import_module("nvidia.libnvcomp").load_library()
+            if self._library is None:
+                raise OSError("its package is there, the library in it could not be loaded")
             for name, arguments in _SIGNATURES.items():
                 function = getattr(self._library, name)
                 function.argtypes, function.restype = arguments, c_int

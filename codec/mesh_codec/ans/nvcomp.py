@@ -31,10 +31,10 @@ class NvComp(CoderFactory):
     engine: ClassVar[str] = "nvcomp"
 
     def available(self) -> bool:
-        return torch.cuda.is_available() and not self._found
+        return _nvidia() and not self._found
 
     def problem(self) -> str:
-        return self._found if torch.cuda.is_available() else ""
+        return self._found if _nvidia() else ""
 
     def device(self) -> torch.device:
         # Each thread has a current device of its own, the first one unless told otherwise; the models may be elsewhere.
@@ -139,6 +139,11 @@ class ChunkCoder(ByteCoder):
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._cuda else 0
+
+
+def _nvidia() -> bool:
+    # PyTorch calls AMD's devices CUDA devices too.
+    return torch.version.cuda is not None and torch.cuda.is_available()
 
 
 def _checks(arrays: Tensor, count: int) -> Tensor:
