@@ -54,7 +54,7 @@ class EntropyCodec(Codec):
 
     def capabilities(self) -> dict[str, Any]:
         """The formats, the fastest first."""
-        fast = [self._on_device.format] if self._on_device.available() else []
+        fast = [self._device_format] if self._on_device.available() else []
         return {"formats": [*fast, FORMAT]}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,6 +98,10 @@ class EntropyCodec(Codec):
             return AnsDecoder(limits, self._on_device)
         return EntropyDecoder(temporal, limits, self._pool)
 
+    @property
+    def _device_format(self) -> str:
+        return f"step-{self._on_device.format}"
+
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return new_pool("entropy")
@@ -109,7 +113,7 @@ class EntropyCodec(Codec):
         chosen: Any = settings.get("format", FORMAT)
         lowest, highest = _STEP_LIMITS
         known = set(settings) <= {"step", "temporal", "format"} and type(temporal) is bool
-        known = known and chosen in (FORMAT, self._on_device.format)
+        known = known and chosen in (FORMAT, self._device_format)
         if not known or type(step) not in (int, float) or not lowest <= step <= highest:
             raise CodecUnsupported(
                 f"The entropy codec cannot use the settings {str(dict(settings))[:80]}.",

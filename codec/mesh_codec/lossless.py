@@ -6,11 +6,15 @@ that is where the bits are saved. Mantissas are noise.
 Buffers: 0 the table (per piece and plane: coded size as uint32, little endian), 1 the frames, piece after piece, the
 plane of the highest bytes first. Header: ``dtype`` and ``shape``. An empty tensor has no buffers.
 
+Where both ends have a coder on their GPUs, bfloat16 and float16 are coded there, in the bitstream of
+`mesh_codec.ans.planes`.
+
 Must not know models, links or channels. Stateless.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -22,12 +26,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Limits, Quality
+from mesh_codec.ans.coder import CoderFactory
+from mesh_codec.ans.nvcomp import NvComp
+from mesh_codec.ans.planes import PlanesDecoder, PlanesEncoder
+from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, Quality
 from mesh_codec.dtypes import DType
-from mesh_codec.errors import CodecCorrupt, CodecUnsupported
+from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
+from mesh_codec.foreign import named
 from mesh_codec.parallel import new_pool
 from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form
 from mesh_codec.symbols import check_frame, expand, squeeze
+
+_log = logging.getLogger(__name__)
 
 FORMAT = "planes-zstd-1"
 
@@ -38,29 +48,68 @@ _WORDS: Mapping[int, str] = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}
 
 
 class LosslessCodec(Codec):
-    """Exact, whatever the quality. No settings, no state."""
+    """Exact, whatever the quality; no state. Setting: ``format``, the bitstream, the portable one unless given.
+    ``on_device`` makes coders of the other one; nvCOMP's, unless given."""
 
     name: ClassVar[str] = "lossless"
 
+    def __init__(self, on_device: CoderFactory | None = None) -> None:
+        self._on_device = on_device or NvComp()
+
     def capabilities(self) -> dict[str, Any]:
-        return {"formats": [FORMAT]}
+        """The formats, the fastest first."""
+        return {"formats": [*([self._device_format] if self._works_on_device else []), FORMAT]}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
-        formats = peer.get("formats")
-        if not isinstance(formats, list | tuple) or FORMAT not in formats:
+        own, formats = self.capabilities()["formats"], peer.get("formats")
+        shared = [f for f in own if f in formats] if isinstance(formats, list | tuple) else []
+        if not shared:
             raise CodecUnsupported(
-                f"The other end's lossless codec has the formats {str(formats)[:80]}, this end has {FORMAT}.",
+                f"The other end's lossless codec has the formats {str(formats)[:80]}, this end has {', '.join(own)}.",
                 hint="the same version of comfyui-mesh-codec at both ends",
             )
-        return {}
+        return {} if shared[0] == FORMAT else {"format": shared[0]}
 
-    def encoder(self, settings: Mapping[str, Any]) -> LosslessEncoder:
-        _no_settings(settings)
-        return LosslessEncoder(self._pool)
+    def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
+        return Estimate(engine=self._on_device.engine if settings else "")
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> LosslessDecoder:  # noqa: B008
-        _no_settings(settings)
-        return LosslessDecoder(limits, self._pool)
+    def encoder(self, settings: Mapping[str, Any]) -> Encoder:
+        portable = LosslessEncoder(self._pool)
+        return PlanesEncoder(self._on_device, portable) if self._device_chosen(settings) else portable
+
+    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+        portable = LosslessDecoder(limits, self._pool)
+        return PlanesDecoder(limits, self._on_device, portable) if self._device_chosen(settings) else portable
+
+    @property
+    def _device_format(self) -> str:
+        return f"planes-{self._on_device.format}"
+
+    @cached_property
+    def _works_on_device(self) -> bool:
+        """Found out once, with all bits that a number can have."""
+        if not self._on_device.available():
+            return False
+        every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device=self._on_device.device())
+        portable = LosslessEncoder(self._pool), LosslessDecoder(Limits(), self._pool)
+        try:
+            with named(CodecUnsupported, "a trial failed"):
+                coded = PlanesEncoder(self._on_device, portable[0]).encode(every.view(torch.bfloat16))
+                back = PlanesDecoder(Limits(), self._on_device, portable[1]).decode(coded, every.device)
+        except CodecError as error:
+            _log.warning("the lossless codec works on the processor, not on this GPU: %s", error)
+            return False
+        return torch.equal(back.view(torch.int16), every)
+
+    def _device_chosen(self, settings: Mapping[str, Any]) -> bool:
+        chosen: Any = settings.get("format", FORMAT)
+        if set(settings) - {"format"} or chosen not in (FORMAT, self._device_format):
+            raise CodecUnsupported(
+                f"The lossless codec cannot use the settings {str(dict(settings))[:80]}.", hint="none, or a format"
+            )
+        if chosen != FORMAT and not self._works_on_device:
+            raise CodecUnsupported(f"This end cannot code {chosen}.", hint="pip install comfyui-mesh-codec[cuda]")
+        return bool(chosen != FORMAT)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -135,8 +184,3 @@ def _restore(frames: list[memoryview], words: NDArray[np.unsignedinteger], dtype
         raise CodecCorrupt("A lossless bool tensor holds bytes that are neither 0 nor 1.")
     if dtype.lossy:
         np.bitwise_or(words >> 1, words << (8 * dtype.itemsize - 1), out=words)
-
-
-def _no_settings(settings: Mapping[str, Any]) -> None:
-    if settings:
-        raise CodecUnsupported(f"The lossless codec has no settings, got {', '.join(map(str, settings))}.")

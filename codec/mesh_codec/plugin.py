@@ -13,12 +13,15 @@ hookimpl = pluggy.HookimplMarker("mesh")
 
 @hookimpl
 def mesh_register_codecs(register: Callable[[Codec], None]) -> None:
+    from mesh_codec.ans.nvcomp import NvComp
     from mesh_codec.entropy import EntropyCodec
     from mesh_codec.hevc import HevcCodec
     from mesh_codec.lossless import LosslessCodec
     from mesh_codec.raw import RawCodec
 
+    # What works on this machine is found out once for both.
+    on_device = NvComp()
     register(RawCodec())
-    register(LosslessCodec())
-    register(EntropyCodec())
+    register(LosslessCodec(on_device))
+    register(EntropyCodec(on_device))
     register(HevcCodec())

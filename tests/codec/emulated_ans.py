@@ -18,7 +18,7 @@ CANNOT_DECOMPRESS, CANNOT_COMPRESS = 12, 19
 
 
 class EmulatedAns(CoderFactory):
-    format = "step-ans-emulated"
+    format = "ans-emulated"
     engine = "emulated"
 
     def __init__(self, *, works: bool = True) -> None:

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mesh_codec.errors import CodecCorrupt
+
 
 class Coding(ABC):
     """Bytes that are being coded on a device."""
@@ -51,11 +53,22 @@ class ByteCoder(ABC):
         """
 
 
+def check(checks: Tensor, total: int) -> None:
+    """``checks`` are those of `ByteCoder.expand`, ``total`` is the sum that the bytes had; waits for the device.
+
+    Raises:
+        CodecCorrupt: the bytes are others.
+    """
+    found = checks.cpu()
+    if int(found[:2].view(torch.int64)) != total or found[2:].any():
+        raise CodecCorrupt("The symbols of a payload are damaged: their sum does not match.")
+
+
 class CoderFactory(ABC):
     """Makes byte coders of one bitstream."""
 
     format: ClassVar[str]
-    """Ends that name the same format read each other's payloads."""
+    """Ends that name the same format read each other's bytes; a part of the names of the bitstreams made of them."""
 
     engine: ClassVar[str]
     """What people know the coder by."""

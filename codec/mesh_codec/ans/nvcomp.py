@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class NvComp(CoderFactory):
-    format: ClassVar[str] = "step-ans-2"
+    format: ClassVar[str] = "ans-2"
     engine: ClassVar[str] = "nvcomp"
 
     def available(self) -> bool:

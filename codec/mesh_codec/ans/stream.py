@@ -11,7 +11,6 @@ Must not know which device or coder it works with.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesh_codec.ans.coder import ByteCoder, CoderFactory
+from mesh_codec.ans.coder import ByteCoder, CoderFactory, check
 from mesh_codec.ans.lattice import Lattice, measure, put
+from mesh_codec.ans.opened import Opened, current
 from mesh_codec.ans.told import Facts, Told, on_device
 from mesh_codec.base import Decoder, Encoded, Encoder, Limits
 from mesh_codec.chains import Link, positive_number
@@ -41,11 +41,6 @@ _DRIFT = 1.5
 _LARGEST_SUM = (1 << 62) - 1
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """``device`` is the thread's current one, which is where Triton starts its kernels."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 @dataclass
 class _Chain:
     grid: Grid
@@ -62,9 +57,8 @@ class _Chain:
 
 class AnsEncoder(Encoder):
     def __init__(self, relative_step: float, temporal: bool, factory: CoderFactory) -> None:
-        self._relative_step, self._temporal, self._factory = relative_step, temporal, factory
+        self._relative_step, self._temporal, self._opened = relative_step, temporal, Opened(factory)
         self._chain: _Chain | None = None
-        self._coder: tuple[torch.device, ByteCoder] | None = None
         self._kept: tuple[tuple[Grid, torch.device], Told] | None = None
 
     def encode(self, tensor: Tensor) -> Encoded:
@@ -76,11 +70,12 @@ class AnsEncoder(Encoder):
         if not form.elements:
             return Encoded(form.header() | {"step": 0.0, "outliers": 0, "sum": 0}, ())
         grid = Grid.of(form)
-        tokens = self._on_device(tensor.detach()).reshape(grid.tokens, grid.channels).contiguous()
+        tensor, coder = self._opened.here(tensor.detach())
+        tokens = tensor.reshape(grid.tokens, grid.channels).contiguous()
         with current(tokens.device):
-            return self._coded(tokens, form, grid)
+            return self._coded(tokens, form, grid, coder)
 
-    def _coded(self, tokens: Tensor, form: Form, grid: Grid) -> Encoded:
+    def _coded(self, tokens: Tensor, form: Form, grid: Grid, coder: ByteCoder) -> Encoded:
         told = self._told(grid, tokens.device)
         chain = self._continued(tokens, grid, told) or self._begun(tokens, grid, told)
         # Whatever fails from here leaves a state that the decoder does not have.
@@ -88,12 +83,12 @@ class AnsEncoder(Encoder):
         symbols = chain.lattice.quantise(tokens, chain.state, told)
         if chain.link.key and chain.state is not None:
             told.size.copy_(chain.lattice.compare(tokens, chain.state, _EVERY)[0].mean())
-        coding = self._opened(tokens.device).compress(symbols.view(torch.uint8).view(-1))
+        coding = coder.compress(symbols.view(torch.uint8).view(-1))
         told.fetch()
         coding.fetch()
         facts = told.read()
         if not chain.link.key and not chain.size / _DRIFT <= facts.size <= chain.size * _DRIFT:
-            return self._coded(tokens, form, grid)
+            return self._coded(tokens, form, grid, coder)
         # While the coded symbols are on their way, the rest is packed.
         exact = outliers_of(self._listed(facts, chain, tokens, symbols), form.dtype.itemsize)
         sides = flags = b""
@@ -140,24 +135,11 @@ class AnsEncoder(Encoder):
             return facts.listed
         return chain.lattice.outside(tokens, symbols if chain.state is None else chain.state).cpu().numpy()
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        try:
-            self._opened(tensor.device)
-        except CodecUnsupported:
-            return tensor.to(self._factory.device())
-        return tensor
-
-    def _opened(self, device: torch.device) -> ByteCoder:
-        if not self._coder or self._coder[0] != device:
-            self._coder = device, self._factory.open(device)
-        return self._coder[1]
-
 
 class AnsDecoder(Decoder):
     def __init__(self, limits: Limits, factory: CoderFactory) -> None:
-        self._limits, self._factory = limits, factory
+        self._limits, self._opened = limits, Opened(factory)
         self._chain: _Chain | None = None
-        self._coder: tuple[torch.device, ByteCoder] | None = None
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         form = read_form(encoded.header, self._limits)
@@ -168,7 +150,7 @@ class AnsDecoder(Decoder):
             raise CodecCorrupt(f"A coded tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
         if not expected:
             return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
-        place, coder = self._opened(device)
+        place, coder = self._opened.there(device)
         with current(place):
             return self._decoded(encoded, form, coder, place).view(form.shape).to(device)
 
@@ -183,28 +165,19 @@ class AnsDecoder(Decoder):
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
         if not chain.link.key:
             # What follows changes the state of the last tensor.
-            _check(checks, total)
+            check(checks, total)
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
         if chain.state is None:
             chain.state = chain.lattice.empty(chain.grid.tokens)
         values = put(chain.lattice.restore(symbols, chain.state, predicted, form.dtype.torch), outliers)
         if chain.link.key:
-            _check(checks, total)
+            check(checks, total)
         chain.link = chain.link.next
         self._chain = chain
         return values
 
     def reset(self) -> None:
         self._chain = None
-
-    def _opened(self, wanted: torch.device | str) -> tuple[torch.device, ByteCoder]:
-        """Where this stream decodes, and with what: where its first tensor is wanted, if coders work there."""
-        if not self._coder:
-            place = torch.empty(0, device=wanted).device
-            if place.type != self._factory.device().type:
-                place = self._factory.device()
-            self._coder = place, self._factory.open(place)
-        return self._coder
 
     def _prepared(
         self, header: Mapping[str, Any], grid: Grid, sides: memoryview, flags: memoryview, place: torch.device
@@ -223,10 +196,3 @@ class AnsDecoder(Decoder):
         if held.grid != grid or held.step != step:
             raise CodecCorrupt("A payload was predicted from a tensor of another shape.")
         return held, torch.from_numpy(chosen[: grid.channels].view(np.bool_)).to(place, non_blocking=True)
-
-
-def _check(checks: Tensor, total: int) -> None:
-    """``checks`` are those of `ByteCoder.expand`; waits for the device."""
-    found = checks.cpu()
-    if int(found[:2].view(torch.int64)) != total or found[2:].any():
-        raise CodecCorrupt("The symbols of a payload are damaged: their sum does not match.")

@@ -28,6 +28,7 @@ from mesh_codec.hevc.codec import HevcCodec
 from mesh_codec.hevc.engines import Engines
 from mesh_codec.hevc.nvvideo import NvVideoEngine
 from mesh_codec.hevc.pyav import PyAvEngine
+from mesh_codec.lossless import LosslessCodec
 from mesh_core.errors import ConfigError
 
 T = TypeVar("T")
@@ -185,6 +186,13 @@ def _same(expected: Tensor, found: Tensor, tolerance: float) -> None:
 def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.device) -> Iterator[Row]:
     engine = NvComp()
     if engine.available():
+        exact = LosslessCodec(engine)
+        chosen = exact.settings("lossless", exact.capabilities())
+        note = _memory(exact.encoder(chosen), exact.decoder(chosen), tensors[0])
+        yield _timed(
+            shape, "lossless, nvCOMP ANS" if chosen else "lossless, not on this GPU", exact.encoder(chosen),
+            exact.decoder(chosen), tensors, _TIMED, note,
+        )  # fmt: skip
         for name, temporal in (("entropy, nvCOMP ANS", False), ("entropy + temporal, nvCOMP ANS", True)):
             note = _memory(AnsEncoder(_STEP, temporal, engine), AnsDecoder(Limits(), engine), tensors[0])
             yield _timed(
@@ -192,6 +200,8 @@ def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.d
             )
     else:
         yield Row(shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-libnvcomp-cu13")
+    lossless = LosslessCodec()
+    yield _timed(shape, "lossless, portable", lossless.encoder({}), lossless.decoder({}), tensors, 5, "on the CPU")
     portable, settings = EntropyCodec(), {"step": _STEP}
     yield _timed(
         shape, "entropy, portable", portable.encoder(settings), portable.decoder(settings), tensors, 5, "on the CPU"

@@ -1,0 +1,104 @@
+"""Exact bfloat16 and float16 on a device: the byte with the exponent through a byte coder, the other one as it is.
+
+The sign is moved behind the mantissa, as in `mesh_codec.lossless`: the high byte is then the exponent of a bfloat16,
+and the exponent and the first three bits after it of a float16. Mantissas are noise; no coder is asked to try.
+
+Buffers: 0 the high bytes as the byte coder made them, 1 the low bytes. Header: ``dtype``, ``shape``, ``high`` and
+``low`` (sums over the bytes, see `fold`). Stateless. What is no such float, or has no elements, crosses as the portable
+engine codes it; its header has no ``high``. Must not know which device or coder it works with, nor the portable
+bitstream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mesh_codec.ans.coder import ByteCoder, CoderFactory, check
+from mesh_codec.ans.lattice import fold
+from mesh_codec.ans.opened import Opened, current
+from mesh_codec.base import Decoder, Encoded, Encoder, Limits
+from mesh_codec.errors import CodecCorrupt
+from mesh_codec.outliers import MAX_ELEMENTS
+from mesh_codec.payload import Form, flat_bytes, form_of, read_form, tensor_over, whole_number
+
+_LARGEST_SUM = (1 << 62) - 1
+
+
+def _carried(form: Form) -> bool:
+    """Whether tensors of this form are coded here."""
+    return form.dtype.lossy and form.dtype.itemsize == 2 and 0 < form.elements <= MAX_ELEMENTS
+
+
+class PlanesEncoder(Encoder):
+    """``portable`` encodes all else."""
+
+    def __init__(self, factory: CoderFactory, portable: Encoder) -> None:
+        self._opened, self._portable = Opened(factory), portable
+
+    def encode(self, tensor: Tensor) -> Encoded:
+        form = form_of(tensor)
+        if not _carried(form):
+            return self._portable.encode(tensor)
+        tensor, coder = self._opened.here(tensor.detach().resolve_neg())
+        with current(tensor.device):
+            return _coded(tensor.contiguous(), form, coder)
+
+
+def _coded(tensor: Tensor, form: Form, coder: ByteCoder) -> Encoded:
+    below, above = _bytes(tensor).unbind(1)
+    # Each bit moves up by one, and the highest of all becomes the lowest.
+    high = (above << 1) | (below >> 7)
+    low = (below << 1) | (above >> 7)
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    fold(high, sums[:1])
+    fold(low, sums[1:])
+    coding = coder.compress(high)
+    on_host = [
+        torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True) for t in (low, sums)
+    ]
+    # What waits for the coded bytes waits for what was begun before them.
+    coding.fetch()
+    frame = coding.read()
+    told = on_host[1].tolist()
+    header = form.header() | {"high": told[0], "low": told[1]}
+    return Encoded(header, (frame, on_host[0].numpy().data), on_host)
+
+
+class PlanesDecoder(Decoder):
+    """``portable`` decodes all else."""
+
+    def __init__(self, limits: Limits, factory: CoderFactory, portable: Decoder) -> None:
+        self._limits, self._opened, self._portable = limits, Opened(factory), portable
+
+    def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
+        if "high" not in encoded.header:
+            return self._portable.decode(encoded, device)
+        form = read_form(encoded.header, self._limits)
+        if not _carried(form) or len(encoded.buffers) != 2:
+            raise CodecCorrupt(
+                f"A payload of {len(encoded.buffers)} buffers announces {form.elements} exponents of {form.dtype.name}."
+            )
+        place, coder = self._opened.there(device)
+        with current(place):
+            return _restored(encoded, form, coder, place).view(form.shape).to(device)
+
+
+def _restored(encoded: Encoded, form: Form, coder: ByteCoder, place: torch.device) -> Tensor:
+    frame, below = flat_bytes(encoded.buffers[0], None, "exponents"), encoded.buffers[1]
+    totals = [whole_number(encoded.header, name, _LARGEST_SUM) for name in ("high", "low")]
+    low = tensor_over(flat_bytes(below, form.elements, "mantissas"), torch.uint8).to(place, non_blocking=True)
+    high, checks = coder.expand(frame, form.elements)
+    result, seen = torch.empty(form.elements, dtype=form.dtype.torch, device=place), fold(low)
+    columns = _bytes(result)
+    columns[:, 0] = (low >> 1) | (high << 7)
+    columns[:, 1] = (high >> 1) | (low << 7)
+    if int(seen) != totals[1]:
+        raise CodecCorrupt("The mantissas of a payload are damaged: their sum does not match.")
+    check(checks, totals[0])
+    return result
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """uint8 [elements, 2], the lower byte first; the tensor's own memory."""
+    return tensor.view(-1, 1).view(torch.uint8)
