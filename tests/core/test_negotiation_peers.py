@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from mesh_codec import EntropyCodec, LosslessCodec
+from mesh_codec.ans.nvcomp import ChunkCoder
 from mesh_codec.base import CodecChoice, Encoded, Encoder, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.raw import RawCodec
 from mesh_core import wire
 from mesh_core.hookspecs import hookimpl
+from mesh_core.plugins import Plugins
 from mesh_core.worker import Worker
+from tests.codec.emulated_ans import EmulatedAns
 from tests.support.negotiating import (
     SLOW,
     Brings,
@@ -48,6 +52,31 @@ def test_a_peer_without_the_codec_gets_what_it_has(tmp_path: Path, start: Any, m
             assert torch.equal(run(session, state()), state())
             # Each way has a codec of its own.
             assert set(used(session)[0].split("+")) <= plugins_with().codecs().keys()
+
+
+@pytest.mark.parametrize("codec", ["lossless", "entropy"])
+@pytest.mark.parametrize("both", [True, False])
+def test_a_coder_of_the_gpu_is_used_where_both_ends_have_it(
+    tmp_path: Path, start: Any, monkeypatch: pytest.MonkeyPatch, codec: str, both: bool
+) -> None:
+    def end(works: bool) -> Plugins:
+        coder = EmulatedAns(works=works)
+        return plugins_with(Brings(RawCodec(), LosslessCodec(coder), EntropyCodec(coder)), standard=False)
+
+    plugins, made = end(True), []
+    (worker,) = start(plugins)
+    monkeypatch.setattr(worker.worker, "plugins", end(both))
+    encode = ChunkCoder.compress
+    monkeypatch.setattr(ChunkCoder, "compress", lambda self, data: (made.append(len(data)), encode(self, data))[1])
+    quality: Quality = "lossless" if codec == "lossless" else "transparent"
+    with over(tmp_path, [worker], plugins, quality=quality, codec=codec, dtype=torch.bfloat16) as session:
+        tensor = state().bfloat16()
+        made.clear()
+        for _ in range(2):
+            error = (run(session, tensor).float() - tensor.float()).abs().max()
+            assert error == 0 if codec == "lossless" else error < 0.2
+    # There and back, twice.
+    assert made.count(tensor.numel()) == (4 if both else 0)
 
 
 LIES: dict[str, Any] = {

@@ -102,15 +102,16 @@ def plugins_with(*extra: object, standard: bool = True) -> Plugins:
 
 @contextmanager
 def over(
-    folder: Path, workers: list[ThreadWorker], plugins: Plugins, *, address: str = "", **options: Any
-) -> Iterator[Session]:
+    folder: Path, workers: list[ThreadWorker], plugins: Plugins, *, address: str = "",
+    dtype: torch.dtype = torch.float32, **options: Any,
+) -> Iterator[Session]:  # fmt: skip
     """A session of a model that passes its state through, over ``workers``."""
     path, whole = folder / "through.safetensors", ThroughModel(len(workers))
     spec = recognise(read_header(path), plugins).spec
     identity = Identity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
     places = [address, *(w.address for w in workers[1:])] if address else [w.address for w in workers]
     hops = [(Remote(Address(a), plugins, Settings()), BlockSpan(i, i + 1)) for i, a in enumerate(places)]
-    session = Session(identity, hops, SessionOptions(torch.float32, torch.device("cpu"), **options), plugins)
+    session = Session(identity, hops, SessionOptions(dtype, torch.device("cpu"), **options), plugins)
     try:
         session.open()
         yield session
