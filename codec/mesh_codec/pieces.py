@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesh_codec.errors import CodecCorrupt
-from mesh_codec.exceptions import Exceptions, reaches, read_exceptions
+from mesh_codec.exceptions import Exceptions, read_exceptions
 from mesh_codec.payload import flat_bytes
 from mesh_codec.symbols import PACKINGS, Packing, Symbols, check_frame, entropy_bits, expand, squeeze
 
@@ -25,6 +25,9 @@ _TABLE_BITS = 4
 """Of a Huffman table, per byte value that occurs."""
 
 _SAMPLE = 8192
+
+_FARTHEST = 255
+"""Symbols beyond are counted with this one: the reach of an exception is coded in bytes of its own there."""
 
 _PREDICTED = 0x80
 """In the method of a piece: its symbols are changes; the rest of the method is the number of its packing."""
@@ -149,9 +152,12 @@ def cheapest(sample: Symbols, count: int) -> tuple[float, int]:
     """Bits per symbol, about, and the number of the packing that takes the fewest for ``count`` symbols like
     ``sample`` [n], n > 0."""
     extremes = max(-int(sample.min()), int(sample.max()))
+    # How often each symbol occurs tells what any packing costs, without packing.
+    seen = np.bincount(np.clip(sample, -_FARTHEST, _FARTHEST) + _FARTHEST, minlength=2 * _FARTHEST + 1)
     best = (float("inf"), 0)
     for number, packing in enumerate(PACKINGS):
-        best = min(best, (_bits(packing, sample, count), number))
+        bits = _bits(packing, seen, count) if packing.per_byte or not packing.radius else _wide_bits(sample, count)
+        best = min(best, (bits, number))
         if packing.radius >= extremes:
             # Fewer symbols per byte only pay where they spare exceptions, and there are none.
             break
@@ -164,26 +170,43 @@ def sample_of(symbols: Symbols) -> Symbols:
     return symbols[:: max(1, len(symbols) // _SAMPLE) | 1]
 
 
-def _bits(packing: Packing, sample: Symbols, count: int) -> float:
-    outside = np.abs(sample) > packing.radius
-    share = np.count_nonzero(outside) / len(sample)
-    bits = 0.0
-    if share:
-        low = np.minimum(reaches(sample[outside], packing.radius), 255).astype(np.uint8)
+def _bits(packing: Packing, seen: NDArray[np.int64], count: int) -> float:
+    """``seen``: how often each symbol from -`_FARTHEST` to `_FARTHEST` occurs in a sample."""
+    total, bits = int(seen.sum()), 0.0
+    inside = seen[_FARTHEST - packing.radius : _FARTHEST + packing.radius + 1].copy()
+    outside = total - int(inside.sum())
+    if outside:
+        share = outside / total
+        beyond = _FARTHEST - packing.radius
+        # The reaches below and above: odd and even numbers of one byte.
+        reach = np.concatenate([seen[:beyond], seen[-beyond:]])
         gap = max(1.0, -log2(share) - (1 - share) / share * log2(1 - share)) if share < 1 else 1.0
-        bits = share * (gap + _stream_bits(low) + 2 * _CODER_OVERHEAD_BITS)
-        bits += _TABLE_BITS * min(256, 1 + 4 / share) / count + _table_bits(low, count)
-    packed = packing.pack(np.where(outside, np.int16(0), sample))
-    for plane in (packed,) if packing.per_byte else np.split(packed, 2):
-        if len(plane):
-            bits += _stream_bits(plane) * len(plane) / len(sample) + _table_bits(plane, count)
-    return bits
+        bits = share * (gap + _stream_bits(_entropy(reach)) + 2 * _CODER_OVERHEAD_BITS)
+        bits += _TABLE_BITS * (min(256, 1 + 4 / share) + np.count_nonzero(reach)) / count
+    if packing.per_byte:
+        inside[packing.radius] += outside
+        # Neighbours in a byte are nearly independent: they lie far apart in the piece.
+        bits += _stream_bits(packing.per_byte * _entropy(inside)) / packing.per_byte
+        bits += _TABLE_BITS * min(256, np.count_nonzero(inside) ** packing.per_byte) / count
+    return float(bits)
 
 
-def _stream_bits(data: NDArray[np.uint8]) -> float:
-    entropy = entropy_bits(data)
+def _wide_bits(sample: Symbols, count: int) -> float:
+    """Of the packing that holds all symbols, in two planes."""
+    bits = 0.0
+    for plane in np.split(PACKINGS[-1].pack(sample), 2):
+        bits += _stream_bits(entropy_bits(plane)) + _TABLE_BITS * np.count_nonzero(np.bincount(plane)) / count
+    return float(bits)
+
+
+def _stream_bits(entropy: float) -> float:
+    """Per byte of a stream of such ``entropy``: a byte coder spends at least one bit, but nothing on what is all one
+    value."""
     return max(1.0, entropy + _CODER_OVERHEAD_BITS) if entropy else 0.0
 
 
-def _table_bits(data: NDArray[np.uint8], count: int) -> float:
-    return _TABLE_BITS * int(np.count_nonzero(np.bincount(data))) / count
+def _entropy(counts: NDArray[np.int64]) -> float:
+    """Bits per symbol of which so many occur."""
+    some = counts[counts > 0]
+    total = some.sum()
+    return float(np.log2(total) - (some * np.log2(some)).sum() / total) if len(some) > 1 else 0.0
