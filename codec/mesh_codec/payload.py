@@ -108,9 +108,15 @@ def flat_bytes(buffer: Buffer, nbytes: int | None, what: str) -> memoryview:
     return view
 
 
+def byte_view(tensor: Tensor) -> Tensor:
+    """Flat uint8 over the memory of a contiguous tensor."""
+    # Not `Tensor.view`: it keeps odd strides of dimensions of one element, over which bytes cannot be seen.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
 def bytes_of(tensor: Tensor) -> memoryview:
     """A view of the memory of a contiguous CPU tensor of at least one element."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return byte_view(tensor).numpy().data
 
 
 def tensor_over(view: memoryview, dtype: torch.dtype) -> Tensor:

@@ -40,6 +40,14 @@ def test_every_bit_of_every_type_arrives(entry, shape, seed, swap):
     assert ("high" in coded.header) == (entry.torch in (torch.bfloat16, torch.float16) and tensor.numel() > 0)
 
 
+def test_one_element_of_odd_strides_arrives():
+    tensor = torch.full((1, 5, 1), 1.5, dtype=torch.bfloat16).transpose(0, -1)[:, :1]
+    assert tensor.is_contiguous() and tensor.stride(-1) == 5
+    assert there_and_back(tensor)[1].item() == 1.5
+    portable = LosslessCodec()
+    assert portable.decoder({}).decode(portable.encoder({}).encode(tensor)).item() == 1.5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_number_there_is_arrives_with_its_bits(dtype):
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).repeat(5).view(dtype)
@@ -104,7 +112,7 @@ def test_the_device_is_chosen_where_both_ends_have_it():
 @pytest.mark.parametrize("wrong", ["other bits", "an error"])
 def test_a_gpu_that_gives_other_bits_is_not_offered(monkeypatch, wrong):
     if wrong == "other bits":
-        monkeypatch.setattr(planes, "_bytes", lambda tensor: tensor.view(-1, 1).view(torch.uint8).flip(1))
+        monkeypatch.setattr(planes, "_bytes", lambda tensor: tensor.view(torch.uint8).view(-1, 2).flip(1))
     else:
         monkeypatch.setattr(planes, "fold", lambda data, total=None: 1 // 0)
     assert len(LosslessCodec(EmulatedAns()).capabilities()["formats"]) == 1

@@ -24,7 +24,8 @@ def random_tensor(dtype: torch.dtype, shape: list[int], seed: int) -> torch.Tens
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    flat = [t.cpu().contiguous().reshape(-1) for t in (a, b)]
+    # Memory of its own: one element may have any stride, over which torch sees no bytes.
+    flat = [torch.empty(t.numel(), dtype=t.dtype).copy_(t.cpu().reshape(-1)) for t in (a, b)]
     return not a.numel() or torch.equal(*(t.view(torch.uint8) for t in flat))
 
 

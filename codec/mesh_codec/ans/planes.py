@@ -14,15 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mesh_codec.ans.coder import ByteCoder, CoderFactory, check
+from mesh_codec.ans.coder import LARGEST_SUM, ByteCoder, CoderFactory, check
 from mesh_codec.ans.lattice import fold
 from mesh_codec.ans.opened import Opened, current
 from mesh_codec.base import Decoder, Encoded, Encoder, Limits
 from mesh_codec.errors import CodecCorrupt
 from mesh_codec.outliers import MAX_ELEMENTS
-from mesh_codec.payload import Form, flat_bytes, form_of, read_form, tensor_over, whole_number
-
-_LARGEST_SUM = (1 << 62) - 1
+from mesh_codec.payload import Form, byte_view, flat_bytes, form_of, read_form, tensor_over, whole_number
 
 
 def _carried(form: Form) -> bool:
@@ -86,7 +84,7 @@ class PlanesDecoder(Decoder):
 
 def _restored(encoded: Encoded, form: Form, coder: ByteCoder, place: torch.device) -> Tensor:
     frame, below = flat_bytes(encoded.buffers[0], None, "exponents"), encoded.buffers[1]
-    totals = [whole_number(encoded.header, name, _LARGEST_SUM) for name in ("high", "low")]
+    totals = [whole_number(encoded.header, name, LARGEST_SUM) for name in ("high", "low")]
     low = tensor_over(flat_bytes(below, form.elements, "mantissas"), torch.uint8).to(place, non_blocking=True)
     high, checks = coder.expand(frame, form.elements)
     result, seen = torch.empty(form.elements, dtype=form.dtype.torch, device=place), fold(low)
@@ -101,4 +99,4 @@ def _restored(encoded: Encoded, form: Form, coder: ByteCoder, place: torch.devic
 
 def _bytes(tensor: Tensor) -> Tensor:
     """uint8 [elements, 2], the lower byte first; the tensor's own memory."""
-    return tensor.view(-1, 1).view(torch.uint8)
+    return byte_view(tensor).view(-1, 2)
