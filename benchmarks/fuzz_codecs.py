@@ -1,9 +1,9 @@
 """Throw damaged payloads at the decoders: each must give a tensor of the announced form, or a CodecError.
 
 Damage: header values, flipped, cut, added and foreign bytes, frames lost, swapped and replayed, and for the entropy
-and lossless codecs zstandard frames that are well formed with contents that are not. Where there is an NVIDIA GPU, the
-entropy codec is the one that runs there. Every round ends with an intact
-key frame, which must decode. Memory is watched. The first failure is printed with its seed, and the exit code is 1.
+and lossless codecs zstandard frames that are well formed with contents that are not. Where there is an NVIDIA GPU,
+those two are the ones that run there. Every round ends with an intact key frame, which must decode. Memory is watched.
+The first failure is printed with its seed, and the exit code is 1.
 
     python benchmarks/fuzz_codecs.py [--minutes 10] [--codecs raw,lossless,entropy] [--seed 0]
 """

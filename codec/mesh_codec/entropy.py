@@ -26,6 +26,7 @@ from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
 from mesh_codec.base import Codec, Decoder, Encoder, Estimate, Limits, Quality
 from mesh_codec.entropy_streams import EntropyDecoder, EntropyEncoder
 from mesh_codec.errors import CodecUnsupported
+from mesh_codec.formats import shared_format
 from mesh_codec.parallel import new_pool
 
 FORMAT = "step-zstd-2"
@@ -62,15 +63,9 @@ class EntropyCodec(Codec):
             raise CodecUnsupported(
                 f"The entropy codec has no quality {quality!r}.", hint="the raw and lossless codecs are exact"
             )
-        own, formats = self.capabilities()["formats"], peer.get("formats")
-        shared = [f for f in own if f in formats] if isinstance(formats, list | tuple) else []
-        if not shared:
-            raise CodecUnsupported(
-                f"The other end's entropy codec has the formats {str(formats)[:80]}, this end has {', '.join(own)}.",
-                hint="the same version of comfyui-mesh-codec at both ends",
-            )
+        chosen = shared_format(self.name, self.capabilities()["formats"], peer)
         settings = {"step": STEPS[quality], "temporal": True}
-        return settings if shared[0] == FORMAT else settings | {"format": shared[0]}
+        return settings if chosen == FORMAT else settings | {"format": chosen}
 
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
         engine = self._on_device.engine if settings.get("format", FORMAT) != FORMAT else ""

@@ -33,6 +33,7 @@ from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, 
 from mesh_codec.dtypes import DType
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
 from mesh_codec.foreign import named
+from mesh_codec.formats import shared_format
 from mesh_codec.parallel import new_pool
 from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form
 from mesh_codec.symbols import check_frame, expand, squeeze
@@ -61,14 +62,8 @@ class LosslessCodec(Codec):
         return {"formats": [*([self._device_format] if self._works_on_device else []), FORMAT]}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
-        own, formats = self.capabilities()["formats"], peer.get("formats")
-        shared = [f for f in own if f in formats] if isinstance(formats, list | tuple) else []
-        if not shared:
-            raise CodecUnsupported(
-                f"The other end's lossless codec has the formats {str(formats)[:80]}, this end has {', '.join(own)}.",
-                hint="the same version of comfyui-mesh-codec at both ends",
-            )
-        return {} if shared[0] == FORMAT else {"format": shared[0]}
+        chosen = shared_format(self.name, self.capabilities()["formats"], peer)
+        return {} if chosen == FORMAT else {"format": chosen}
 
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
         return Estimate(engine=self._on_device.engine if settings else "")

@@ -1,4 +1,4 @@
-"""Environments with plugins that were built and installed the way that a user's are."""
+"""Environments with plugins that were built and installed the way that a user's are; workers to negotiate with."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.support.negotiating import starting
+from tests.support.workers import ThreadWorker
 
 PLUGINS = Path(__file__).parents[1] / "plugins"
 
@@ -46,3 +49,9 @@ def environment(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         }
 
     return make
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., list[ThreadWorker]]]:
+    with starting(tmp_path) as begin:
+        yield begin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,10 @@ from tests.support.negotiating import (
     plugins_with,
     run,
     shaped,
-    starting,
     state,
     used,
 )
 from tests.support.workers import ThreadWorker, wait_until
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., list[ThreadWorker]]]:
-    with starting(tmp_path) as begin:
-        yield begin
 
 
 def test_a_link_that_slows_down_changes_the_codec_and_not_the_result(tmp_path: Path, start: Any) -> None:

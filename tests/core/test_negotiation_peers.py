@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,9 @@ from tests.support.negotiating import (
     plugins_with,
     run,
     shaped,
-    starting,
     state,
     used,
 )
-from tests.support.workers import ThreadWorker
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., list[ThreadWorker]]]:
-    with starting(tmp_path) as begin:
-        yield begin
 
 
 def test_a_peer_without_the_codec_gets_what_it_has(tmp_path: Path, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:

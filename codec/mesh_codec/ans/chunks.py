@@ -1,4 +1,4 @@
-"""How the coded chunks of one tensor lie in a buffer of the format ``step-ans``.
+"""How the coded chunks of one tensor lie in a buffer of the formats that a `ByteCoder` is part of.
 
 A table of each chunk's bytes (uint32), then the chunks in their order; the table and every chunk are padded with zeros
 to 16 bytes, which is what decoders align to. All chunks stand for `CHUNK` symbols but the last, which has the rest.
@@ -9,6 +9,7 @@ Must not know who codes a chunk.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,8 +36,12 @@ def plain_chunks(symbols: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     return places, np.minimum(symbols - places, CHUNK)
 
 
-def padded(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
+Sizes = TypeVar("Sizes", int, NDArray[np.int64])
+
+
+def padded(sizes: Sizes) -> Sizes:
+    """The next multiples of `ALIGNED`."""
+    return (sizes + (ALIGNED - 1)) & -ALIGNED
 
 
 def table_size(count: int) -> int:
@@ -46,7 +51,7 @@ def table_size(count: int) -> int:
 
 def frame_size(sizes: NDArray[np.int64]) -> int:
     """Bytes of a buffer with chunks of these ``sizes``."""
-    return table_size(len(sizes)) + int(_padded(sizes).sum())
+    return table_size(len(sizes)) + int(padded(sizes).sum())
 
 
 def pack(rooms: Tensor, sizes: Tensor, statuses: Tensor, frame: Tensor) -> None:
@@ -64,7 +69,7 @@ def pack(rooms: Tensor, sizes: Tensor, statuses: Tensor, frame: Tensor) -> None:
     first, room = table_size(len(coded)), len(rooms) // len(coded)
     frame[: frame_size(coded)] = 0
     frame[: 4 * len(coded)] = torch.from_numpy(coded.astype("<u4").view(np.uint8))
-    for number, (end, size) in enumerate(zip(np.cumsum(_padded(coded)), coded, strict=True)):
+    for number, (end, size) in enumerate(zip(np.cumsum(padded(coded)), coded, strict=True)):
         place = first + int(end - padded(size))
         frame[place : place + size] = rooms[number * room : number * room + size]
 
@@ -83,11 +88,7 @@ def read_table(frame: memoryview, symbols: int, room: int) -> tuple[NDArray[np.i
     sizes = np.frombuffer(frame, "<u4", count).astype(np.int64)
     if sizes.min() < 1 or sizes.max() > room:
         raise CodecCorrupt("The table of chunks in a payload is damaged.")
-    taken = _padded(sizes)
+    taken = padded(sizes)
     ends = np.cumsum(taken) + first
     flat_bytes(frame, int(ends[-1]), "symbols")
     return ends - taken, sizes
-
-
-def _padded(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    return (sizes + (ALIGNED - 1)) & -ALIGNED

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from mesh_codec.errors import CodecCorrupt
 
+LARGEST_SUM = (1 << 62) - 1
+"""That a header may announce, see `check`."""
+
 
 class Coding(ABC):
     """Bytes that are being coded on a device."""

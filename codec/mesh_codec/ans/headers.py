@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from mesh_codec.ans.chunks import ALIGNED, padded
 from mesh_codec.errors import CodecCorrupt
 
 PART = 1 << 14
@@ -24,7 +25,7 @@ _BITS = 11
 _STATES = 4 * 32
 """Bytes at the end of a part, of which the rest is words of two."""
 
-_ROW = 16
+_ROW = ALIGNED
 _Numbers = NDArray[np.int64]
 
 
@@ -54,7 +55,7 @@ def _fit(rows: NDArray[np.void], firsts: _Numbers, sizes: _Numbers, symbols: _Nu
         return False
     words = rows[firsts[:, None] + np.arange(length)].view("<u4").reshape(len(firsts), -1)
     taken = words[:, 4:table].astype(np.int64)
-    before_last = (taken[:, :-1] + (_ROW - 1)) & -_ROW
+    before_last = padded(taken[:, :-1])
     frequencies = words.view("<i2")[:, 2 * table : 2 * table + entries]
     return bool(
         (words[:, 0] == symbols).all()

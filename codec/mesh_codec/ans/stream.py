@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesh_codec.ans.coder import ByteCoder, CoderFactory, check
+from mesh_codec.ans.coder import LARGEST_SUM, ByteCoder, CoderFactory, check
 from mesh_codec.ans.lattice import Lattice, measure, put
 from mesh_codec.ans.opened import Opened, current
 from mesh_codec.ans.told import Facts, Told, on_device
@@ -37,8 +37,6 @@ _EVERY = 17
 
 _DRIFT = 1.5
 """Growth or decline of the elements' size, since the key tensor, beyond which the channels are measured anew."""
-
-_LARGEST_SUM = (1 << 62) - 1
 
 
 @dataclass
@@ -159,7 +157,7 @@ class AnsDecoder(Decoder):
         sides, flags, frame, exact = (flat_bytes(b, None, "payload") for b in encoded.buffers)
         data, checks = coder.expand(frame, form.elements)
         # While the device works, the rest is read.
-        total = whole_number(header, "sum", _LARGEST_SUM)
+        total = whole_number(header, "sum", LARGEST_SUM)
         count = whole_number(header, "outliers", form.elements)
         outliers = listed(read_outliers(exact, count, form.dtype.itemsize, form.elements), place)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
