@@ -27,7 +27,7 @@ from mesh_codec import Codec, Decoder, Encoded, Encoder, EntropyCodec
 from mesh_core.bench.codec_pictures import PROMPTS, Pictures
 from mesh_core.bench.codec_rows import Row
 from mesh_core.bench.report import save
-from mesh_core.plugins import installed_plugins
+from mesh_core.builtin import installed_plugins
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny-klein" / "model"
 SIZE, TEXT_TOKENS, MEASURED, LEARNT = 128, 64, 4, 12

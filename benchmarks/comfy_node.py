@@ -59,7 +59,7 @@ def in_script(runner: object, seed: int) -> float:
 
 def main() -> None:
     from mesh_core.bench.report import save
-    from mesh_core.plugins import Plugins
+    from mesh_core.builtin import load_plugins
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -74,7 +74,7 @@ def main() -> None:
             process_worker(models, home=home) as worker,
             comfy_server(installed(), base, home, ROOT, conftest.EXAMPLE / "comfy_nodes") as server,
             torch.inference_mode(),
-            split(models / "tiny-klein.safetensors", ":0", [worker.address], Plugins.load()) as runner,
+            split(models / "tiny-klein.safetensors", ":0", [worker.address], load_plugins()) as runner,
         ):
             pairs = [(in_comfy(server, worker.address, i), in_script(runner, i)) for i in range(STEPS)]
         node, script = (median(column) for column in zip(*pairs[WARM_UP:], strict=True))

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mesh_codec import RawCodec
 from mesh_core.bench.report import save
-from mesh_core.constants import ConstantsBook
-from mesh_core.device import checked_device, synchronise
+from mesh_core.crossing.constants import ConstantsBook
+from mesh_core.system.device import checked_device, synchronise
 
 STEPS, WARM_UP, PASSES = 24, 2, 2
 TEXTS = {"FLUX.2 Klein 4B": 7680, "FLUX.2 Klein 9B": 12288, "FLUX.2 Dev": 15360}

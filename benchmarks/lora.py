@@ -44,10 +44,10 @@ class Bench:
         import torch
         from diffusers import Flux2Transformer2DModel
 
-        from mesh_core.checkpoint import read_header
-        from mesh_core.config import Loras, Settings
-        from mesh_core.library import recognise
-        from mesh_core.plugins import installed_plugins
+        from mesh_core.builtin import installed_plugins
+        from mesh_core.model.checkpoint import read_header
+        from mesh_core.model.library import recognise
+        from mesh_core.system.config import Loras, Settings
 
         self.arguments, self.folder = arguments, folder
         self.settings = Settings(loras=Loras(policy="always-send"))
@@ -86,10 +86,10 @@ class Bench:
     @contextmanager
     def session(self) -> Any:
         """A runner with everything on the worker, and the bytes that this host sent."""
-        from mesh_core.hosts.diffusers import identify
-        from mesh_core.runner import SplitRunner, open_session, place
-        from mesh_core.session import SessionOptions
-        from mesh_core.weights import WeightReader
+        from mesh_core.host.runner import SplitRunner, open_session, place
+        from mesh_core.host.session import SessionOptions
+        from mesh_core.model.weights import WeightReader
+        from mesh_core.programs.diffusers import identify
 
         options = SessionOptions(self.dtype, self.device, settings=self.settings)
         placement = place(self.checkpoint, ":0", [self.address], self.plugins, options, None)
@@ -118,7 +118,7 @@ class Bench:
     def run(self) -> dict[str, Any]:
         import torch
 
-        from mesh_core.device import label
+        from mesh_core.system.device import label
 
         report: dict[str, Any] = {
             "geometry": self.arguments.geometry,
@@ -168,10 +168,10 @@ class Bench:
 
     def undisturbed(self, runner: Any) -> dict[str, Any]:
         """Steps of one session while another host sends a large LoRA."""
-        from mesh_core import fingerprint
-        from mesh_core.config import Settings
-        from mesh_core.loras.desk import send
-        from mesh_core.remote import Remote
+        from mesh_core.host.loras import send
+        from mesh_core.host.remote import Remote
+        from mesh_core.model import fingerprint
+        from mesh_core.system.config import Settings
         from mesh_core.transport.base import Address
 
         lora, structure = self.large(2), fingerprint.structure(self.checkpoint.spec)
@@ -212,7 +212,7 @@ class Bench:
         return {"large_mb": lora.nbytes / 1e6, **found}
 
     def clock(self, work: Any) -> float:
-        from mesh_core.device import synchronise
+        from mesh_core.system.device import synchronise
 
         began = perf_counter()
         work()
@@ -224,7 +224,7 @@ def timed(step: Any, steps: int, device: Any) -> tuple[Any, float]:
     """The last result, and the median milliseconds of a step after two warm-up steps."""
     import torch
 
-    from mesh_core.device import synchronise
+    from mesh_core.system.device import synchronise
 
     times = []
     with torch.no_grad():

@@ -105,11 +105,11 @@ def report_and_save(
 def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, Any]:
     import torch
 
-    from mesh_core.checkpoint import read_header
-    from mesh_core.device import label
-    from mesh_core.hosts.diffusers import identify
-    from mesh_core.library import recognise
-    from mesh_core.plugins import installed_plugins
+    from mesh_core.builtin import installed_plugins
+    from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.library import recognise
+    from mesh_core.programs.diffusers import identify
+    from mesh_core.system.device import label
 
     device, notes = torch.device(arguments.device), {}
     inputs, expected, uncut_ms = uncut(arguments, folder, device)
@@ -174,7 +174,7 @@ def generate(
     """Euler steps from the moment of ``inputs`` to 0: (the states after the last, median milliseconds of a step)."""
     import torch
 
-    from mesh_core.device import synchronise
+    from mesh_core.system.device import synchronise
 
     times, given = [], dict(inputs)
     states = [name for name in ("hidden_states", "audio_hidden_states") if name in inputs]
@@ -298,10 +298,10 @@ def split_row(
 ) -> dict[str, Any]:
     import torch
 
-    from mesh_core.plugins import installed_plugins
-    from mesh_core.runner import SplitRunner, open_session, place
-    from mesh_core.session import SessionOptions
-    from mesh_core.weights import WeightReader
+    from mesh_core.builtin import installed_plugins
+    from mesh_core.host.runner import SplitRunner, open_session, place
+    from mesh_core.host.session import SessionOptions
+    from mesh_core.model.weights import WeightReader
 
     bounds = [*cuts, checkpoint.spec.blocks]
     chosen = [(w, f"{a}:{b}") for w, a, b in zip(workers, bounds, bounds[1:], strict=False)]

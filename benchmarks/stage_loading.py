@@ -97,13 +97,13 @@ def load_span(path: Path, span: str) -> dict[str, Any]:
     """In a fresh process: load one stage on the CPU, and say what it took."""
     import torch
 
-    from mesh_core.checkpoint import read_header
-    from mesh_core.library import recognise
-    from mesh_core.plan import span_bytes
-    from mesh_core.plugins import Plugins
-    from mesh_core.weights import WeightReader
+    from mesh_core.builtin import load_plugins
+    from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.library import recognise
+    from mesh_core.model.plan import span_bytes
+    from mesh_core.model.weights import WeightReader
 
-    checkpoint = recognise(read_header(path), Plugins.load())
+    checkpoint = recognise(read_header(path), load_plugins())
     reader = WeightReader(checkpoint.header)
     where = checkpoint.spec.span(span)
     before, read = psutil.Process().memory_info().rss, _bytes_read()
@@ -143,11 +143,11 @@ def _peak() -> int:
 
 def fingerprint_cost(path: Path) -> dict[str, Any]:
     """In a fresh process: seconds for the fingerprint from the disk, from the system's cache, and remembered."""
-    from mesh_core.checkpoint import read_header
-    from mesh_core.library import recognise
-    from mesh_core.plugins import Plugins
+    from mesh_core.builtin import load_plugins
+    from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.library import recognise
 
-    checkpoint = recognise(read_header(path), Plugins.load())
+    checkpoint = recognise(read_header(path), load_plugins())
     size = sum(t.nbytes for t in checkpoint.header.tensors.values())
     found: dict[str, Any] = {"bytes": size}
     with TemporaryDirectory() as folder:
@@ -160,7 +160,7 @@ def fingerprint_cost(path: Path) -> dict[str, Any]:
 
 def _timed(home: Path, checkpoint: Any) -> float:
     """Seconds for the fingerprint with what is remembered under ``home``."""
-    from mesh_core import fingerprint
+    from mesh_core.model import fingerprint
 
     os.environ["MESH_HOME"] = str(home)
     began = perf_counter()

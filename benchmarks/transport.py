@@ -21,8 +21,8 @@ from time import perf_counter
 
 import zmq
 
-from mesh_core.keys import KeyStore
 from mesh_core.transport.base import Address
+from mesh_core.transport.keys import KeyStore
 from mesh_core.transport.zeromq import ZeroMqTransport
 
 LARGE = 33_554_432

@@ -67,12 +67,12 @@ def main() -> None:
 def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, Any]:
     import torch
 
-    from mesh_core.checkpoint import read_header
-    from mesh_core.device import label
-    from mesh_core.hosts.diffusers import identify
-    from mesh_core.library import recognise
-    from mesh_core.plugins import installed_plugins
-    from mesh_core.spans import BlockSpan
+    from mesh_core.builtin import installed_plugins
+    from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.library import recognise
+    from mesh_core.model.spans import BlockSpan
+    from mesh_core.programs.diffusers import identify
+    from mesh_core.system.device import label
 
     end = monotonic() + arguments.minutes * 60
     here, there = (torch.device(d) for d in arguments.devices)
@@ -157,7 +157,7 @@ def copy_ms(model: Any, pixels: int, batch: int, here: Any, there: Any) -> float
     """Median milliseconds of a copy of the state at a cut from device to device."""
     import torch
 
-    from mesh_core.device import synchronise
+    from mesh_core.system.device import synchronise
 
     tokens = (pixels // 16) ** 2 + random_inputs(model, 16, "cpu")["txt_ids"].shape[0]
     state = torch.randn(batch, tokens, model.inner_dim, device=here).bfloat16()
@@ -175,7 +175,7 @@ def builder(checkpoint: Any, device: Any) -> Callable[[Any], Any]:
     """Makes stages of spans that share their parameters."""
     import torch
 
-    from mesh_core.weights import ParameterPool, WeightReader
+    from mesh_core.model.weights import ParameterPool, WeightReader
 
     pool = ParameterPool()
 
@@ -192,9 +192,9 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     import torch
 
-    from mesh_core.plugins import installed_plugins
-    from mesh_core.runner import SplitRunner, open_session, place
-    from mesh_core.session import SessionOptions
+    from mesh_core.builtin import installed_plugins
+    from mesh_core.host.runner import SplitRunner, open_session, place
+    from mesh_core.host.session import SessionOptions
 
     options, plugins = SessionOptions(torch.bfloat16, device, cell.quality, codec=cell.codec), installed_plugins()
     placement = place(checkpoint, f":{cell.cut}", [worker], plugins, options, None)

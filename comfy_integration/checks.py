@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from mesh_core.adapter import ModelSpec
 from mesh_core.errors import UnsupportedInput
-from mesh_core.hosts.comfy import ComfySide
+from mesh_core.model.spec import ModelSpec
+from mesh_core.programs.comfy import ComfySide
 
 from .shadow import ROOT
 

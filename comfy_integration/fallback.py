@@ -26,8 +26,8 @@ def whole_model(split: Split, current: Any, cause: MeshError) -> Forward:
     Raises:
         PlanDoesNotFit: it does not fit this machine's memory; says why it was wanted.
     """
-    from mesh_core.plan import span_bytes
-    from mesh_core.spans import BlockSpan
+    from mesh_core.model.plan import span_bytes
+    from mesh_core.model.spans import BlockSpan
 
     from .split import KEY, on_model
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from mesh_core.errors import PluginIncompatible
-from mesh_core.hosts.comfy import ComfySide, Expected
+from mesh_core.programs.comfy import ComfySide, Expected
 
 OLDEST = "0.3.75"
 """The oldest ComfyUI that this pack was tried with."""

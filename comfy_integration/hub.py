@@ -17,8 +17,8 @@ from . import guard
 from .status import Statuses
 
 if TYPE_CHECKING:
-    from mesh_core.plugins import Plugins
-    from mesh_core.session import Session
+    from mesh_core.host.session import Session
+    from mesh_core.plugins.registry import Plugins
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Hub:
         """
         if self.message:
             raise PluginIncompatible(self.message)
-        from mesh_core.plugins import installed_plugins
+        from mesh_core.builtin import installed_plugins
 
         return installed_plugins()
 

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from mesh_codec.dtypes import from_safetensors
-from mesh_core import fingerprint
-from mesh_core.adapter import ModelSpec, ParameterSpec
-from mesh_core.checkpoint import read_header
 from mesh_core.errors import CheckpointError, CheckpointUnrecognised
-from mesh_core.hops import Identity
-from mesh_core.hosts.comfy import ComfySide, header_of, recognise_module
-from mesh_core.hosts.diffusers import identify
-from mesh_core.library import Checkpoint, recognise
-from mesh_core.plugins import Plugins
-from mesh_core.weights import WeightReader
+from mesh_core.host.hops import Identity
+from mesh_core.model import fingerprint
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.spec import ModelSpec, ParameterSpec
+from mesh_core.model.weights import WeightReader
+from mesh_core.plugins.registry import Plugins
+from mesh_core.programs.comfy import ComfySide, header_of, recognise_module
+from mesh_core.programs.diffusers import identify
 
 from .shadow import ROOT
 
@@ -114,7 +114,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def _files_like(spec: ModelSpec) -> Iterator[Checkpoint]:
-    from mesh_core.plugins import installed_plugins
+    from mesh_core.builtin import installed_plugins
 
     shapes = {name: p.shape for name, p in spec.parameters.items()}
     for path in _candidates():

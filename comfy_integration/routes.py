@@ -17,13 +17,13 @@ from aiohttp import web
 
 from mesh_codec.errors import CodecError
 from mesh_core.errors import ConfigError, MeshError
-from mesh_core.keys import KeyStore, KnownWorker
+from mesh_core.transport.keys import KeyStore, KnownWorker
 
 from .hub import Hub
 from .workers import choices, label
 
 if TYPE_CHECKING:
-    from mesh_core.remote import Remote
+    from mesh_core.host.remote import Remote
 
 _LONGEST = 2000
 _TEST_WITHIN = 5.0
@@ -45,7 +45,7 @@ def add_routes(routes: web.RouteTableDef, hub: Hub) -> None:
     @routes.post("/mesh/workers")
     @_answers
     async def join(body: dict[str, Any]) -> Any:
-        from mesh_core.invites import accept_invite
+        from mesh_core.transport.invites import accept_invite
 
         invite = _text(body, "invite").removeprefix("mesh join ").strip().strip('"')
         worker = await asyncio.to_thread(accept_invite, invite)
@@ -115,8 +115,8 @@ def _listed() -> list[dict[str, str]]:
 
 @contextmanager
 def _connected(worker: KnownWorker, hub: Hub) -> Iterator[Remote]:
-    from mesh_core.config import Settings
-    from mesh_core.remote import Remote
+    from mesh_core.host.remote import Remote
+    from mesh_core.system.config import Settings
     from mesh_core.transport.base import Address
 
     remote = Remote(Address(f"mesh://{worker.address}"), hub.plugins, Settings.load())
@@ -129,10 +129,9 @@ def _connected(worker: KnownWorker, hub: Hub) -> Iterator[Remote]:
 
 def _loras_of(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
     from mesh_core import wire
-    from mesh_core.remote import next_id
 
     with _connected(worker, hub) as remote:
-        shelved = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=_TEST_WITHIN)
+        shelved = remote.ask(wire.Shelf(wire.next_id()), wire.Shelved, timeout=_TEST_WITHIN)
     return {"loras": [str(item.get("name", "")) for item in shelved.loras]}
 
 

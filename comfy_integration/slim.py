@@ -15,10 +15,10 @@ from comfy import model_detection
 from comfy.patcher_extension import WrappersMP
 
 from mesh_codec.dtypes import from_safetensors
-from mesh_core.checkpoint import CheckpointHeader, read_header
 from mesh_core.errors import CheckpointUnrecognised, PlanError
-from mesh_core.hosts.comfy import side_of
-from mesh_core.library import recognise
+from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.library import recognise
+from mesh_core.programs.comfy import side_of
 
 from .hub import Hub
 from .shadow import shadow

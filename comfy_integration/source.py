@@ -12,14 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mesh_core.adapter import ParameterSpec, Piece
-from mesh_core.hops import Identity
-from mesh_core.hosts.comfy import ComfySide
-from mesh_core.hosts.diffusers import identify
-from mesh_core.library import Checkpoint
-from mesh_core.session import Report
-from mesh_core.spans import BlockSpan
-from mesh_core.weights import WeightReader
+from mesh_core.host.hops import Identity
+from mesh_core.host.session import Report
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import ParameterSpec, Piece
+from mesh_core.model.weights import WeightReader
+from mesh_core.programs.comfy import ComfySide
+from mesh_core.programs.diffusers import identify
 
 from .identity import identities, originals
 from .shadow import ROOT, Weights

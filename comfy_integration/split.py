@@ -17,12 +17,12 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from mesh_core.adapter import Conditioning, ModelSpec, State
-from mesh_core.device import synchronise
 from mesh_core.errors import MeshError, PeerLost, TransportTimeout, Unreachable
-from mesh_core.hosts.comfy import ComfySide
-from mesh_core.library import Checkpoint
-from mesh_core.session import Session
+from mesh_core.host.session import Session
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.spec import Conditioning, ModelSpec, State
+from mesh_core.programs.comfy import ComfySide
+from mesh_core.system.device import synchronise
 
 from . import fallback, loras
 from .checks import refuse_what_cannot_cross

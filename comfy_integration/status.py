@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mesh_core.errors import NotAuthorised
 
 if TYPE_CHECKING:
-    from mesh_core.stats import StepStats
+    from mesh_core.crossing.stats import StepStats
 
 EVENT = "mesh.status"
 _PAUSE = 0.2

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh_core.errors import ConfigError
-from mesh_core.keys import KeyStore, KnownWorker
+from mesh_core.transport.keys import KeyStore, KnownWorker
 
 PASTED = "pasted below"
 """The choice that takes the text field."""
@@ -47,7 +47,7 @@ def address_of(choice: str, pasted: str) -> str:
         )
     if "token=" not in text:
         return text
-    from mesh_core.invites import accept_invite, parse_invite
+    from mesh_core.transport.invites import accept_invite, parse_invite
 
     invite = parse_invite(text)
     known = KeyStore().worker(invite.place.netloc)

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mesh_core.plugins import installed_plugins
+from mesh_core.builtin import installed_plugins
+from tests.support.environments import environment, wheels
 from tests.support.workers import mesh_home
+
+__all__ = ["environment", "wheels"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -44,8 +44,8 @@ if typing.TYPE_CHECKING:
         WireUnsupportedVersion,
     )
     from mesh_core.hookspecs import hookimpl
-    from mesh_core.hosts.diffusers import load_pipeline, split, unsplit
-    from mesh_core.hosts.loras import set_loras
+    from mesh_core.programs.diffusers import load_pipeline, split, unsplit
+    from mesh_core.programs.loras import set_loras
 
 __all__ = [
     "Cancelled",
@@ -90,10 +90,10 @@ __all__ = [
 
 _ELSEWHERE = {
     "hookimpl": "mesh_core.hookspecs",
-    "load_pipeline": "mesh_core.hosts.diffusers",
-    "set_loras": "mesh_core.hosts.loras",
-    "split": "mesh_core.hosts.diffusers",
-    "unsplit": "mesh_core.hosts.diffusers",
+    "load_pipeline": "mesh_core.programs.diffusers",
+    "set_loras": "mesh_core.programs.loras",
+    "split": "mesh_core.programs.diffusers",
+    "unsplit": "mesh_core.programs.diffusers",
 }
 
 

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     import click
 
     from mesh_codec.base import Codec, CodecChoice, Quality
-    from mesh_core.adapter import ModelAdapter, ModelSpec, Role
-    from mesh_core.crossing import Crossing
-    from mesh_core.link import Link
-    from mesh_core.loras.placement import LoraFacts, LoraPlacement
-    from mesh_core.plan import Hop, WorkerInfo
-    from mesh_core.spans import BlockSpan
-    from mesh_core.stats import StepStats
+    from mesh_core.crossing.bandwidth import Link
+    from mesh_core.crossing.cost import Crossing
+    from mesh_core.crossing.stats import StepStats
+    from mesh_core.loras.policy import LoraFacts, LoraPlacement
+    from mesh_core.model.adapter import ModelAdapter
+    from mesh_core.model.plan import Hop, WorkerInfo
+    from mesh_core.model.spans import BlockSpan
+    from mesh_core.model.spec import ModelSpec, Role
     from mesh_core.transport.base import Transport
 
 PROJECT = "mesh"

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, Stage
-from mesh_core.checkpoint import CheckpointHeader, read_header
-from mesh_core.spans import BlockSpan
-from mesh_core.weights import WeightReader
+from mesh_core.model.adapter import ModelAdapter, Stage
+from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import Conditioning, ModelSpec
+from mesh_core.model.weights import WeightReader
 
 
 def check_every_cut(

@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mesh_core.adapter import ModelAdapter
-from mesh_core.checkpoint import read_header
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, UnsupportedInput
+from mesh_core.model import ModelAdapter, read_header
 from mesh_core.testing import check_every_cut, check_reads_only_its_own, check_recognises_without_data
 from mesh_flux2 import Flux2Adapter
 from mesh_klein import KleinAdapter

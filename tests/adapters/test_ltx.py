@@ -10,10 +10,8 @@ import torch
 from diffusers import LTX2VideoTransformer3DModel
 from torch import Tensor
 
-from mesh_core.adapter import Conditioning, ModelSpec, State
-from mesh_core.checkpoint import read_header
 from mesh_core.errors import UnsupportedInput
-from mesh_core.spans import BlockSpan
+from mesh_core.model import BlockSpan, Conditioning, ModelSpec, State, read_header
 from mesh_core.testing import check_every_cut
 from mesh_ltx import LtxAdapter
 from tests.adapters import tiny_ltx

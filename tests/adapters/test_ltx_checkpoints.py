@@ -11,14 +11,12 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
-from mesh_core import fingerprint
-from mesh_core.adapter import Piece
-from mesh_core.checkpoint import read_header
+from mesh_core.builtin import installed_plugins, load_plugins
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, ConfigError
-from mesh_core.library import recognise
 from mesh_core.loras.memory import NamedPatch, lora_from_patches
 from mesh_core.loras.read import read_lora
-from mesh_core.plugins import Plugins, installed_plugins
+from mesh_core.model import Piece, fingerprint, read_header
+from mesh_core.model.library import recognise
 from mesh_core.testing import check_every_cut, check_reads_only_its_own, check_recognises_without_data
 from mesh_ltx import LtxAdapter
 from tests.adapters import tiny_ltx
@@ -189,7 +187,7 @@ def test_a_lora_is_the_same_in_every_naming_and_for_every_layout_of_the_model(tm
     files = [{f"transformer.{k}": v for k, v in ours.items()}, comfyui, kohya]
     ids = set()
     for name in ("folder", "model.safetensors"):
-        checkpoint = checkpoint_at(tmp_path / name, Plugins.load())
+        checkpoint = checkpoint_at(tmp_path / name, load_plugins())
         for number, state in enumerate(files):
             lora = read_lora(loras.save(tmp_path / f"{number}.safetensors", state), checkpoint)
             assert len(lora.patches) == len(ours) // 2 and not lora.unmatched

@@ -12,13 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mesh_core import fingerprint
-from mesh_core.adapter import Conditioning, ModelSpec, State
-from mesh_core.checkpoint import read_header
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import CheckpointUnrecognised, UnsupportedInput
-from mesh_core.hosts.comfy import ComfySide, recognise_module, side_of
-from mesh_core.plugins import Plugins
-from mesh_core.spans import BlockSpan
+from mesh_core.model import BlockSpan, Conditioning, ModelSpec, State, fingerprint, read_header
+from mesh_core.programs.comfy import ComfySide, recognise_module, side_of
 from mesh_ltx import LtxAdapter
 from tests.adapters import comfy_ltx, tiny_ltx
 
@@ -130,10 +127,10 @@ def test_comfyuis_model_is_the_same_model_as_the_folder(rig: Rig, tmp_path: Path
 
 
 def test_the_model_is_recognised_among_all_families(rig: Rig) -> None:
-    checkpoint, side = recognise_module(rig.comfy, Plugins.load())
+    checkpoint, side = recognise_module(rig.comfy, load_plugins())
     assert checkpoint.spec == rig.spec and type(side) is type(SIDE)
     with pytest.raises(CheckpointUnrecognised):
-        recognise_module(nn.Linear(2, 2), Plugins.load())
+        recognise_module(nn.Linear(2, 2), load_plugins())
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import torch
 from diffusers import LTX2VideoTransformer3DModel
 
 from mesh_core import wire
-from mesh_core.plugins import Plugins
-from mesh_core.remote import Remote
-from mesh_core.runner import SplitRunner
+from mesh_core.builtin import load_plugins
+from mesh_core.host.remote import Remote
+from mesh_core.host.runner import SplitRunner
+from mesh_core.plugins.registry import Plugins
 from tests.adapters import tiny_ltx
 from tests.support.splitting import split
 from tests.support.workers import ThreadWorker, thread_workers
@@ -49,7 +50,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     path = tmp_path_factory.mktemp("models") / "ltx"
     model = tiny_ltx.transformer("2.3", dtype=torch.bfloat16)
     model.save_pretrained(path)
-    plugins = Plugins.load()
+    plugins = load_plugins()
     with thread_workers(path.parent, 2, "mesh", plugins=plugins) as workers:
         yield Rig(path, model, plugins, workers)
 

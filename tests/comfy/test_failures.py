@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mesh_core.keys import KeyStore, KnownWorker
 from mesh_core.transport.curve import new_key_pair
+from mesh_core.transport.keys import KeyStore, KnownWorker
 from tests.comfy import graphs
 from tests.comfy.server import RunFailed, Server
 from tests.support.workers import ProcessWorker, process_worker, wait_until

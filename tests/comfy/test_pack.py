@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mesh_core.hosts.comfy import Expected
+from mesh_core.programs.comfy import Expected
 from tests.comfy.install import ComfyUI
 from tests.comfy.server import ROOT, Server
 
@@ -103,7 +103,7 @@ def test_start_up_waits_for_nothing_slow(comfy: ComfyUI, server: Server) -> None
     """What ComfyUI imports when it starts; sessions, sockets and adapters are imported when a node or the page asks."""
     code = (
         "import sys, torch; from comfy_integration import guard, hub, routes, status, workers;"
-        "print([m for m in ('zmq', 'diffusers', 'mesh_core.session', 'mesh_flux2') if m in sys.modules])"
+        "print([m for m in ('zmq', 'diffusers', 'mesh_core.host.session', 'mesh_flux2') if m in sys.modules])"
     )
     done = subprocess.run([str(comfy.python), "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"

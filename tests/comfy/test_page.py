@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from mesh_core.invites import create_invite
-from mesh_core.keys import KeyStore, KnownWorker
 from mesh_core.transport.curve import new_key_pair
+from mesh_core.transport.invites import create_invite
+from mesh_core.transport.keys import KeyStore, KnownWorker
 from tests.comfy.server import ROOT, Server
 from tests.support.workers import ProcessWorker, mesh_home, process_worker, wait_until
 

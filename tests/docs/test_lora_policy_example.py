@@ -16,12 +16,13 @@ EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "lora-policy"
 
 ASK = """
 import json
-from mesh_core.loras.placement import LoraFacts
-from mesh_core.plan import WorkerInfo
-from mesh_core.plugins import Plugins
-from mesh_core.spans import BlockSpan
+from mesh_core.loras.policy import LoraFacts
+from mesh_core.model.plan import WorkerInfo
+from mesh_core.builtin import load_plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.model.spans import BlockSpan
 
-plugins = Plugins.load()
+plugins = load_plugins()
 facts = {held: LoraFacts("turbo", "0" * 64, 1 << 40, 1 << 40, held, "default", 1) for held in (False, True)}
 answers = [
     plugins.hook.mesh_place_lora(lora=facts[held], stage=BlockSpan(0, 4), worker=WorkerInfo(worker)).action

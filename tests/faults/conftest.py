@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from mesh_core.config import Deadlines, Heartbeat, Settings, Worker
-from mesh_core.plugins import Plugins
+from mesh_core.builtin import load_plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Deadlines, Heartbeat, Settings, Worker
 from tests.adapters import tiny
 from tests.faults.processes import FastWorker, slow_model, workers
 
@@ -38,7 +39,7 @@ class Case:
 
 @pytest.fixture(scope="session")
 def plugins() -> Plugins:
-    return Plugins.load()
+    return load_plugins()
 
 
 @pytest.fixture(scope="session")

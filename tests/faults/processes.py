@@ -20,10 +20,10 @@ import diffusers  # noqa: F401  (the time that adapters would take to import it)
 import psutil
 import torch
 
-from mesh_core.config import Settings
-from mesh_core.keys import KeyStore
-from mesh_core.plugins import Plugins
-from mesh_core.worker import Worker, WorkerOptions
+from mesh_core.builtin import load_plugins
+from mesh_core.system.config import Settings
+from mesh_core.transport.keys import KeyStore
+from mesh_core.worker.server import Worker, WorkerOptions
 from tests.adapters import tiny
 from tests.support.splitting import split
 from tests.support.workers import wait_until
@@ -144,7 +144,7 @@ def _prepare(home: str) -> None:
 def _serve(folder: Path, name: str, settings: Settings, memory: int, port: int, home: str, ready: Any) -> None:
     _prepare(home)
     logging.disable(logging.ERROR)
-    plugins = Plugins.load()
+    plugins = load_plugins()
     end = monotonic() + 10
     while True:
         try:
@@ -166,7 +166,7 @@ def _generate(
 ) -> None:
     _prepare(home)
     logging.disable(logging.ERROR)
-    with split(model, ":0", [address], Plugins.load(), settings=settings) as runner:
+    with split(model, ":0", [address], load_plugins(), settings=settings) as runner:
         ready.set()
         while True:
             output = runner(inputs)

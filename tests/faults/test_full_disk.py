@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mesh_core.invites import create_invite
-from mesh_core.keys import KeyStore
-from mesh_core.plugins import Plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.transport.invites import create_invite
+from mesh_core.transport.keys import KeyStore
 from tests.faults.conftest import IMPATIENT, Case
 from tests.faults.processes import workers
 from tests.support.splitting import split

@@ -20,14 +20,14 @@ import torch
 from mesh_codec.errors import CodecCorrupt
 from mesh_core import wire
 from mesh_core.errors import WireMalformed, WireTooLarge
-from mesh_core.failure import rebuild
-from mesh_core.hosted import QUOTA
-from mesh_core.invites import accept_invite, create_invite
-from mesh_core.keys import KeyStore
-from mesh_core.plugins import Plugins
-from mesh_core.remote import Remote, next_id
+from mesh_core.host.remote import Remote
+from mesh_core.plugins.registry import Plugins
 from mesh_core.transport.base import Address
+from mesh_core.transport.invites import accept_invite, create_invite
+from mesh_core.transport.keys import KeyStore
 from mesh_core.transport.zeromq import ZeroMqTransport
+from mesh_core.wire.failure import rebuild
+from mesh_core.worker.session import QUOTA
 from tests.faults.conftest import IMPATIENT, TALKATIVE, Case
 from tests.faults.mutations import Mutator
 from tests.faults.processes import FastWorker
@@ -54,8 +54,8 @@ def recorded(quick: Case, steady: FastWorker, plugins: Plugins) -> list[list[byt
             runner(quick.inputs)
             runner(quick.inputs)
             (remote,) = runner.session.remotes if runner.session else ()
-            remote.ask(wire.Ping(next_id(), remote.session), wire.Pong, timeout=5)
-            remote.tell(wire.Cancel(next_id(), remote.session, 1))
+            remote.ask(wire.Ping(wire.next_id(), remote.session), wire.Pong, timeout=5)
+            remote.tell(wire.Cancel(wire.next_id(), remote.session, 1))
     return sent
 
 
@@ -106,7 +106,7 @@ def drain(remote: Remote) -> int:
 
 def all_is_read(remote: Remote) -> int:
     """Return once the worker has read all that was sent, and still answers; how many answers came before."""
-    ping, count = wire.Ping(next_id(), b""), 0
+    ping, count = wire.Ping(wire.next_id(), b""), 0
     remote.tell(ping)
     while (frames := remote.channel.receive(30)) is not None:
         message, _ = wire.unpack(frames)
@@ -222,7 +222,7 @@ def test_a_lie_is_refused_by_name(
 
 
 def _is_open(remote: Remote, session: bytes) -> bool:
-    remote.tell(wire.Ping(next_id(), session))
+    remote.tell(wire.Ping(wire.next_id(), session))
     frames = remote.channel.receive(5)
     while frames is not None:
         answer, _ = wire.unpack(frames)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from mesh_core.config import Deadlines, Worker
 from mesh_core.errors import PlanDoesNotFit, TransportTimeout
-from mesh_core.plugins import Plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Deadlines, Worker
 from tests.adapters import tiny
 from tests.faults.conftest import IMPATIENT, Case
 from tests.faults.processes import FastWorker, LoneHost, slow_model, workers

@@ -13,9 +13,9 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 
-from mesh_core.config import Deadlines, Settings
 from mesh_core.errors import PeerLost, Unreachable
-from mesh_core.plugins import Plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Deadlines, Settings
 from tests.adapters import tiny
 from tests.faults.conftest import IMPATIENT, Case
 from tests.faults.processes import workers

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mesh_core import wire
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import (
     CheckpointMismatch,
     NotAuthorised,
@@ -23,11 +24,11 @@ from mesh_core.errors import (
     WireMalformed,
     WireUnsupportedVersion,
 )
-from mesh_core.invites import create_invite
-from mesh_core.keys import KeyStore
-from mesh_core.plugins import Plugins
-from mesh_core.remote import Remote, next_id
+from mesh_core.host.remote import Remote
+from mesh_core.plugins.registry import Plugins
 from mesh_core.transport.base import Address
+from mesh_core.transport.invites import create_invite
+from mesh_core.transport.keys import KeyStore
 from tests.faults.conftest import IMPATIENT, Case
 from tests.faults.processes import FastWorker, slow_model
 from tests.support.splitting import split
@@ -67,7 +68,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 def test_a_stranger_is_refused(steady: FastWorker, tmp_path: Path) -> None:
     server_key = KeyStore().identity().server.public
     with mesh_home(tmp_path):
-        stranger = Remote(Address(steady.address, server_key), Plugins.load(), IMPATIENT)
+        stranger = Remote(Address(steady.address, server_key), load_plugins(), IMPATIENT)
         with pytest.raises(NotAuthorised, match="does not accept this key") as caught:
             stranger.connect()
     assert "mesh join" in caught.value.hint
@@ -76,7 +77,7 @@ def test_a_stranger_is_refused(steady: FastWorker, tmp_path: Path) -> None:
 def test_a_worker_with_another_key_than_the_known_one(steady: FastWorker, tmp_path: Path) -> None:
     with mesh_home(tmp_path), pytest.raises(NotAuthorised, match="another key") as caught:
         # A user who never joined expects its own worker at an address of this machine.
-        Remote(Address(steady.address), Plugins.load(), IMPATIENT).connect()
+        Remote(Address(steady.address), load_plugins(), IMPATIENT).connect()
     assert "mesh keys forget" in caught.value.hint
 
 
@@ -105,7 +106,7 @@ def test_revoking_a_key_ends_a_session_at_its_next_step(
     owner = Path(os.environ["MESH_HOME"])
     assert cli("join", str(create_invite(steady.address)), "--name", "guest", home=tmp_path).returncode == 0
     with mesh_home(tmp_path):
-        plugins = Plugins.load()
+        plugins = load_plugins()
         with split(quick.path, ":1", [steady.address], plugins, settings=IMPATIENT) as runner:
             assert torch.equal(runner(quick.inputs), quick.expected)
             assert cli("keys", "revoke", "guest", home=owner).returncode == 0
@@ -155,7 +156,7 @@ def test_a_model_of_other_shapes(steady: FastWorker, plugins: Plugins, tmp_path:
 
 def request(quick: Case, plugins: Plugins, **changes: object) -> wire.Open:
     """A proper request to open the whole model, with some fields changed."""
-    from mesh_core.hosts.diffusers import identify
+    from mesh_core.programs.diffusers import identify
     from tests.support.splitting import checkpoint_at
 
     checkpoint = checkpoint_at(quick.path, plugins)
@@ -174,7 +175,7 @@ def request(quick: Case, plugins: Plugins, **changes: object) -> wire.Open:
         "next": None,
         "options": {},
     }
-    return wire.Open(next_id(), **{**fields, **changes})  # type: ignore[arg-type]
+    return wire.Open(wire.next_id(), **{**fields, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -205,11 +206,11 @@ def test_a_session_belongs_to_the_host_that_opened_it(
     remote.ask(request(quick, plugins, session=b"m" * 16), wire.Opened, timeout=20)
     assert cli("join", str(create_invite(steady.address)), home=tmp_path).returncode == 0
     with mesh_home(tmp_path):
-        other = Remote(Address(steady.address), Plugins.load(), IMPATIENT)
+        other = Remote(Address(steady.address), load_plugins(), IMPATIENT)
         other.connect()
         with pytest.raises(SessionUnknown):
-            other.ask(wire.Ping(next_id(), b"m" * 16), wire.Pong, timeout=5)
+            other.ask(wire.Ping(wire.next_id(), b"m" * 16), wire.Pong, timeout=5)
         with pytest.raises(SessionUnknown):
             other.ask(request(quick, plugins, session=b"m" * 16), wire.Opened, timeout=20)
         other.close()
-    assert remote.ask(wire.Ping(next_id(), b"m" * 16), wire.Pong, timeout=5)
+    assert remote.ask(wire.Ping(wire.next_id(), b"m" * 16), wire.Pong, timeout=5)

@@ -11,8 +11,8 @@ from time import sleep
 
 import torch
 
-from mesh_core.config import Heartbeat
-from mesh_core.plugins import Plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Heartbeat
 from tests.faults.conftest import IMPATIENT, Case
 from tests.faults.processes import FastWorker
 from tests.support.splitting import split

@@ -13,13 +13,13 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraError, LoraUnmatched, UnsupportedInput
-from mesh_core.library import Checkpoint
 from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.memory import NamedPatch, from_comfy_weights, lora_from_patches
 from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import lora_of_state, read_lora
-from mesh_core.plugins import Plugins
+from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny
 from tests.support import loras
 from tests.support.splitting import checkpoint_at
@@ -76,7 +76,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     folder = tmp_path_factory.mktemp("formats")
     model = tiny.transformer(guidance=False)
     model.save_pretrained(folder / "klein")
-    yield Rig(checkpoint_at(folder / "klein", Plugins.load()), model, folder)
+    yield Rig(checkpoint_at(folder / "klein", load_plugins()), model, folder)
 
 
 def weights(model: nn.Module) -> State:

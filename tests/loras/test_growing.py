@@ -14,13 +14,13 @@ import pytest
 import torch
 from blake3 import blake3
 
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraError
-from mesh_core.library import Checkpoint
-from mesh_core.loras import desk
+from mesh_core.host import loras as desk
 from mesh_core.loras.part import Part, read_part
 from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import lora_of_state
-from mesh_core.plugins import Plugins
+from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny
 from tests.support import loras
 from tests.support.inbox import STEP, Inbox, flipped
@@ -35,7 +35,7 @@ PIECE = 64
 def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("models") / "klein"
     tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, Plugins.load())
+    return checkpoint_at(path, load_plugins())
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_head_that_lies_about_hashes_gains_nothing(inbox: Inbox, lie: Callable
 @pytest.mark.parametrize("scheme", ["inproc", "mesh"])
 def test_a_span_that_grows(model: Checkpoint, tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk, "CHUNK", PIECE)
-    plugins, lora, inputs = Plugins.load(), make(model), tiny.inputs(guidance=False)
+    plugins, lora, inputs = load_plugins(), make(model), tiny.inputs(guidance=False)
     path = model.header.path
     with mesh_home(tmp_path / "home"), thread_workers(path, 1, scheme, plugins=plugins) as (worker,):
         seen = []

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from mesh_core.config import Loras
-from mesh_core.loras.placement import POLICIES, DefaultLoraPlacement, LoraFacts
-from mesh_core.plan import WorkerInfo
-from mesh_core.spans import BlockSpan
+from mesh_core.builtin.lora_policy import DefaultLoraPlacement
+from mesh_core.loras.policy import POLICIES, LoraFacts
+from mesh_core.model.plan import WorkerInfo
+from mesh_core.model.spans import BlockSpan
+from mesh_core.system.config import Loras
 
 FACTS = LoraFacts("turbo", "0" * 64, 50 << 20, 100 << 20, False, "default", 64 << 20)
 LARGE = replace(FACTS, nbytes=65 << 20)

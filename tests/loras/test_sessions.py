@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from mesh_core import wire
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import PlanDoesNotFit
-from mesh_core.library import Checkpoint
 from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import read_lora
-from mesh_core.plan import span_bytes
-from mesh_core.plugins import Plugins
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.plan import span_bytes
+from mesh_core.plugins.registry import Plugins
 from tests.adapters import tiny
 from tests.support import loras
 from tests.support.splitting import checkpoint_at, split
@@ -51,7 +52,7 @@ def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("models")
     model = tiny.transformer(guidance=False)
     model.save_pretrained(folder / "klein")
-    plugins = Plugins.load()
+    plugins = load_plugins()
     checkpoint = checkpoint_at(folder / "klein", plugins)
     shapes = loras.modules(model)
     ink = loras.save(folder / "host" / "ink.safetensors", loras.peft(shapes))

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraMissing
-from mesh_core.library import Checkpoint
-from mesh_core.loras.desk import Borrowed
+from mesh_core.host.loras import Borrowed
+from mesh_core.loras.library import Shelf
 from mesh_core.loras.patch import Applied
 from mesh_core.loras.read import read_lora
-from mesh_core.loras.shelf import Shelf
-from mesh_core.plugins import Plugins
-from mesh_core.worker import Worker, WorkerOptions
+from mesh_core.model.library import Checkpoint
+from mesh_core.worker.server import Worker, WorkerOptions
 from tests.adapters import tiny
 from tests.support import loras
 from tests.support.splitting import checkpoint_at, split
@@ -27,7 +27,7 @@ from tests.support.workers import ThreadWorker, mesh_home
 def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("models") / "klein"
     tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, Plugins.load())
+    return checkpoint_at(path, load_plugins())
 
 
 def save(path: Path, model: Checkpoint, seed: int = 0, **metadata: str) -> Path:
@@ -104,7 +104,7 @@ def test_a_changed_file_is_another_lora(folder: Path, tmp_path: Path, model: Che
 def test_what_lies_in_the_workers_folder_is_never_sent_and_can_be_named(
     folder: Path, tmp_path: Path, model: Checkpoint
 ) -> None:
-    plugins, inputs = Plugins.load(), tiny.inputs(guidance=False)
+    plugins, inputs = load_plugins(), tiny.inputs(guidance=False)
 
     class WithFolder(ThreadWorker):
         def _start(self) -> None:

@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mesh_core import fingerprint, wire
-from mesh_core.config import Loras, Settings
+from mesh_core import wire
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import CheckpointMismatch, LoraError, LoraMissing, LoraTooLarge, WireMalformed
-from mesh_core.library import Checkpoint
-from mesh_core.loras import desk
+from mesh_core.host import loras as desk
+from mesh_core.host.remote import Remote
 from mesh_core.loras.part import Part, read_part
 from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import lora_of_state, read_lora
-from mesh_core.plugins import Plugins
-from mesh_core.remote import Remote, next_id
+from mesh_core.model import fingerprint
+from mesh_core.model.library import Checkpoint
+from mesh_core.system.config import Loras, Settings
 from mesh_core.transport.base import Address
 from tests.adapters import tiny
 from tests.faults.processes import FastWorker
@@ -36,7 +37,7 @@ from tests.support.workers import mesh_home, thread_workers
 def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("models") / "klein"
     tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, Plugins.load())
+    return checkpoint_at(path, load_plugins())
 
 
 def make(model: Checkpoint, seed: int = 0, rank: int = 3) -> Lora:
@@ -224,7 +225,7 @@ def worker(model: Checkpoint, tmp_path: Path) -> Iterator[FastWorker]:
 
 
 def remote_of(worker: FastWorker) -> Remote:
-    remote = Remote(Address(worker.address), Plugins.load(), Settings())
+    remote = Remote(Address(worker.address), load_plugins(), Settings())
     remote.connect()
     return remote
 
@@ -259,7 +260,7 @@ def test_a_worker_that_is_killed_in_the_middle_and_a_transfer_that_is_cancelled(
     sent = desk.send(remote, lora, structure, Settings(), None)
     assert sent == size - stopped[0] < size - 4 * STEP
     assert desk.send(remote, lora, structure, Settings(), None) == 0
-    listed = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=20).loras
+    listed = remote.ask(wire.Shelf(wire.next_id()), wire.Shelved, timeout=20).loras
     assert [x["id"] for x in listed] == [lora.id]
     with pytest.raises(CheckpointMismatch):
         desk.send(remote, make(model, seed=3), "0" * 64, Settings(), None)
@@ -268,7 +269,7 @@ def test_a_worker_that_is_killed_in_the_middle_and_a_transfer_that_is_cancelled(
 
 def test_steps_of_another_session_go_on_during_a_transfer(model: Checkpoint, tmp_path: Path) -> None:
     """How fast they go on is measured in benchmarks/lora.py."""
-    plugins = Plugins.load()
+    plugins = load_plugins()
     inputs = tiny.inputs(guidance=False)
     with mesh_home(tmp_path / "home"), thread_workers(model.header.path, 1, "mesh", plugins=plugins) as (w0,):
         with split(model.header.path, ":1", [w0], plugins) as run:
@@ -294,7 +295,7 @@ def test_steps_of_another_session_go_on_during_a_transfer(model: Checkpoint, tmp
 
 
 def test_what_is_large_is_refused_with_the_two_ways_out_and_sent_when_asked(model: Checkpoint, tmp_path: Path) -> None:
-    plugins, lora = Plugins.load(), make(model)
+    plugins, lora = load_plugins(), make(model)
     settings = Settings(loras=Loras(largest_sent=100))
     with mesh_home(tmp_path / "home"), thread_workers(model.header.path, 1, plugins=plugins) as (w0,):
         with split(model.header.path, ":0", [w0], plugins, settings=settings) as run:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraError
-from mesh_core.library import Checkpoint
 from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.patch import Applied
 from mesh_core.loras.read import read_lora
-from mesh_core.plugins import Plugins
+from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny
 from tests.support import loras
 from tests.support.loras import randn
@@ -52,7 +52,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     folder = tmp_path_factory.mktemp("tucker")
     model = tiny.transformer(guidance=False)
     model.save_pretrained(folder / "klein")
-    yield Rig(checkpoint_at(folder / "klein", Plugins.load()), model, folder)
+    yield Rig(checkpoint_at(folder / "klein", load_plugins()), model, folder)
 
 
 def mid(rows: int, columns: int, one: tuple[int, ...]) -> tuple[State, Tensor]:

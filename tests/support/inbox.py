@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mesh_core import fingerprint, wire
-from mesh_core.library import Checkpoint
+from mesh_core import wire
+from mesh_core.loras.library import Shelf
 from mesh_core.loras.part import Part
 from mesh_core.loras.patch import Lora
-from mesh_core.loras.receive import Receiver
-from mesh_core.loras.shelf import Shelf
+from mesh_core.model import fingerprint
+from mesh_core.model.library import Checkpoint
+from mesh_core.worker.lora_upload import Receiver
 
 STEP = 1000
 """Bytes of a chunk in these tests."""

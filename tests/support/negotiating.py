@@ -18,20 +18,21 @@ from torch import Tensor
 from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.raw import RawCodec
-from mesh_core import fingerprint
-from mesh_core.adapter import Conditioning
 from mesh_core.bench import processes
 from mesh_core.bench.shaper import Shaper
 from mesh_core.bench.through import ThroughModel
-from mesh_core.checkpoint import read_header
-from mesh_core.config import Settings
+from mesh_core.builtin import builtin_plugins
 from mesh_core.hookspecs import ENTRY_POINT_GROUP, hookimpl
-from mesh_core.hops import Identity
-from mesh_core.library import recognise
-from mesh_core.plugins import Plugins
-from mesh_core.remote import Remote
-from mesh_core.session import Session, SessionOptions
-from mesh_core.spans import BlockSpan
+from mesh_core.host.hops import Identity
+from mesh_core.host.remote import Remote
+from mesh_core.host.session import Session, SessionOptions
+from mesh_core.model import fingerprint
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import recognise
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import Conditioning
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Settings
 from mesh_core.transport.base import Address
 from tests.support.workers import ThreadWorker, thread_workers
 
@@ -90,7 +91,7 @@ class Brings:
 def plugins_with(*extra: object, standard: bool = True) -> Plugins:
     """The benchmark's plugins and ``extra`` ones; without this project's codecs where they are not ``standard``."""
     through = EntryPoint("through", "mesh_core.bench.through", ENTRY_POINT_GROUP)
-    made = processes.plugins() if standard else Plugins([through])
+    made = processes.plugins() if standard else Plugins(builtin_plugins(), [through])
     for plugin in extra:
         name = type(plugin).__name__
         made._manager.register(plugin, name)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mesh_core.adapter import ModelSpec, ParameterSpec, Piece
-from mesh_core.spans import BlockSpan
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import ModelSpec, ParameterSpec, Piece
 
 
 def spec(sizes: Sequence[int], *, shared: int = 0, edges: int = 0, dtype: str = "BF16") -> ModelSpec:

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from mesh_codec.base import Quality
-from mesh_core.checkpoint import read_header
-from mesh_core.config import Settings
-from mesh_core.hosts.diffusers import identify
-from mesh_core.library import Checkpoint, recognise
-from mesh_core.plugins import Plugins
-from mesh_core.runner import SplitRunner, Workers, open_session, place
-from mesh_core.session import Report, SessionOptions
-from mesh_core.weights import WeightReader
+from mesh_core.host.runner import SplitRunner, Workers, open_session, place
+from mesh_core.host.session import Report, SessionOptions
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.weights import WeightReader
+from mesh_core.plugins.registry import Plugins
+from mesh_core.programs.diffusers import identify
+from mesh_core.system.config import Settings
 from tests.support.workers import ThreadWorker
 
 

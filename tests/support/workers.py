@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 
-from mesh_core.config import Settings
+from mesh_core.builtin import load_plugins
 from mesh_core.errors import TransportError
-from mesh_core.keys import KeyStore
-from mesh_core.plugins import Plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Settings
 from mesh_core.transport.base import Listener
-from mesh_core.worker import Worker, WorkerOptions
+from mesh_core.transport.keys import KeyStore
+from mesh_core.worker.server import Worker, WorkerOptions
 
 ANY = {"mesh": "mesh://127.0.0.1:0", "inproc": "inproc://"}
 """Addresses at which the system chooses the rest."""
@@ -112,7 +113,7 @@ def thread_workers(
     """``n`` workers over the checkpoints in ``folder``; MESH_HOME must be set. Hosts must use the same ``plugins``
     when the scheme is ``inproc``."""
     roots = (folder,) if isinstance(folder, Path) else tuple(folder)
-    plugins = plugins or Plugins.load()
+    plugins = plugins or load_plugins()
     workers: list[ThreadWorker] = []
     try:
         for i in range(n):

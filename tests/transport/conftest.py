@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mesh_core.keys import KeyStore
 from mesh_core.transport.base import Address, Channel, Frame, Listener, Peer, Transport
 from mesh_core.transport.inproc import InprocTransport
+from mesh_core.transport.keys import KeyStore
 from mesh_core.transport.zeromq import ZeroMqTransport
 
 Answer = Callable[[Listener, Peer, list[memoryview]], None]

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from mesh_core import wire
 from mesh_core.errors import ConfigError, NotAuthorised
-from mesh_core.invites import Invite, accept_invite, advertised, create_invite, parse_invite
 from mesh_core.transport.address import Place
 from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.curve import new_key_pair
+from mesh_core.transport.invites import Invite, accept_invite, advertised, create_invite, parse_invite
 
 from .conftest import Bench, Serving, ask
 

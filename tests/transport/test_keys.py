@@ -14,13 +14,13 @@ from time import time
 import pytest
 
 from mesh_core.errors import ConfigError, NotAuthorised
-from mesh_core.keys import KeyStore, KnownWorker
 from mesh_core.transport.curve import from_url_text, new_key_pair, public_of, url_text
+from mesh_core.transport.keys import KeyStore, KnownWorker
 
 OWN_KEY = """
 import sys
 from pathlib import Path
-from mesh_core.keys import KeyStore
+from mesh_core.transport.keys import KeyStore
 sys.stdin.readline()
 identity = KeyStore(Path(sys.argv[1])).identity()
 print(identity.client.public, identity.server.secret)

@@ -15,9 +15,9 @@ import pytest
 import zmq
 
 from mesh_core.errors import ConfigError, NotAuthorised, PeerLost, TransportError, Unreachable
-from mesh_core.keys import KnownWorker
 from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.curve import new_key_pair
+from mesh_core.transport.keys import KnownWorker
 from mesh_core.transport.zeromq import ZeroMqTransport
 from mesh_core.wire import Limits
 
@@ -271,7 +271,7 @@ def test_too_many_frames_are_cut_short_but_not_hidden(bench: Bench) -> None:
 WORKER = """
 import sys
 from pathlib import Path
-from mesh_core.keys import KeyStore
+from mesh_core.transport.keys import KeyStore
 from mesh_core.transport.zeromq import ZeroMqTransport
 listener = ZeroMqTransport(KeyStore(Path(sys.argv[1]))).listen("mesh://127.0.0.1:0")
 print(listener.address, flush=True)

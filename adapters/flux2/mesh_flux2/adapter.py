@@ -12,11 +12,20 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Piece, Role, State
-from mesh_core.adapting import describe_parameters, full_config, unusual_strides
-from mesh_core.checkpoint import CheckpointHeader, TensorInfo
 from mesh_core.errors import CheckpointCorrupt, UnsupportedInput
-from mesh_core.spans import BlockSpan
+from mesh_core.model import (
+    BlockSpan,
+    CheckpointHeader,
+    Conditioning,
+    ModelAdapter,
+    ModelSpec,
+    ParameterSpec,
+    Piece,
+    Role,
+    State,
+    TensorInfo,
+)
+from mesh_core.model.adapting import describe_parameters, full_config, unusual_strides
 from mesh_flux2.layout import find_mark, layouts, pieces_of
 from mesh_flux2.stage import Flux2Stage
 

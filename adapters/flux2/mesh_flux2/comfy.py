@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from comfy.ldm.flux.layers import timestep_embedding
 from torch import Tensor
 
-from mesh_core.adapter import Conditioning, ModelSpec, State
 from mesh_core.errors import UnsupportedInput
-from mesh_core.hosts.comfy import ComfySide, Expected, HandOver, RemotePart, hand_over_at, intercepted
+from mesh_core.model import Conditioning, ModelSpec, State
+from mesh_core.programs.comfy import ComfySide, Expected, HandOver, RemotePart, hand_over_at, intercepted
 
 _MODEL = "comfy.ldm.flux.model"
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from mesh_core.adapter import Piece
-from mesh_core.checkpoint import TensorInfo
+from mesh_core.model import Piece, TensorInfo
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 MARK_DIFFUSERS = "single_stream_modulation.linear.weight"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mesh_core.adapter import ModelAdapter
 from mesh_core.hookspecs import hookimpl
+from mesh_core.model import ModelAdapter
 
 
 @hookimpl

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, Stage, State
-from mesh_core.adapting import as_it_was
+from mesh_core.model import Conditioning, Stage, State
+from mesh_core.model.adapting import as_it_was
 
 
 class Flux2Stage(Stage):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mesh_core.checkpoint import CheckpointHeader
+from mesh_core.model import CheckpointHeader
 from mesh_flux2.adapter import Flux2Adapter, Variant
 
 _DISTILLED = {"num_inference_steps": 4, "guidance_scale": 1.0}

@@ -7,11 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, Piece, Role, State
-from mesh_core.adapting import describe_parameters, full_config
-from mesh_core.checkpoint import CheckpointHeader
 from mesh_core.errors import CheckpointCorrupt, ConfigError
-from mesh_core.spans import BlockSpan
+from mesh_core.model import BlockSpan, CheckpointHeader, Conditioning, ModelAdapter, ModelSpec, Piece, Role, State
+from mesh_core.model.adapting import describe_parameters, full_config
 from mesh_ltx.inputs import CONSTANTS, begin
 from mesh_ltx.layout import config_from_metadata, find_layout, pieces_of, refuse_video_only
 from mesh_ltx.stage import LtxStage

@@ -17,10 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, ModelSpec, State
-from mesh_core.checkpoint import CheckpointHeader
 from mesh_core.errors import UnsupportedInput
-from mesh_core.hosts.comfy import ComfySide, Expected, RemotePart, intercepted
+from mesh_core.model import CheckpointHeader, Conditioning, ModelSpec, State
+from mesh_core.programs.comfy import ComfySide, Expected, RemotePart, intercepted
 from mesh_ltx.times import compact
 
 _MODULE = "comfy.ldm.lightricks.av_model"

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mesh_core.adapter import Conditioning, ModelSpec, State
-from mesh_core.adapting import unusual_strides
 from mesh_core.errors import UnsupportedInput
+from mesh_core.model import Conditioning, ModelSpec, State
+from mesh_core.model.adapting import unusual_strides
 from mesh_ltx.times import SUFFIX, compact
 
 CONSTANTS: Mapping[str, bool] = {

@@ -11,9 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mesh_core.adapter import Piece
-from mesh_core.checkpoint import CheckpointHeader, TensorInfo
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.model import CheckpointHeader, Piece, TensorInfo
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 _MARKS = {

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, Stage, State
-from mesh_core.adapting import as_it_was
 from mesh_core.errors import UnsupportedInput
+from mesh_core.model import Conditioning, Stage, State
+from mesh_core.model.adapting import as_it_was
 from mesh_ltx.times import SUFFIX, spread
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 
 from mesh_core import hookimpl
-from mesh_core.loras.placement import LoraFacts, LoraPlacement
-from mesh_core.plan import WorkerInfo
-from mesh_core.spans import BlockSpan
+from mesh_core.loras.policy import LoraFacts, LoraPlacement
+from mesh_core.model import BlockSpan
+from mesh_core.model.plan import WorkerInfo
 
 
 @hookimpl

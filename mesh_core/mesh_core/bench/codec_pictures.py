@@ -17,13 +17,13 @@ from torch import Tensor
 
 from mesh_codec import Codec, Encoded
 from mesh_core.bench.codec_rows import Row
-from mesh_core.checkpoint import read_header
-from mesh_core.hosts.split_model import attach
-from mesh_core.library import recognise
-from mesh_core.plan import Plan, make
-from mesh_core.plugins import Plugins
-from mesh_core.runner import SplitRunner
-from mesh_core.spans import BlockSpan
+from mesh_core.host.runner import SplitRunner
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import recognise
+from mesh_core.model.plan import Plan, make
+from mesh_core.model.spans import BlockSpan
+from mesh_core.plugins.registry import Plugins
+from mesh_core.programs.split_model import attach
 
 STEPS = (4, 8, 28)
 PROMPTS = (

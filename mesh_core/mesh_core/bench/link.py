@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from mesh_core.bench.networks import Network, shaped
 from mesh_core.bench.processes import Child, plugins
 from mesh_core.bench.through import ThroughModel
-from mesh_core.keys import KeyStore
+from mesh_core.transport.keys import KeyStore
 
 RATES: Mapping[str, float] = {"100mbit": 12.5e6, "1gbit": 125e6, "2.5gbit": 312.5e6, "10gbit": 1250e6}
 """Bytes per second by the names that people know."""

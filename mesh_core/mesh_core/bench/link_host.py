@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mesh_core import fingerprint
-from mesh_core.adapter import Conditioning
 from mesh_core.bench.processes import plugins, read_line, say
 from mesh_core.bench.through import ThroughModel
-from mesh_core.checkpoint import read_header
-from mesh_core.config import Settings
+from mesh_core.crossing.stats import StepStats
 from mesh_core.errors import MeshError
-from mesh_core.hops import Identity
-from mesh_core.keys import KeyStore, KnownWorker
-from mesh_core.library import recognise
-from mesh_core.remote import Remote
-from mesh_core.session import Session, SessionOptions
-from mesh_core.spans import BlockSpan
-from mesh_core.stats import StepStats
+from mesh_core.host.hops import Identity
+from mesh_core.host.remote import Remote
+from mesh_core.host.session import Session, SessionOptions
+from mesh_core.model import fingerprint
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import recognise
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import Conditioning
+from mesh_core.system.config import Settings
 from mesh_core.transport.base import Address
+from mesh_core.transport.keys import KeyStore, KnownWorker
 
 WARM_UP = 2
 """Steps that do not count: the first codes a key frame, and sizes are only known after it."""
@@ -97,7 +97,7 @@ def _synthetic(told: Mapping[str, Any]) -> None:
 def _pipeline(told: Mapping[str, Any]) -> None:
     from diffusers.utils import logging as diffusers_logging
 
-    from mesh_core.hosts.diffusers import load_pipeline, split, stats
+    from mesh_core.programs.diffusers import load_pipeline, split, stats
 
     diffusers_logging.disable_progress_bar()
     pipeline = load_pipeline(told["model"], local=":", device="cpu")

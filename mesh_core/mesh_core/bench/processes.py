@@ -17,9 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mesh_core.builtin import builtin_plugins
 from mesh_core.errors import TransportError
 from mesh_core.hookspecs import ENTRY_POINT_GROUP
-from mesh_core.plugins import Plugins
+from mesh_core.plugins.registry import Plugins
 
 _STOP_AFTER = 10.0
 """Seconds that a process has to end by itself."""
@@ -28,7 +29,7 @@ _STOP_AFTER = 10.0
 def plugins() -> Plugins:
     """The codecs and the model of the benchmark, and nothing that is slow to import."""
     modules = {"codecs": "mesh_codec.plugin", "through": "mesh_core.bench.through"}
-    return Plugins([EntryPoint(name, module, ENTRY_POINT_GROUP) for name, module in modules.items()])
+    return Plugins(builtin_plugins(), [EntryPoint(name, module, ENTRY_POINT_GROUP) for name, module in modules.items()])
 
 
 class Child(AbstractContextManager["Child"]):

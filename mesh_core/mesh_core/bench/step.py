@@ -18,23 +18,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mesh_core import fingerprint
-from mesh_core.adapter import Conditioning
 from mesh_core.bench.processes import Child, plugins
 from mesh_core.bench.through import ThroughModel
-from mesh_core.checkpoint import read_header
-from mesh_core.config import Settings
+from mesh_core.crossing.stats import StepStats
 from mesh_core.errors import TransportError
-from mesh_core.hops import Identity
-from mesh_core.keys import KeyStore
-from mesh_core.library import recognise
-from mesh_core.plugins import Plugins
-from mesh_core.remote import Remote
-from mesh_core.session import Session, SessionOptions
-from mesh_core.spans import BlockSpan
-from mesh_core.stats import StepStats
+from mesh_core.host.hops import Identity
+from mesh_core.host.remote import Remote
+from mesh_core.host.session import Session, SessionOptions
+from mesh_core.model import fingerprint
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import recognise
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import Conditioning
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Settings
 from mesh_core.transport.bare import BareRing, new_keys
 from mesh_core.transport.base import Address
+from mesh_core.transport.keys import KeyStore
 
 WORKERS = 2
 LINKS = WORKERS + 1

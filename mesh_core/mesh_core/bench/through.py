@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mesh_core.adapter import Conditioning, ModelAdapter, ModelSpec, ParameterSpec, Piece, Role, Stage, State
-from mesh_core.checkpoint import CheckpointHeader
 from mesh_core.hookspecs import hookimpl
-from mesh_core.spans import BlockSpan
+from mesh_core.model.adapter import ModelAdapter, Stage
+from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import Conditioning, ModelSpec, ParameterSpec, Piece, Role, State
 
 _PARAMETER = "blocks.{}.weight"
 _HEAD = "head.weight"

@@ -6,16 +6,16 @@ import logging
 from pathlib import Path
 
 from mesh_core.bench.processes import plugins, read_line, say, when_input_closes
-from mesh_core.keys import KeyStore
-from mesh_core.plugins import Plugins
-from mesh_core.worker import Worker, WorkerOptions
+from mesh_core.builtin import load_plugins
+from mesh_core.transport.keys import KeyStore
+from mesh_core.worker.server import Worker, WorkerOptions
 
 
 def main() -> None:
     # That a case runs without encryption is what it is for.
     logging.basicConfig(level=logging.ERROR)
     told = read_line()
-    installed = Plugins.load() if told.get("installed") else plugins()
+    installed = load_plugins() if told.get("installed") else plugins()
     flags = {"insecure": True} if told["insecure"] else {}
     listener = installed.transport("mesh").listen(f"mesh://{told.get('bind', '127.0.0.1')}:0", **flags)
     key = "" if told["insecure"] else KeyStore().identity().client.public

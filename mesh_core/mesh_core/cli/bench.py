@@ -149,7 +149,7 @@ def codec(
     from mesh_core.bench.codec_report import plain, plot, table, verdicts
     from mesh_core.bench.codec_rows import ROWS
     from mesh_core.bench.report import save
-    from mesh_core.plugins import installed_plugins
+    from mesh_core.builtin import installed_plugins
 
     torch.set_num_threads(1)
     pictures = Pictures(model, installed_plugins(), prompts, cut, text_tokens, size)
@@ -181,8 +181,8 @@ def _engines(device: str, as_json: bool, folder: Path | None, label: str) -> Non
 
     from mesh_core.bench.codec_device import run, table
     from mesh_core.bench.report import save
-    from mesh_core.device import checked_device
-    from mesh_core.device import label as name_of
+    from mesh_core.system.device import checked_device
+    from mesh_core.system.device import label as name_of
 
     target, rows = checked_device(device), []
     for row in run(target):

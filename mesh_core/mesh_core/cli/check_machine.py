@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 from mesh_core import __version__
+from mesh_core.builtin import load_plugins
 from mesh_core.cli.checks import Check, Status, guarded
-from mesh_core.config import Settings, atomic_write, cache_dir, config_dir
 from mesh_core.errors import ConfigError
-from mesh_core.plugins import Plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Settings, atomic_write, cache_dir, config_dir
 
 MACHINE = "this machine"
 _OLDEST_PYTHON = (3, 10)
@@ -37,9 +38,9 @@ def check_machine(plugins: Plugins) -> Iterator[Check]:
 def usable_plugins() -> Plugins:
     """The installed plugins; all of them when the settings that switch some off cannot be read."""
     try:
-        return Plugins.load()
+        return load_plugins()
     except ConfigError:
-        return Plugins.load(disabled=())
+        return load_plugins(disabled=())
 
 
 def _python() -> Iterator[Check]:
@@ -57,7 +58,7 @@ def _torch() -> Iterator[Check]:
         hint = "install torch anew: https://pytorch.org/get-started/locally"
         yield Check(MACHINE, "torch", "FAIL", f"torch cannot be imported: {error}", hint)
         return
-    from mesh_core.device import default_device, free_memory, label
+    from mesh_core.system.device import default_device, free_memory, label
 
     device = default_device()
     built = torch.version.cuda or torch.version.hip or "no GPU support"
@@ -95,7 +96,7 @@ def _settings() -> Iterator[Check]:
 
 
 def _keys() -> Iterator[Check]:
-    from mesh_core.keys import KeyStore
+    from mesh_core.transport.keys import KeyStore
 
     store = KeyStore()
     own = store.identity().client.public

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from mesh_core import __version__
 from mesh_core.cli.checks import Check, failed
-from mesh_core.config import Settings
 from mesh_core.errors import MeshError
-from mesh_core.plugins import Plugins
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Settings
 from mesh_core.transport.address import SCHEME, Place, parse_place
 from mesh_core.transport.base import Address
 
 if TYPE_CHECKING:
-    from mesh_core.remote import Remote
+    from mesh_core.host.remote import Remote
 
 _SLOW = 10e6
 """Bytes per second under which a hidden state of 33 MB takes longer than most steps compute."""
@@ -28,7 +28,7 @@ _SLOW = 10e6
 
 def check_worker(text: str, model: Path | None, plugins: Plugins, settings: Settings) -> Iterator[Check]:
     """All checks of the worker at the address ``text``; with ``model``, whether it has the same weights."""
-    from mesh_core.remote import Remote
+    from mesh_core.host.remote import Remote
 
     remote: Remote | None = None
     name = "address"
@@ -133,7 +133,7 @@ def _device(report: Mapping[str, Any]) -> str:
 
 
 def _link(text: str, remote: Remote) -> Check:
-    from mesh_core.remote import measure
+    from mesh_core.host.remote import measure
 
     there, back = measure(remote)
     rates = f"{there.bandwidth / 1e6:.0f} MB/s to there, {back.bandwidth / 1e6:.0f} MB/s from there"
@@ -147,12 +147,12 @@ def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings:
     """Has the worker open the model's smallest block, which it does only if every weight is the same."""
     import torch
 
-    from mesh_core.checkpoint import read_header
-    from mesh_core.hosts.diffusers import file_dtype, identify
-    from mesh_core.library import recognise
-    from mesh_core.plan import span_bytes
-    from mesh_core.session import Session, SessionOptions
-    from mesh_core.spans import BlockSpan
+    from mesh_core.host.session import Session, SessionOptions
+    from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.library import recognise
+    from mesh_core.model.plan import span_bytes
+    from mesh_core.model.spans import BlockSpan
+    from mesh_core.programs.diffusers import file_dtype, identify
 
     checkpoint = recognise(read_header(model), plugins)
     spec = checkpoint.spec

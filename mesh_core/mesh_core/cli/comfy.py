@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from mesh_core.config import atomic_write
 from mesh_core.errors import ConfigError
+from mesh_core.system.config import atomic_write
 
 FOLDER = "comfyui-mesh"
 WORKFLOWS = "example_workflows"

@@ -13,8 +13,8 @@ import click
 
 if TYPE_CHECKING:
     from mesh_core.cli.checks import Check
-    from mesh_core.config import Settings
-    from mesh_core.plugins import Plugins
+    from mesh_core.plugins.registry import Plugins
+    from mesh_core.system.config import Settings
 
 _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
 
@@ -56,8 +56,8 @@ def doctor(addresses: tuple[str, ...], model: Path | None, timeout: float, as_js
 
 
 def _settings(timeout: float) -> Settings:
-    from mesh_core.config import Settings
     from mesh_core.errors import ConfigError
+    from mesh_core.system.config import Settings
 
     try:
         settings = Settings.load()
@@ -71,7 +71,7 @@ def _check_workers(
 ) -> Iterator[Check]:
     from mesh_core.cli.check_worker import check_worker
     from mesh_core.errors import ConfigError
-    from mesh_core.keys import KeyStore
+    from mesh_core.transport.keys import KeyStore
 
     if not addresses:
         try:

@@ -74,10 +74,10 @@ def generate(
     """Make a picture from PROMPT with the pipeline in the folder MODEL, or a video with sound if it makes these."""
     import torch
 
-    from mesh_core import media
     from mesh_core.cli.progress import LoadingLine
     from mesh_core.cli.serve import parse_lora
-    from mesh_core.hosts.diffusers import check_call, load_pipeline, stats
+    from mesh_core.programs import media
+    from mesh_core.programs.diffusers import check_call, load_pipeline, stats
 
     wanted = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
     wanted |= {"num_frames": frames, "frame_rate": fps}

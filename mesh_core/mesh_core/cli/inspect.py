@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mesh_core.library import Checkpoint
+    from mesh_core.model.library import Checkpoint
 
 _GB = 1e9
 
@@ -25,10 +25,10 @@ def inspect(path: Path, memory: str, with_fingerprint: bool, as_json: bool) -> N
 
     PATH is a folder saved by diffusers, or a .safetensors file.
     """
-    from mesh_core.checkpoint import read_header
-    from mesh_core.config import parse_bytes
-    from mesh_core.library import recognise
-    from mesh_core.plugins import installed_plugins
+    from mesh_core.builtin import installed_plugins
+    from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.library import recognise
+    from mesh_core.system.config import parse_bytes
 
     checkpoint = recognise(read_header(path), installed_plugins())
     facts = _facts(checkpoint, parse_bytes(memory) if memory else None, with_fingerprint)
@@ -37,9 +37,9 @@ def inspect(path: Path, memory: str, with_fingerprint: bool, as_json: bool) -> N
 
 def _facts(checkpoint: Checkpoint, memory: int | None, with_fingerprint: bool) -> dict[str, Any]:
     from mesh_codec.dtypes import from_safetensors
-    from mesh_core import fingerprint
-    from mesh_core.plan import RESERVE, fitting, span_bytes
-    from mesh_core.spans import BlockSpan
+    from mesh_core.model import fingerprint
+    from mesh_core.model.plan import RESERVE, fitting, span_bytes
+    from mesh_core.model.spans import BlockSpan
 
     spec = checkpoint.spec
     size = max(from_safetensors(d).itemsize for d in spec.dtypes)

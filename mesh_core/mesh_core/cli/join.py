@@ -14,7 +14,7 @@ def join(invite: str, name: str, timeout: float) -> None:
 
     INVITE is the line that mesh serve or mesh keys invite printed on the worker's machine, in quotes. It works once.
     """
-    from mesh_core.invites import accept_invite
+    from mesh_core.transport.invites import accept_invite
 
     worker = accept_invite(invite, name=name, timeout=timeout)
     click.echo(f"Joined {worker.name}. Use it as: --worker mesh://{worker.address}")

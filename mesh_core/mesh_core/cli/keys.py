@@ -21,7 +21,7 @@ def keys() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_keys(as_json: bool) -> None:
     """Show authorised clients, open invites and known workers. Secret keys are never shown."""
-    from mesh_core.keys import KeyStore
+    from mesh_core.transport.keys import KeyStore
 
     store = KeyStore()
     own = store.identity()
@@ -46,8 +46,8 @@ def list_keys(as_json: bool) -> None:
 @click.option("--minutes", default=60.0, show_default=True, help="How long the invite is good.")
 def invite(address: str, name: str, minutes: float) -> None:
     """Print an invite for one more host. Workers that are running accept it too."""
-    from mesh_core.config import Settings
-    from mesh_core.invites import create_invite
+    from mesh_core.system.config import Settings
+    from mesh_core.transport.invites import create_invite
 
     where = address or f"mesh://0.0.0.0:{Settings.load().worker.port}"
     made = create_invite(where, name=name, lifetime=minutes * 60)
@@ -59,7 +59,7 @@ def invite(address: str, name: str, minutes: float) -> None:
 @click.argument("who")
 def revoke(who: str) -> None:
     """Refuse a client from now on. WHO is its name or its key."""
-    from mesh_core.keys import KeyStore
+    from mesh_core.transport.keys import KeyStore
 
     for client in KeyStore().revoke(who):
         click.echo(f"Revoked {client.name or client.key}.")
@@ -69,7 +69,7 @@ def revoke(who: str) -> None:
 @click.argument("who")
 def forget(who: str) -> None:
     """Drop what is known of a worker. WHO is its name or its address."""
-    from mesh_core.keys import KeyStore
+    from mesh_core.transport.keys import KeyStore
 
     for worker in KeyStore().forget(who):
         click.echo(f"Forgot {worker.name} at mesh://{worker.address}.")

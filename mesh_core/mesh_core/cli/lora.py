@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mesh_core.remote import Remote
+    from mesh_core.host.remote import Remote
 
 
 @click.group()
@@ -26,17 +26,16 @@ def lora() -> None:
 def list_loras(address: str | None, as_json: bool) -> None:
     """Show the LoRAs of the worker at ADDRESS; of this machine without one."""
     if address is None:
-        from mesh_core.config import Settings
-        from mesh_core.loras.shelf import own_shelf
+        from mesh_core.loras.library import own_shelf
+        from mesh_core.system.config import Settings
 
         found = own_shelf(Settings.load()).listing()
     else:
         from mesh_core import wire
-        from mesh_core.remote import next_id
 
         remote = _connected(address)
         try:
-            found = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=60).loras
+            found = remote.ask(wire.Shelf(wire.next_id()), wire.Shelved, timeout=60).loras
         finally:
             remote.close()
     click.echo(json.dumps(found, indent=2) if as_json else _table(found))
@@ -51,14 +50,14 @@ def push(address: str, files: tuple[Path, ...], model: Path) -> None:
 
     A transfer that broke off, or that Ctrl-C ended, goes on from where it was when the same command is run again.
     """
-    from mesh_core import fingerprint
-    from mesh_core.checkpoint import read_header
+    from mesh_core.builtin import installed_plugins
     from mesh_core.cli.progress import LoadingLine
-    from mesh_core.config import Settings
-    from mesh_core.library import recognise
-    from mesh_core.loras.desk import send
+    from mesh_core.host.loras import send
     from mesh_core.loras.read import read_lora
-    from mesh_core.plugins import installed_plugins
+    from mesh_core.model import fingerprint
+    from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.library import recognise
+    from mesh_core.system.config import Settings
 
     checkpoint = recognise(read_header(model), installed_plugins())
     loras = [read_lora(file, checkpoint) for file in files]
@@ -78,18 +77,17 @@ def rm(address: str, which: str) -> None:
     """Remove a LoRA that was sent to the worker at ADDRESS. WHICH is its name or the start of its hash."""
     from mesh_core import wire
     from mesh_core.errors import LoraMissing
-    from mesh_core.remote import next_id
 
     remote = _connected(address)
     try:
-        listed = remote.ask(wire.Shelf(next_id()), wire.Shelved, timeout=60).loras
+        listed = remote.ask(wire.Shelf(wire.next_id()), wire.Shelved, timeout=60).loras
         received = [x for x in listed if x.get("received")]
         found = [x for x in received if which == x["name"] or (len(which) >= 6 and x["id"].startswith(which))]
         if len(found) != 1:
             names = ", ".join(f"{x['name']} ({x['id'][:12]})" for x in found or received) or "none"
             what = "several" if found else "no"
             raise LoraMissing(f"{remote.name} received {what} LoRAs {which!r}: {names}.", hint="one of these hashes")
-        remote.ask(wire.Discard(next_id(), found[0]["id"]), wire.Ok, timeout=60)
+        remote.ask(wire.Discard(wire.next_id(), found[0]["id"]), wire.Ok, timeout=60)
         click.echo(f"removed {found[0]['name']} ({found[0]['id'][:12]})")
     finally:
         remote.close()
@@ -101,8 +99,8 @@ def rm(address: str, which: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(file: Path, model: Path | None, as_json: bool) -> None:
     """Show what the LoRA in FILE is; with --model, also which weights it changes, and which keys match none."""
-    from mesh_core.checkpoint import read_header
-    from mesh_core.loras.shelf import describe
+    from mesh_core.loras.library import describe
+    from mesh_core.model.checkpoint import read_header
 
     header = read_header(file)
     size = sum(t.nbytes for t in header.tensors.values())
@@ -116,10 +114,10 @@ def inspect(file: Path, model: Path | None, as_json: bool) -> None:
 def _effect(file: Path, model: Path) -> dict[str, Any]:
     from collections import Counter
 
-    from mesh_core.checkpoint import read_header
-    from mesh_core.library import recognise
+    from mesh_core.builtin import installed_plugins
     from mesh_core.loras.read import read_lora
-    from mesh_core.plugins import installed_plugins
+    from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.library import recognise
 
     checkpoint = recognise(read_header(model), installed_plugins())
     found = read_lora(file, checkpoint)
@@ -159,9 +157,9 @@ def _table(loras: list[dict[str, Any]]) -> str:
 
 
 def _connected(address: str) -> Remote:
-    from mesh_core.config import Settings
-    from mesh_core.plugins import installed_plugins
-    from mesh_core.remote import Remote
+    from mesh_core.builtin import installed_plugins
+    from mesh_core.host.remote import Remote
+    from mesh_core.system.config import Settings
     from mesh_core.transport.base import Address
 
     remote = Remote(Address(address), installed_plugins(), Settings.load())

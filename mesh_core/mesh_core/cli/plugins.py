@@ -11,11 +11,11 @@ import click
 
 from mesh_core.cli import COMMANDS
 from mesh_core.errors import PluginConflict
-from mesh_core.plugin_report import ONE_OF_THEM, conflict, contention
+from mesh_core.plugins.report import ONE_OF_THEM, conflict, contention
 
 if TYPE_CHECKING:
-    from mesh_core.plugin_report import PluginReport
-    from mesh_core.plugins import Plugins
+    from mesh_core.plugins.registry import Plugins
+    from mesh_core.plugins.report import PluginReport
 
 _COLOURS = {"loaded": "green", "disabled": "yellow", "broken": "red", "conflict": "red", "incompatible": "red"}
 
@@ -29,8 +29,8 @@ def plugins(as_json: bool) -> None:
     its reason, and the others keep working. To switch one off, put its name into plugins.disabled of config.toml
     or into the environment variable MESH_DISABLE_PLUGINS.
     """
+    from mesh_core.builtin import installed_plugins
     from mesh_core.hookspecs import ENTRY_POINT_GROUP
-    from mesh_core.plugins import installed_plugins
 
     reports = full_report(installed_plugins())
     if as_json:
@@ -46,7 +46,7 @@ def plugin_command(name: str) -> click.Command | None:
     Raises:
         PluginConflict: more than one plugin adds it.
     """
-    from mesh_core.plugins import installed_plugins
+    from mesh_core.builtin import installed_plugins
 
     plugins = installed_plugins()
     found = {owner: commands[name] for owner, commands in _added(plugins).items() if name in commands}

@@ -8,7 +8,7 @@ import click
 
 
 class LoadingLine:
-    """A `mesh_core.session.Report` for people; writes to standard error."""
+    """A `mesh_core.host.session.Report` for people; writes to standard error."""
 
     def __init__(self) -> None:
         self._shown = ""

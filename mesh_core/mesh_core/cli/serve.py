@@ -16,7 +16,7 @@ import click
 from mesh_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mesh_core.worker import Worker
+    from mesh_core.worker.server import Worker
 
 
 @click.command()
@@ -63,11 +63,11 @@ def serve(
     for file, _ in preset:
         if not Path(file).is_file():
             raise ConfigError(f"{file} is no file.", hint="--lora turbo.safetensors=0.8")
-    from mesh_core.config import Settings, parse_bytes
-    from mesh_core.device import checked_device, default_device
-    from mesh_core.keys import KeyStore
-    from mesh_core.plugins import installed_plugins
-    from mesh_core.worker import Worker, WorkerOptions
+    from mesh_core.builtin import installed_plugins
+    from mesh_core.system.config import Settings, parse_bytes
+    from mesh_core.system.device import checked_device, default_device
+    from mesh_core.transport.keys import KeyStore
+    from mesh_core.worker.server import Worker, WorkerOptions
 
     settings, plugins = Settings.load(), installed_plugins()
     options = WorkerOptions(
@@ -109,8 +109,8 @@ def _stop_on_signals(worker: Worker) -> None:
 
 def _announce(worker: Worker, address: str) -> None:
     """Tell a person what is served and how to use it; programs read the last line."""
-    from mesh_core.invites import create_invite
     from mesh_core.transport.address import is_loopback, parse_place
+    from mesh_core.transport.invites import create_invite
 
     for checkpoint in worker.library.scan():
         click.echo(f"  {checkpoint.name}: {checkpoint.spec.family} {checkpoint.spec.variant}", err=True)

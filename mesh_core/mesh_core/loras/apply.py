@@ -16,7 +16,7 @@ from mesh_core.errors import LoraError
 from mesh_core.loras.algorithms import ALGORITHMS
 from mesh_core.loras.patch import Applied, Patch
 from mesh_core.loras.tensors import check_finite
-from mesh_core.weights import assign
+from mesh_core.model.weights import assign
 
 Entry = tuple[Applied, Patch]
 

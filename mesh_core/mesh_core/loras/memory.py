@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from mesh_core.errors import LoraUnmatched, UnsupportedInput
-from mesh_core.library import Checkpoint
 from mesh_core.loras.patch import Lora, Patch
 from mesh_core.loras.read import names_of
 from mesh_core.loras.tensors import HeldTensor, Source
+from mesh_core.model.library import Checkpoint
 
 # Roles in the order of the ``weights`` of ComfyUI's weight adapters.
 _COMFY: Mapping[str, tuple[str, ...]] = {

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from mesh_core.adapter import ModelAdapter, ModelSpec, Piece
 from mesh_core.loras.patch import Rows
+from mesh_core.model.adapter import ModelAdapter
+from mesh_core.model.spec import ModelSpec, Piece
 
 _DOTTED = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
 _JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")

@@ -15,10 +15,10 @@ from typing import Any
 
 from blake3 import blake3
 
-from mesh_core.adapter import ModelSpec
 from mesh_core.errors import LoraError, LoraUnmatched
 from mesh_core.loras.algorithms import ALGORITHMS
 from mesh_core.loras.tensors import Source
+from mesh_core.model.spec import ModelSpec
 
 _VERSION = b"mesh-lora-1"
 

@@ -18,12 +18,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mesh_core.checkpoint import read_header
 from mesh_core.errors import LoraError, LoraUnmatched
-from mesh_core.library import Checkpoint
 from mesh_core.loras.names import ParameterNames
 from mesh_core.loras.patch import Lora, Patch, Rows
 from mesh_core.loras.tensors import HeldTensor, Source, TensorFile
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import Checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,10 @@ from typing import ClassVar, cast
 import zmq
 
 from mesh_core.errors import ConfigError, Unreachable
-from mesh_core.keys import KeyPair, KeyStore
 from mesh_core.transport.address import Place, is_loopback, numeric, parse_place
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 from mesh_core.transport.curve import ZapHandler
+from mesh_core.transport.keys import KeyPair, KeyStore
 from mesh_core.transport.reach import reach
 from mesh_core.transport.zmq_channel import WorkerEnded, ZmqChannel, open_channel
 from mesh_core.transport.zmq_errors import mapped_errors

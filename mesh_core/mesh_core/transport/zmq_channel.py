@@ -10,10 +10,10 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from mesh_core.errors import NotAuthorised, PeerLost, TransportError, Unreachable
-from mesh_core.keys import KeyPair
 from mesh_core.transport.address import Place
 from mesh_core.transport.base import Channel, Frame
 from mesh_core.transport.frames import byte_views
+from mesh_core.transport.keys import KeyPair
 from mesh_core.transport.reach import mechanism
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds

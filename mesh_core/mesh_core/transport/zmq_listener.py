@@ -13,9 +13,9 @@ from typing import cast
 import zmq
 
 from mesh_core.errors import ConfigError, NotAuthorised
-from mesh_core.keys import KeyStore
 from mesh_core.transport.base import Frame, Listener, Peer, Trust
 from mesh_core.transport.frames import byte_views
+from mesh_core.transport.keys import KeyStore
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
 

@@ -1,6 +1,7 @@
 """The wire format: messages, their limits, and how they become frames. See docs/reference/wire-format.md."""
 
 from mesh_core.wire.framing import VERSION, pack, unpack
+from mesh_core.wire.ids import next_id
 from mesh_core.wire.limits import LIMITS, PROBE_BYTES, Limits
 from mesh_core.wire.messages import (
     MESSAGES,
@@ -74,6 +75,7 @@ __all__ = [
     "Sought",
     "Step",
     "Welcome",
+    "next_id",
     "pack",
     "unpack",
 ]

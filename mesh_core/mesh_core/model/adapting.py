@@ -1,0 +1,110 @@
+"""What adapters of diffusers' model classes share. Knows no family.
+
+Describing a checkpoint: an adapter says which rows of which file tensors make a parameter, and which blocks need it;
+that every tensor is there, in a shape and type that can be used, is checked here.
+
+Memory layouts: pipelines pass latents whose dimensions are permuted in memory, and matrix libraries give other last
+bits for these. Tensors cross a cut in row-major order, so the layout of the model's input goes along as an option.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, WireMalformed
+from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import ParameterSpec, Piece
+
+DTYPES = ("BF16", "F16", "F32")
+"""The types of weights that stages compute with, as safetensors names them."""
+
+
+def full_config(model_class: type[nn.Module], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``model_class``: those of ``given`` that it knows, and its defaults."""
+    known = inspect.signature(model_class.__init__).parameters
+    defaults = {k: p.default for k, p in known.items() if p.default is not inspect.Parameter.empty}
+    return {**defaults, **{k: v for k, v in given.items() if k in known}}
+
+
+def describe_parameters(
+    header: CheckpointHeader,
+    skeleton: Callable[[], nn.Module],
+    pieces: Callable[[str, int], tuple[Piece, ...]],
+    scope: Callable[[str], BlockSpan],
+) -> dict[str, ParameterSpec]:
+    """Every parameter of a model by its name in the model class.
+
+    Args:
+        skeleton: makes the model; called on the meta device.
+        pieces: (parameter, its number of rows) -> the rows of file tensors that make it. The tensors may not exist.
+        scope: the blocks that need a parameter.
+
+    Raises:
+        CheckpointCorrupt: a tensor is missing, or does not have the shape that the model needs.
+        CheckpointUnrecognised: weights of a type that stages do not compute with.
+    """
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in skeleton().named_parameters()}
+    found: dict[str, ParameterSpec] = {}
+    for name, shape in wanted.items():
+        parts = pieces(name, shape[0])
+        infos = [header.tensors.get(p.tensor) for p in parts]
+        missing = [p.tensor for p, info in zip(parts, infos, strict=True) if info is None]
+        if missing:
+            raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.", hint="copy or download it again")
+        dtypes = {info.dtype for info in infos if info is not None}
+        if not dtypes <= set(DTYPES):
+            raise CheckpointUnrecognised(
+                f"{header.path} stores {parts[0].tensor} as {min(dtypes)}; this version computes with "
+                f"{', '.join(DTYPES)} only.",
+                hint="a bfloat16 copy of the model",
+            )
+        for piece, info in zip(parts, infos, strict=True):
+            rows = piece.stop if piece.stop is not None else shape[0]
+            if info is None or info.shape[1:] != shape[1:] or rows > info.shape[0]:
+                raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
+        found[name] = ParameterSpec(shape, dtypes.pop(), parts, scope(name))
+    return found
+
+
+def unusual_strides(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Options that say how those of ``tensors`` lie in memory that are not in row-major order, by ``NAME_strides``.
+
+    A tensor with gaps or overlaps, such as an expanded one, counts as row-major: it becomes so on the way.
+    """
+    return {f"{n}_strides": list(t.stride()) for n, t in tensors.items() if not t.is_contiguous() and _dense(t)}
+
+
+def as_it_was(tensor: Tensor, name: str, options: Mapping[str, Any]) -> Tensor:
+    """``tensor`` with the strides that `unusual_strides` told of it; itself if it told none, or if it has them.
+
+    Raises:
+        WireMalformed: strides that do not fit its shape.
+    """
+    strides = options.get(f"{name}_strides")
+    if strides is None or list(tensor.stride()) == strides:
+        return tensor
+    whole = isinstance(strides, list) and all(type(s) is int and 0 < s <= tensor.numel() for s in strides)
+    if not whole or len(strides) != tensor.ndim:
+        raise WireMalformed(f"{name} came with strides that are none.")
+    with torch.device("meta"):
+        planned = torch.empty_strided(tensor.shape, strides)
+    if not _dense(planned):
+        raise WireMalformed(f"{name} came with strides that do not fit its shape.")
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory, each once."""
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape, strict=True) if si != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,145 @@
+"""The checkpoints under a worker's folders, found by fingerprint. Never told a path by the network."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mesh_core.errors import CheckpointError, CheckpointMismatch, CheckpointUnrecognised
+from mesh_core.model import fingerprint
+from mesh_core.model.adapter import ModelAdapter
+from mesh_core.model.checkpoint import CheckpointHeader, Progress, find_checkpoints, read_header
+from mesh_core.model.spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+class Adapters(Protocol):
+    """Whoever knows the model families that are installed: the plugin registry."""
+
+    def adapters(self) -> Mapping[str, ModelAdapter]:
+        """By family."""
+
+    def adapter(self, family: str) -> ModelAdapter:
+        """The one of ``family``; raises PluginError when it cannot be used."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that an adapter recognised."""
+
+    header: CheckpointHeader
+    spec: ModelSpec
+    adapter: ModelAdapter
+
+    @property
+    def name(self) -> str:
+        return self.header.path.name
+
+
+def recognise(header: CheckpointHeader, adapters: Adapters) -> Checkpoint:
+    """The checkpoint with the first adapter that recognises it.
+
+    Raises:
+        CheckpointUnrecognised: no installed adapter does; with the reason of the first one that gave any.
+        CheckpointCorrupt: an adapter knows it, and it is damaged.
+    """
+    known = adapters.adapters()
+    reasons: list[CheckpointUnrecognised] = []
+    for adapter in known.values():
+        try:
+            spec = adapter.recognise(header)
+        except CheckpointUnrecognised as reason:
+            # A near relative of one family may be another adapter's own.
+            reasons.append(reason)
+            continue
+        if spec is not None:
+            return Checkpoint(header, spec, adapter)
+    if reasons:
+        raise reasons[0]
+    families = ", ".join(sorted(known)) or "none"
+    raise CheckpointUnrecognised(
+        f"No installed adapter recognises {header.path}. Installed: {families}.",
+        hint="mesh plugins, to see what is installed and what failed to load",
+    )
+
+
+class Library:
+    """Checkpoints under ``roots``. Folders are read anew whenever a checkpoint is not found at once."""
+
+    def __init__(self, roots: Sequence[Path], adapters: Adapters) -> None:
+        self._roots, self._adapters = tuple(roots), adapters
+        self._known: dict[Path, Checkpoint] = {}
+
+    def scan(self) -> list[Checkpoint]:
+        """All checkpoints, found from their headers; those that cannot be read are logged and left out."""
+        found: dict[Path, Checkpoint] = {}
+        for path in (p for root in self._roots for p in find_checkpoints(root)):
+            try:
+                found[path] = recognise(read_header(path), self._adapters)
+            except CheckpointUnrecognised:
+                log.debug("%s is no checkpoint of an installed family", path)
+            except CheckpointError as error:
+                log.warning("%s", error)
+        self._known = found
+        return list(found.values())
+
+    def catalogue(self) -> list[dict[str, Any]]:
+        """What is here, as plain values; no paths."""
+        return [
+            {
+                "name": c.name,
+                "family": c.spec.family,
+                "variant": c.spec.variant,
+                "blocks": c.spec.blocks,
+                "structure": fingerprint.structure(c.spec),
+                "fingerprint": fingerprint.known(c.header, c.spec) or "",
+            }
+            for c in self.scan()
+        ]
+
+    def find(self, family: str, structure: str, wanted: str, progress: Progress | None = None) -> Checkpoint:
+        """The checkpoint whose weights have the fingerprint ``wanted``.
+
+        Raises:
+            PluginNotFound: no adapter for that family here.
+            CheckpointMismatch: none of this structure has those weights; says what is here instead.
+        """
+        if family not in self._adapters.adapters():
+            self._adapters.adapter(family)
+        similar = [c for c in self.scan() if (c.spec.family, fingerprint.structure(c.spec)) == (family, structure)]
+        # Those whose fingerprint is remembered come first: they cost nothing to check.
+        for c in sorted(similar, key=lambda c: fingerprint.known(c.header, c.spec) is None):
+            if fingerprint.of_checkpoint(c.header, c.spec, progress) == wanted:
+                return c
+        raise CheckpointMismatch(self._why(family, similar, wanted), hint="the same file on both machines")
+
+    def like(self, family: str, structure: str) -> Checkpoint:
+        """Any checkpoint of that structure: enough to tell what fits it.
+
+        Raises:
+            PluginNotFound: no adapter for that family here.
+            CheckpointMismatch: none of this structure is here.
+        """
+        if family not in self._adapters.adapters():
+            self._adapters.adapter(family)
+        for known in (list(self._known.values()), self.scan()):
+            for c in known:
+                if (c.spec.family, fingerprint.structure(c.spec)) == (family, structure):
+                    return c
+        raise CheckpointMismatch(self._why(family, [], ""), hint="the same file on both machines")
+
+    def _why(self, family: str, similar: Sequence[Checkpoint], wanted: str) -> str:
+        if similar:
+            held = ", ".join(f"{c.name} ({fingerprint.of_checkpoint(c.header, c.spec)[:12]})" for c in similar)
+            return f"The host's {family} weights ({wanted[:12]}) are not here; same shapes, other weights: {held}."
+        others = [c for c in self._known.values() if c.spec.family == family]
+        if others:
+            listed = ", ".join(f"{c.name} ({c.spec.variant}, {'/'.join(c.spec.dtypes)})" for c in others)
+            which = wanted[:12] or "of another size"
+            return f"The host's {family} model ({which}) is not here; other {family} models: {listed}."
+        names = ", ".join(c.name for c in self._known.values()) or "none"
+        return f"No {family} model is in this worker's folders; models here: {names}."

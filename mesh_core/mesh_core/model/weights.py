@@ -1,0 +1,154 @@
+"""Reading a stage's parameters from a checkpoint, no more than those, and sharing them between stages.
+
+A parameter is read straight into the memory that it will live in (or into one staging tensor when it goes to
+another device or dtype), so the peak of host memory is the stage plus one parameter.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from mesh_codec.dtypes import from_safetensors
+from mesh_core.errors import CheckpointCorrupt, CheckpointError
+from mesh_core.model.checkpoint import CheckpointHeader, Progress
+from mesh_core.model.spec import ParameterSpec
+
+_Key = tuple[str, str, torch.device, torch.dtype]
+
+
+class ParameterPool:
+    """The parameters that live in this process, so that stages which overlap share them. Thread-safe.
+
+    Holds them weakly: a parameter is freed with the last stage that uses it.
+    """
+
+    def __init__(self) -> None:
+        self._held: weakref.WeakValueDictionary[_Key, nn.Parameter] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def get(self, key: _Key) -> nn.Parameter | None:
+        with self._lock:
+            return self._held.get(key)
+
+    def put(self, key: _Key, value: nn.Parameter) -> None:
+        with self._lock:
+            self._held[key] = value
+
+    def nbytes(self, device: torch.device) -> int:
+        """Bytes of all parameters on ``device``."""
+        with self._lock:
+            return sum(p.nbytes for key, p in self._held.items() if key[2] == device)
+
+
+class WeightReader:
+    """Parameters of one checkpoint.
+
+    Args:
+        header: of the checkpoint.
+        model: names the weights in ``pool``: the fingerprint.
+        pool: parameters that are already in memory are taken from there, new ones are added.
+        progress: called after each parameter.
+
+    ``bytes_read`` counts what came from disk.
+    """
+
+    def __init__(
+        self,
+        header: CheckpointHeader,
+        *,
+        model: str = "",
+        pool: ParameterPool | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.header = header
+        self.model = model
+        self.bytes_read = 0
+        self._pool = pool or ParameterPool()
+        self._progress = progress
+
+    def fill(
+        self, model: nn.Module, parameters: Mapping[str, ParameterSpec], *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Give ``model`` the ``parameters``, read in the order in which they lie on disk.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape, or the file ends early.
+        """
+        ordered = sorted(parameters.items(), key=lambda item: self.header.place(item[1].pieces[0].tensor))
+        total = sum(p.elements for p in parameters.values()) * dtype.itemsize
+        done = 0
+        for name, spec in ordered:
+            key = (self.model, name, device, dtype)
+            parameter = self._pool.get(key) if self.model else None
+            if parameter is None:
+                kept = self._pool.get((self.model, name, torch.device("cpu"), dtype)) if self.model else None
+                data = self.read(spec) if kept is None else kept.data
+                parameter = nn.Parameter(data.to(device, dtype), requires_grad=False)
+                if self.model:
+                    self._pool.put(key, parameter)
+            assign(model, name, parameter)
+            done += parameter.nbytes
+            if self._progress is not None:
+                self._progress(done, total)
+
+    def read(self, spec: ParameterSpec) -> Tensor:
+        """One parameter in the file's dtype, on the CPU."""
+        tensor = torch.empty(spec.shape, dtype=from_safetensors(spec.dtype).torch)
+        rows = spec.shape[0] if spec.shape else 1
+        row_bytes = tensor.nbytes // rows if rows else 0
+        target = bytes_of(tensor)
+        filled = 0
+        for piece in spec.pieces:
+            info = self.header.tensors[piece.tensor]
+            stop = piece.stop if piece.stop is not None else (info.shape[0] if info.shape else 1)
+            size = (stop - piece.start) * row_bytes
+            with info.file.open("rb", buffering=0) as stream:
+                stream.seek(info.offset + piece.start * row_bytes)
+                read_into(stream, target[filled : filled + size], info.file)
+            filled += size
+        if filled != tensor.nbytes:
+            raise CheckpointCorrupt(f"The pieces of a parameter hold {filled} bytes instead of {tensor.nbytes}.")
+        self.bytes_read += filled
+        return tensor
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.nbytes else memoryview(b"")
+
+
+def read_into(stream: BinaryIO, target: memoryview, file: object) -> None:
+    """Fill ``target`` from an unbuffered file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends early.
+    """
+    done = 0
+    while done < len(target):
+        try:
+            count = stream.readinto(target[done:])  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}.") from error
+        if not count:
+            raise CheckpointCorrupt(f"{file} ends early: it changed while it was read.", hint="copy it again")
+        done += count
+
+
+def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put ``parameter`` in the place of the model's parameter ``name``, on whatever device that is.
+
+    Raises:
+        CheckpointCorrupt: another shape.
+    """
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    placeholder = owner._parameters[leaf]
+    if placeholder is None or placeholder.shape != parameter.shape:
+        raise CheckpointCorrupt(f"{name} has shape {tuple(parameter.shape)}, the model needs another.")
+    owner._parameters[leaf] = parameter

@@ -1,0 +1,1 @@
+"""Programs that draw, as hosts: diffusers pipelines, and what a ComfyUI node pack builds on."""

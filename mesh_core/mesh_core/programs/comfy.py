@@ -1,0 +1,213 @@
+"""What a model family tells about itself inside ComfyUI: the contract of an adapter's ``comfy.py``.
+
+Imports nothing of ComfyUI: an adapter's ``comfy.py`` and the node pack do. The node pack finds a family's side through
+`ModelAdapter.hosts`, and the family through the model's own tensors; there is no node per family.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from mesh_codec.dtypes import from_torch
+from mesh_codec.errors import CodecUnsupported
+from mesh_core.errors import CheckpointUnrecognised, PluginNotFound
+from mesh_core.model.adapter import ModelAdapter
+from mesh_core.model.checkpoint import CheckpointHeader, TensorInfo
+from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.spec import Conditioning, ModelSpec, State
+from mesh_core.plugins.registry import Plugins
+
+log = logging.getLogger(__name__)
+
+HOST = "comfy"
+"""The key of ComfyUI in `ModelAdapter.hosts`."""
+
+MEMORY = Path("(weights in ComfyUI)")
+"""Stands for the file of a model that ComfyUI loaded."""
+
+RemotePart = Callable[[State, Conditioning], State]
+"""The blocks behind the cut: the state at the cut in, the state at cut N out."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A function of ComfyUI that is relied on: where it is, and parameters that it must have.
+
+    Attributes:
+        module: for example ``"comfy.ldm.wan.model"``.
+        name: in the module, for example ``"WanModel.forward_orig"``.
+        parameters: names that must be among its parameters; none if it only has to exist.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] = ()
+
+    def problem(self) -> str | None:
+        """What is not as expected, or None."""
+        try:
+            found: Any = import_module(self.module)
+            for part in self.name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            return f"{self.module}.{self.name} is missing ({error})"
+        known = inspect.signature(found).parameters if self.parameters else {}
+        lacking = [name for name in self.parameters if name not in known]
+        return f"{self.module}.{self.name} has no parameter {', '.join(lacking)}" if lacking else None
+
+
+class HandOver(Exception):
+    """Raised in place of the first remote block; carries what ComfyUI called the block with."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = arguments
+        super().__init__("the remote part takes over here")
+
+
+class ComfySide(ABC):
+    """One family inside ComfyUI. Stateless.
+
+    Attributes:
+        expects: what of ComfyUI this family relies on; looked at before the first run.
+        patches: kinds of block patches (``transformer_options["patches"]``) that cannot be lost at a cut: they act
+            before the first block. Any other kind is refused while blocks run remotely.
+        refused: keys of a conditioning that cannot cross a cut, and why.
+    """
+
+    expects: ClassVar[Sequence[Expected]] = ()
+    patches: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.adapter = adapter
+
+    def header(self, model: nn.Module) -> CheckpointHeader:
+        """Names, shapes and types of ``model``'s tensors, as the adapter recognises them in a file.
+
+        A family whose files state in their metadata what no tensor shows adds it. Called with any family's models.
+        """
+        return header_of(model)
+
+    @abstractmethod
+    def block_key(self, spec: ModelSpec, block: int) -> tuple[str, int]:
+        """Under which key ``patches_replace["dit"]`` replaces a block."""
+
+    @abstractmethod
+    def run(
+        self,
+        model: Any,
+        forward: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        cut: int,
+        remote: RemotePart,
+    ) -> Any:
+        """One forward pass of ``model``, ComfyUI's ``diffusion_model``; ``remote`` runs the blocks from ``cut`` on.
+
+        Args:
+            forward: ComfyUI's own forward, wrappers of others included; takes ``args`` and ``kwargs``.
+            cut: number of blocks that run here. When it is 0, no parameter of ``model`` holds data.
+
+        Returns:
+            what ``forward`` would have returned.
+
+        Raises:
+            UnsupportedInput: an argument that cannot cross the cut; named, never dropped.
+        """
+
+
+def header_of(model: nn.Module) -> CheckpointHeader:
+    """A module's tensors as the header of a file; types that no codec knows keep torch's name for them."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        try:
+            dtype = from_torch(tensor.dtype).safetensors
+        except CodecUnsupported:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+        tensors[name] = TensorInfo(name, dtype, tuple(tensor.shape), MEMORY, 0, tensor.nbytes)
+    return CheckpointHeader(MEMORY, tensors)
+
+
+def recognise_module(model: nn.Module, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
+    """The checkpoint that ComfyUI's ``diffusion_model`` is, and its family's side of ComfyUI.
+
+    Raises:
+        CheckpointUnrecognised: no adapter knows it, or its weights are in a form that none computes with.
+        PluginNotFound: the adapter does not know ComfyUI.
+    """
+    try:
+        checkpoint = recognise(header_of(model), plugins)
+    except CheckpointUnrecognised:
+        # Names and shapes alone do not say it; a family may know more of its own models.
+        for adapter in plugins.adapters().values():
+            found = _recognised_by(adapter, model)
+            if found is not None:
+                return found
+        raise
+    return checkpoint, side_of(checkpoint.adapter)
+
+
+def _recognised_by(adapter: ModelAdapter, model: nn.Module) -> tuple[Checkpoint, ComfySide] | None:
+    if HOST not in adapter.hosts:
+        return None
+    try:
+        side = side_of(adapter)
+        header = side.header(model)
+        spec = adapter.recognise(header)
+    except ImportError as error:
+        log.debug("%s is not asked, its side does not load in this ComfyUI: %s", adapter.family, error)
+        return None
+    except CheckpointUnrecognised as error:
+        log.debug("%s: %s", adapter.family, error)
+        return None
+    return None if spec is None else (Checkpoint(header, spec, adapter), side)
+
+
+def side_of(adapter: ModelAdapter) -> ComfySide:
+    """The ComfyUI side of a family.
+
+    Raises:
+        PluginNotFound: the family has none.
+    """
+    target = adapter.hosts.get(HOST)
+    if target is None:
+        raise PluginNotFound(
+            f"The adapter for {adapter.family} does not know ComfyUI.", hint="a newer version of that adapter"
+        )
+    module, _, name = target.partition(":")
+    side: ComfySide = getattr(import_module(module), name)(adapter)
+    return side
+
+
+def hand_over_at(options: Mapping[str, Any], key: tuple[str, int]) -> dict[str, Any]:
+    """A copy of ``transformer_options`` with which the block ``key`` raises `HandOver` instead of running."""
+
+    def stop(arguments: Mapping[str, Any], extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        raise HandOver(arguments)
+
+    replaced = dict(options.get("patches_replace", {}))
+    return {**options, "patches_replace": {**replaced, "dit": {**replaced.get("dit", {}), key: stop}}}
+
+
+@contextmanager
+def intercepted(instance: object, method: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """``instance.method`` is ``replacement`` meanwhile; on this instance only."""
+    before = instance.__dict__.get(method)
+    instance.__dict__[method] = replacement
+    try:
+        yield
+    finally:
+        if before is None:
+            del instance.__dict__[method]
+        else:
+            instance.__dict__[method] = before

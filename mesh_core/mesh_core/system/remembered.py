@@ -1,0 +1,46 @@
+"""What is costly to compute of files and remembered on disk, valid while they keep their size and modification time."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from mesh_core.errors import ConfigError
+from mesh_core.system.config import atomic_write, cache_dir
+
+log = logging.getLogger(__name__)
+
+
+class Remembered:
+    """One value per (kind, files, salt).
+
+    Args:
+        kind: a folder of the cache, for example ``"fingerprints"``.
+        salt: what the value depends on beside the files.
+    """
+
+    def __init__(self, kind: str, files: Sequence[Path], salt: str = "") -> None:
+        self._kind = kind
+        real = [f.resolve() for f in files]
+        self._state = json.dumps([salt, [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in real]])
+        self._path = cache_dir() / kind / f"{blake3(self._state.encode()).hexdigest()[:32]}.json"
+
+    def get(self) -> Any:
+        """The value, None if it is not remembered or the files changed. Whoever asks checks its shape."""
+        try:
+            stored = json.loads(self._path.read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        return stored.get("value") if isinstance(stored, dict) and stored.get("state") == self._state else None
+
+    def put(self, value: Any) -> None:
+        """Remember ``value``, which is plain; where that is not possible, a warning says so."""
+        try:
+            atomic_write(self._path, json.dumps({"state": self._state, "value": value}).encode())
+        except ConfigError as error:
+            log.warning("%s are not remembered and will be computed again: %s", self._kind, error)

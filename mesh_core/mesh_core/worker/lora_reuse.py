@@ -1,0 +1,88 @@
+"""What a worker need not be sent of a LoRA: tensors that it has in others, above all in a smaller part of the same one.
+
+They are found by their hashes in the head of the arriving file; how it arrives is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from blake3 import blake3
+
+from mesh_core.errors import LoraError
+from mesh_core.loras.library import Shelf
+from mesh_core.loras.tensors import StoredTensor
+from mesh_core.model.checkpoint import MAX_HEADER_BYTES
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.weights import bytes_of
+
+log = logging.getLogger(__name__)
+
+
+Stretch = tuple[int, int, str]
+
+
+class Known:
+    """The stretches of an arriving file of ``size`` bytes whose content is here.
+
+    Args:
+        stretches: (start, stop, hash) of what the file says that it holds.
+        tensors: of those, by hash, what is here.
+    """
+
+    def __init__(self, size: int, stretches: Sequence[Stretch], tensors: Mapping[str, StoredTensor]) -> None:
+        def here(start: int, stop: int, digest: str) -> bool:
+            return digest in tensors and stop - start == tensors[digest].nbytes and start > 0 and stop <= size
+
+        self._stretches, self._tensors = sorted(s for s in stretches if here(*s)), dict(tensors)
+        self._starts = [start for start, _, _ in self._stretches]
+
+    def after(self, position: int) -> memoryview | None:
+        """Bytes that follow at ``position``, up to the end of a tensor; None if those are not here."""
+        index = bisect_right(self._starts, position) - 1
+        if index < 0 or position >= self._stretches[index][1]:
+            return None
+        start, _, digest = self._stretches[index]
+        source = self._tensors.get(digest)
+        if source is None:
+            return None
+        try:
+            data = bytes_of(source.load())
+            if blake3(data, max_threads=blake3.AUTO).hexdigest() == digest:
+                return data[position - start :]
+            log.warning("%s is damaged: what it holds is sent again", source.file.path)
+        except LoraError as error:
+            log.info("what a LoRA that was here holds is sent again: %s", error)
+        del self._tensors[digest]
+        return None
+
+
+def known_tensors(draft: Path, have: int, size: int, shelf: Shelf, checkpoint: Checkpoint) -> Known | None:
+    """What is here of a file of ``size`` bytes, of which ``have`` lie in ``draft``; None while its head is not whole.
+
+    Nothing in the head is trusted: at worst the file is not what was offered, which its own hash shows.
+    """
+    with draft.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if have < 8 + length:
+            return None
+        stretches = _stretches(file.read(length), 8 + length) if length <= MAX_HEADER_BYTES else []
+    hashes = {digest for _, _, digest in stretches}
+    return Known(size, stretches, shelf.tensors(hashes, checkpoint) if hashes else {})
+
+
+def _stretches(head: bytes, offset: int) -> list[Stretch]:
+    try:
+        entries = json.loads(head)
+        hashes = json.loads(entries["__metadata__"]["hashes"])
+        places = [(entries[str(i)]["data_offsets"], str(digest)) for i, digest in enumerate(hashes)]
+        return [(offset + int(begin), offset + int(end), digest) for (begin, end), digest in places]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        log.debug("the head of a LoRA says nothing of its tensors: %r", error)
+        return []
