@@ -302,7 +302,7 @@ def test_what_is_large_is_refused_with_the_two_ways_out_and_sent_when_asked(mode
             with pytest.raises(LoraTooLarge, match="more than the 0 MB") as caught:
                 run.set_loras([Applied(lora)])
             assert "--loras" in caught.value.hint and "largest_sent" in caught.value.hint
-            assert w0.worker.hosting.shelf.listing() == []
+            assert w0.worker.loras.shelf.listing() == []
             run.set_loras([Applied(lora, send=True)])
             assert [p["action"] for p in run.stats.loras] == ["send"]
             run.set_loras([Applied(lora, 0.5)])

@@ -109,7 +109,7 @@ def test_a_session_that_changes_its_span_loads_or_frees_the_difference_only(host
     assert host.open("2:5")["bytes_read"] == size(host, "2:5")
     assert host.open("1:5")["bytes_read"] == size(host, "1:5") - size(host, "2:5")
     assert host.open("3:5")["bytes_read"] == 0
-    assert len(worker.worker.hosting) == 1
+    assert len(worker.worker.sessions) == 1
     users = {str(k.span): e.users for k, e in worker.worker.stages._entries.items()}
     assert users == {"2:5": 0, "1:5": 0, "3:5": 1}
 
@@ -293,7 +293,7 @@ def test_a_neighbour_is_shown_out_when_the_session_ends(
         key = KeyStore().identity().client.public
     host.ask(wire.Admit(wire.next_id(), host.remote.session, key))
     host.remote.tell(wire.Close(wire.next_id(), host.remote.session))
-    wait_until(lambda: len(worker.worker.hosting) == 0, what="the end of the session")
+    wait_until(lambda: len(worker.worker.sessions) == 0, what="the end of the session")
     with mesh_home(home), pytest.raises(NotAuthorised):
         Host(worker, plugins, path, server_key)
 
@@ -307,7 +307,7 @@ def test_a_session_that_nobody_used_for_long_is_forgotten_and_comes_back_with_it
         split(path, ":1", [worker], plugins) as run,
     ):
         expected = run(inputs)
-        wait_until(lambda: len(worker.worker.hosting) == 0, what="forgetting the session")
+        wait_until(lambda: len(worker.worker.sessions) == 0, what="forgetting the session")
         assert sum(e.users for e in worker.worker.stages._entries.values()) == 0
         assert torch.equal(run(inputs), expected)
 
