@@ -288,7 +288,7 @@ def test_a_worker_that_stays_away_for_a_while_is_waited_for(near: Rig) -> None:
     with split(near.path, ":1", near.workers, near.plugins, settings=QUICK, report=lambda *r: told.append(r)) as run:
         expected = run(inputs)
         near.workers[0].stop()
-        back = threading.Timer(0.7, near.workers[0]._start)
+        back = threading.Timer(0.7, near.workers[0].start)
         back.start()
         assert torch.equal(run(inputs), expected)
         assert any("waiting" in what for _, what, _, _ in told)
