@@ -315,7 +315,7 @@ def test_a_worker_out_of_reach_of_its_neighbour_is_relayed_through_the_host(
 
 def test_closing_frees_the_stage_on_every_worker(rig: Rig) -> None:
     def users() -> list[int]:
-        return [sum(e.users for e in w.worker.stages._entries.values()) for w in rig.workers]
+        return [sum(w.worker.stages.table.users().values()) for w in rig.workers]
 
     wait_until(lambda: users() == [0, 0, 0], what="the end of earlier sessions")
     with split(rig.path, ":1", rig.workers, rig.plugins) as run:

@@ -299,9 +299,9 @@ def test_a_worker_without_room_leaves_the_pipeline_as_it_was(
     pipeline = rig.load(":3", workers=rig.addresses[:1])
     pipelines.run(pipeline)
     store: StageStore = rig.workers[0].worker.stages
-    monkeypatch.setattr(store, "budget", store.nbytes)
+    monkeypatch.setattr(store.memory, "budget", store.nbytes)
     store.clear()
-    monkeypatch.setattr(store, "budget", store.nbytes + 1)
+    monkeypatch.setattr(store.memory, "budget", store.nbytes + 1)
     with pytest.raises(mesh_core.PlanDoesNotFit, match="w0"):
         rig.split(pipeline, ":0", workers=rig.addresses[:1])
     assert torch.equal(pipelines.run(pipeline), expected)

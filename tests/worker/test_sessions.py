@@ -110,7 +110,7 @@ def test_a_session_that_changes_its_span_loads_or_frees_the_difference_only(host
     assert host.open("1:5")["bytes_read"] == size(host, "1:5") - size(host, "2:5")
     assert host.open("3:5")["bytes_read"] == 0
     assert len(worker.worker.sessions) == 1
-    users = {str(k.span): e.users for k, e in worker.worker.stages._entries.items()}
+    users = {str(key.span): n for key, n in worker.worker.stages.table.users().items()}
     assert users == {"2:5": 0, "1:5": 0, "3:5": 1}
 
 
@@ -308,7 +308,7 @@ def test_a_session_that_nobody_used_for_long_is_forgotten_and_comes_back_with_it
     ):
         expected = run(inputs)
         wait_until(lambda: len(worker.worker.sessions) == 0, what="forgetting the session")
-        assert sum(e.users for e in worker.worker.stages._entries.values()) == 0
+        assert sum(worker.worker.stages.table.users().values()) == 0
         assert torch.equal(run(inputs), expected)
 
 

@@ -23,7 +23,8 @@ from mesh_core.worker.neighbour import connect_next, measured_link
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import StepMemory, WorkerSession
 from mesh_core.worker.sessions import WorkerSessions
-from mesh_core.worker.stages import Loaded, StageKey, StageStore
+from mesh_core.worker.stage_table import StageKey
+from mesh_core.worker.stages import Loaded, StageStore
 
 _REPORT_EVERY = 0.2
 """Seconds between two progress messages of one load."""

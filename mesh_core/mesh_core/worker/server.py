@@ -210,7 +210,7 @@ class Worker:
         return {
             "device": str(self._device),
             "name": label(self._device),
-            "budget": self.stages.budget,
+            "budget": self.stages.memory.budget,
             "loaded": self.stages.nbytes,
             "sessions": len(self.sessions),
             "speeds": self.speeds.plain(),
