@@ -164,5 +164,4 @@ def _generate(
 
 def slow_model(folder: Path, *, seed: int = 0, singles: int = 12) -> Path:
     """A small model on disk, of many blocks: they can be interrupted between any two."""
-    tiny.transformer(guidance=False, doubles=1, singles=singles, seed=seed).save_pretrained(folder)
-    return folder
+    return tiny.saved(folder, doubles=1, singles=singles, seed=seed)

@@ -18,15 +18,8 @@ from mesh_core.loras.read import read_lora
 from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny
 from tests.support import loras
-from tests.support.splitting import checkpoint_at, split
+from tests.support.splitting import split
 from tests.support.workers import ThreadWorker, mesh_home
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, load_plugins())
 
 
 def save(path: Path, model: Checkpoint, seed: int = 0, **metadata: str) -> Path:

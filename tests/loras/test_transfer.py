@@ -29,15 +29,8 @@ from tests.adapters import tiny
 from tests.faults.processes import FastWorker
 from tests.support import loras
 from tests.support.inbox import STEP, Inbox, flipped
-from tests.support.splitting import checkpoint_at, split
+from tests.support.splitting import split
 from tests.support.workers import mesh_home, thread_workers
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, load_plugins())
 
 
 def make(model: Checkpoint, seed: int = 0, rank: int = 3) -> Lora:

@@ -41,13 +41,6 @@ SETTINGS = Settings()
 RAW = {"codec": "raw", "settings": {}}
 
 
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def plugins() -> Plugins:
     return load_plugins()

@@ -30,9 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
     folder, plugins = tmp_path_factory.mktemp("models"), load_plugins()
-    for seed in (0, 1):
-        tiny.transformer(guidance=False, seed=seed).save_pretrained(folder / str(seed))
-    return [checkpoint_at(Path(folder / str(seed)), plugins) for seed in (0, 1)]
+    return [checkpoint_at(tiny.saved(folder / str(seed), seed=seed), plugins) for seed in (0, 1)]
 
 
 @pytest.fixture
