@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from mesh_core.testing import TRANSPORT_CHECKS, check_transport
 from mesh_core.testing.transports import Check
 from mesh_core.transport.base import Address, Channel, Listener
 from tests.testing.pigeon import PigeonTransport
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("check", TRANSPORT_CHECKS, ids=lambda check: check.__name__)
@@ -78,3 +83,16 @@ def test_what_breaks_the_contract_is_found_and_named(make: Any, check: str, mess
     (only,) = [c for c in TRANSPORT_CHECKS if c.__name__ == check]
     with pytest.raises(AssertionError, match=message):
         check_transport(make, "pigeon://", only=only)
+
+
+def test_the_test_file_of_the_documentation(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "write-a-transport.md").read_text("utf-8")
+    name, body = re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
+    (tmp_path / name).write_text(body, encoding="utf-8")
+    (tmp_path / "mesh_pigeon").mkdir()
+    shutil.copy(Path(__file__).with_name("pigeon.py"), tmp_path / "mesh_pigeon" / "transport.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert f"{len(TRANSPORT_CHECKS)} passed" in done.stdout, done.stdout + done.stderr
+    for check in TRANSPORT_CHECKS:
+        assert f"`{check.__name__.removeprefix('check_')}`" in page, "the page says what each proves"

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 
 from mesh_core import wire
 from mesh_core.builtin import builtin_plugins
@@ -17,11 +18,14 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.testing import ThreadWorker, mesh_home, thread_workers, wait_until
 from mesh_core.transport.base import Address
+from tests.adapters import tiny
+from tests.support.splitting import split
 
 
 @pytest.fixture
 def plugins() -> Plugins:
-    return Plugins(builtin_plugins(), [EntryPoint("pigeon", "tests.testing.pigeon", ENTRY_POINT_GROUP)])
+    modules = {"pigeon": "tests.testing.pigeon", "klein": "mesh_klein.plugin", "codecs": "mesh_codec.plugin"}
+    return Plugins(builtin_plugins(), [EntryPoint(name, module, ENTRY_POINT_GROUP) for name, module in modules.items()])
 
 
 def catalogue(worker: ThreadWorker, plugins: Plugins) -> wire.Catalogued:
@@ -40,6 +44,15 @@ def test_workers_over_a_transport_of_a_plugin(tmp_path: Path, plugins: Plugins) 
         assert [w.name for w in workers] == ["w0", "w1"]
         assert all(w.address.startswith("pigeon://") for w in workers)
         assert catalogue(workers[1], plugins).checkpoints == []
+
+
+def test_a_chain_of_workers_over_a_transport_of_a_plugin(tmp_path: Path, plugins: Plugins) -> None:
+    model, inputs = tiny.transformer(guidance=False), tiny.inputs(guidance=False)
+    path = tiny.saved(tmp_path / "models" / "klein")
+    with mesh_home(tmp_path), thread_workers(path.parent, 2, "pigeon", plugins=plugins) as workers:
+        with split(path, ":1", workers, plugins) as run, torch.no_grad():
+            assert torch.equal(run(inputs), model(**inputs, return_dict=False)[0])
+            assert [hop.worker for hop in run.stats.steps[0].hops] == ["w0", "w1"]
 
 
 def test_a_restarted_worker_is_another_at_the_same_address(tmp_path: Path, plugins: Plugins) -> None:
