@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mesh_core.testing import TRANSPORT_CHECKS, check_transport
-from mesh_core.testing.transports import Check
+from mesh_core.testing.transports import TransportCheck
 from mesh_core.transport.base import Address, Channel, Listener
 from tests.testing.pigeon import PigeonTransport
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("check", TRANSPORT_CHECKS, ids=lambda check: check.__name__)
-def test_conformance(check: Check) -> None:
+def test_conformance(check: TransportCheck) -> None:
     check_transport(PigeonTransport, "pigeon://", only=check)
 
 

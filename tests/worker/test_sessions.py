@@ -18,6 +18,7 @@ from mesh_core.errors import (
     ConstantsMissing,
     MeshError,
     NotAuthorised,
+    PeerLost,
     PlanDoesNotFit,
     PlanError,
     PluginNotFound,
@@ -31,8 +32,9 @@ from mesh_core.model.spans import BlockSpan
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.config import Worker as WorkerSettings
-from mesh_core.transport.base import Address
+from mesh_core.transport.base import Address, Channel, Frames
 from mesh_core.transport.keys import KeyStore
+from mesh_core.worker import opening
 from tests.adapters import tiny
 from tests.support.splitting import checkpoint_at, split
 from tests.support.workers import ThreadWorker, mesh_home, thread_workers, wait_until
@@ -313,3 +315,27 @@ def test_a_span_that_does_not_fit_says_so_and_a_smaller_one_is_served(path: Path
             host.open("1:5")
         assert host.open("2:5")["bytes_read"] == size(host, "2:5")
         host.remote.close()
+
+
+def test_a_way_that_cannot_be_measured_is_closed_again(
+    host: Host, worker: ThreadWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(Channel):
+        closed = False
+
+        def send(self, frames: Frames) -> None:
+            raise PeerLost("the next worker is gone")
+
+        def receive(self, timeout: float) -> list[memoryview] | None: ...
+
+        def close(self) -> None:
+            self.closed = True
+
+    deaf = Deaf()
+    monkeypatch.setattr(opening, "connect_next", lambda *_: (deaf, b"n" * 16))
+    following = {"address": "inproc://next", "server_key": "", "session": b"n" * 16}
+    with pytest.raises(PeerLost, match="next worker is gone"):
+        host.ask(replace(host.opening(), next=following, options={"measure": True}), wire.Opened)
+    assert deaf.closed
+    assert list(worker.worker.stages.table.users().values()) == [0]
+    assert len(worker.worker.sessions) == 0

@@ -53,10 +53,11 @@ class TransportCase:
         return self.rig.connect(self.transport, thread.address, timeout)
 
 
-Check = Callable[[TransportCase], None]
+TransportCheck = Callable[[TransportCase], None]
+"""Returns when the transport does what it should; else raises AssertionError."""
 
 
-def check_transport(make: MakeTransport, address: str, only: Check | None = None) -> None:
+def check_transport(make: MakeTransport, address: str, only: TransportCheck | None = None) -> None:
     """Run all of `TRANSPORT_CHECKS`, each with a transport of its own, or one of them.
 
     Args:
@@ -258,7 +259,7 @@ def check_a_frame_over_the_limit_is_refused_before_it_is_sent(case: TransportCas
     _equal(ask(channel, [b"header", bytearray(2000)])[1], bytes(2000), "a frame of exactly the limit")
 
 
-TRANSPORT_CHECKS: tuple[Check, ...] = (
+TRANSPORT_CHECKS: tuple[TransportCheck, ...] = (
     check_frames_come_back_as_they_were_sent,
     check_large_frames_arrive_whole,
     check_received_views_stay_valid_and_can_be_written,
