@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
-
-MAX_DEPTH = 4
-"""How deep below its folder a worker looks for checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -87,39 +84,6 @@ def read_header(path: str | os.PathLike[str]) -> CheckpointHeader:
     pipeline = _json(path / "model_index.json")
     folder = path / "transformer" if pipeline and (path / "transformer").is_dir() else path
     return _of_files(path, _weight_files(folder), config=_json(folder / "config.json"), pipeline=pipeline)
-
-
-def find_checkpoints(root: str | os.PathLike[str]) -> Iterator[Path]:
-    """Files and folders under ``root`` (itself included) that `read_header` may understand, in sorted order.
-
-    Pipeline and model folders are given once, as folders. Links are followed, each real folder once.
-    """
-    root = Path(root)
-    if root.is_file():
-        yield root
-        return
-    yield from _find(root, 0, set())
-
-
-def _find(folder: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in seen or depth > MAX_DEPTH:
-        return
-    seen.add(real)
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        log.warning("%s is left out: %s", folder, error.strerror or error)
-        return
-    names = {e.name for e in entries}
-    weights = [e for e in entries if e.suffix == ".safetensors" and e.is_file()]
-    if "model_index.json" in names or ("config.json" in names and weights):
-        yield folder
-        return
-    yield from weights
-    for entry in entries:
-        if entry.is_dir() and not entry.name.startswith("."):
-            yield from _find(entry, depth + 1, seen)
 
 
 def _weight_files(folder: Path) -> list[Path]:

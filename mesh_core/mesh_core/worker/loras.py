@@ -14,9 +14,9 @@ from typing import Any
 
 from mesh_core import wire
 from mesh_core.errors import LoraMissing, LoraUnmatched, PlanError, SessionUnknown, TransportTimeout
-from mesh_core.loras.library import Shelf
+from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.patch import Applied, Lora
-from mesh_core.model.library import Checkpoint, Library
+from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.model.spans import BlockSpan
 from mesh_core.transport.base import Frame, Peer
 from mesh_core.worker.executor import Executor
@@ -37,8 +37,8 @@ _STOPS_WITHIN = 60.0
 class LoraHosting:
     """What a worker does with LoRAs. ``default``: those of sessions that ask for none of their own."""
 
-    shelf: Shelf
-    library: Library
+    lora_library: LoraLibrary
+    library: CheckpointLibrary
     stages: StageStore
     executor: Executor
     send: Send
@@ -46,15 +46,15 @@ class LoraHosting:
     default: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        self.receiver = Receiver(self.shelf, self.library.like)
+        self.receiver = Receiver(self.lora_library, self.library.like)
         self._held: dict[bytes, tuple[Applied, ...]] = {}
         self._lock = threading.Lock()
 
     def listing(self, peer: Peer, message: wire.Shelf) -> None:
-        self.send(peer.route, wire.Shelved(message.id, self.shelf.listing()), [])
+        self.send(peer.route, wire.Shelved(message.id, self.lora_library.listing()), [])
 
     def discard(self, peer: Peer, message: wire.Discard) -> None:
-        self.shelf.remove(message.lora)
+        self.lora_library.received.remove(message.lora)
         self.send(peer.route, wire.Ok(message.id), [])
 
     def seek(self, peer: Peer, message: wire.Seek) -> None:
@@ -69,7 +69,7 @@ class LoraHosting:
         held = [
             i
             for i, use in enumerate(message.loras)
-            if self.shelf.find(use["id"], use["outline"], checkpoint, parameters) is not None
+            if self.lora_library.find(use["id"], use["outline"], checkpoint, parameters) is not None
         ]
         self.send(peer.route, wire.Sought(message.id, held), [])
 
@@ -96,20 +96,20 @@ class LoraHosting:
         found: list[Applied] = []
         for name, strength in self.default:
             try:
-                found.append(Applied(self.shelf.named(name, checkpoint, parameters), strength))
+                found.append(Applied(self.lora_library.named(name, checkpoint, parameters), strength))
             except LoraUnmatched as error:
                 log.info("the preset LoRA %s is not for %s: %s", name, checkpoint.spec.family, error.message)
         known = {a.lora.id: a.lora for a in held}
         for use in uses:
             lora = known.get(use["id"])
             if lora is None and use["id"]:
-                lora = self.shelf.find(use["id"], use["outline"], checkpoint, parameters)
+                lora = self.lora_library.find(use["id"], use["outline"], checkpoint, parameters)
                 if lora is None:
                     raise LoraMissing(
                         f"The LoRA {use['name'][:100]!r} ({use['id'][:12]}) is not here.", hint="send it again"
                     )
             elif lora is None:
-                lora = self.shelf.named(use["name"], checkpoint, parameters)
+                lora = self.lora_library.named(use["name"], checkpoint, parameters)
             found.append(Applied(lora, use["strength"], use["base"]))
         return tuple(a for a in found if a.lora)
 
@@ -134,16 +134,16 @@ class LoraHosting:
     def keep(self, session: HostedSession, applied: tuple[Applied, ...]) -> None:
         """The session uses these from now on; their files stay."""
         loras: list[Lora] = [a.lora for a in applied]
-        self.shelf.hold(loras)
+        self.lora_library.received.hold(loras)
         with self._lock:
             before = self._held.get(session.id, ())
             self._held[session.id] = applied
-        self.shelf.let_go([a.lora for a in before])
+        self.lora_library.received.let_go([a.lora for a in before])
 
     def forget(self, session: HostedSession) -> None:
         with self._lock:
             before = self._held.pop(session.id, ())
-        self.shelf.let_go([a.lora for a in before])
+        self.lora_library.received.let_go([a.lora for a in before])
 
     def _quiet(self, session: HostedSession) -> None:
         """Wait until nothing of the session computes: a step that was given up may still be in its last block."""

@@ -21,8 +21,8 @@ import torch
 from mesh_core import __version__, wire
 from mesh_core.crossing.codec_speed import SpeedBook
 from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge, WireUnsupportedVersion
-from mesh_core.loras.library import own_shelf
-from mesh_core.model.library import Library
+from mesh_core.loras.library import own_library
+from mesh_core.model.library import CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.device import free_memory, label
@@ -79,7 +79,7 @@ class Worker:
         self._executor = Executor(QUOTA.steps)
         budget = options.memory if options.memory is not None else free_memory(self._device)
         self.stages = StageStore(self._device, budget, self._executor.check)
-        self.library = Library(options.roots, plugins)
+        self.library = CheckpointLibrary(options.roots, plugins)
         self.speeds = SpeedBook(self._device)
         self.hosting = Hosting(
             name=options.name,
@@ -93,7 +93,7 @@ class Worker:
             speeds=self.speeds,
             send=self._send,
             fail=self._fail,
-            shelf=own_shelf(options.settings, options.loras),
+            lora_library=own_library(options.settings, options.loras),
             preset=options.preset,
         )
         # Of its own, so that what arrives over a slow link and what loads do not wait for each other.

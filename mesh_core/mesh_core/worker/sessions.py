@@ -22,9 +22,9 @@ from mesh_core.crossing.codec_speed import SpeedBook
 from mesh_core.crossing.constants import digest
 from mesh_core.crossing.streams import Streams, aligned
 from mesh_core.errors import PlanDoesNotFit, PlanError, SessionUnknown, TransportTimeout, WireMalformed, WireTooLarge
-from mesh_core.loras.library import Shelf
+from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.patch import Applied, set_key
-from mesh_core.model.library import Checkpoint, Library
+from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning
 from mesh_core.plugins.registry import Plugins
@@ -57,19 +57,19 @@ class Hosting:
     device: torch.device
     settings: Settings
     plugins: Plugins
-    library: Library
+    library: CheckpointLibrary
     stages: StageStore
     executor: Executor
     listener: Listener
     speeds: SpeedBook
     send: Send
     fail: Fail
-    shelf: Shelf
+    lora_library: LoraLibrary
     preset: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         self.loras = LoraHosting(
-            self.shelf, self.library, self.stages, self.executor, self.send, self.owned, self.preset
+            self.lora_library, self.library, self.stages, self.executor, self.send, self.owned, self.preset
         )
         self.constants = ConstantsCache(self.device, self.settings.worker.constants_cache)
         self._limits = Limits()
