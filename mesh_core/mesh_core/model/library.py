@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from mesh_core.errors import CheckpointError, CheckpointMismatch, CheckpointUnrecognised
 from mesh_core.model import fingerprint
 from mesh_core.model.adapter import ModelAdapter
-from mesh_core.model.checkpoint import CheckpointHeader, Progress, read_header
+from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress, read_header
 from mesh_core.model.folders import find_checkpoints
 from mesh_core.model.spec import ModelSpec
 
@@ -102,7 +102,7 @@ class CheckpointLibrary:
             for c in self.scan()
         ]
 
-    def find(self, family: str, structure: str, wanted: str, progress: Progress | None = None) -> Checkpoint:
+    def find(self, family: str, structure: str, wanted: str, progress: ReadingProgress | None = None) -> Checkpoint:
         """The checkpoint whose weights have the fingerprint ``wanted``.
 
         Raises:
