@@ -18,11 +18,12 @@ from mesh_core.errors import PlanDoesNotFit
 from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.patch import Applied, set_key
 from mesh_core.model.adapter import Stage
-from mesh_core.model.checkpoint import Progress
+from mesh_core.model.checkpoint import ReadingProgress
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.plan import span_bytes
+from mesh_core.model.pool import ParameterPool
+from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spans import BlockSpan
-from mesh_core.model.weights import ParameterPool, WeightReader
+from mesh_core.model.weights import WeightReader
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,11 @@ class StageStore:
         return self._pool.nbytes(self.device)
 
     def acquire(
-        self, checkpoint: Checkpoint, key: StageKey, progress: Progress | None = None, loras: Sequence[Applied] = ()
+        self,
+        checkpoint: Checkpoint,
+        key: StageKey,
+        progress: ReadingProgress | None = None,
+        loras: Sequence[Applied] = (),
     ) -> Loaded:
         """The stage ``key`` of ``checkpoint``, loaded if it is not here. Give it back with `release`.
 
