@@ -26,7 +26,7 @@ def whole_model(split: Split, current: Any, cause: MeshError) -> Forward:
     Raises:
         PlanDoesNotFit: it does not fit this machine's memory; says why it was wanted.
     """
-    from mesh_core.model.plan import span_bytes
+    from mesh_core.model.sizes import span_bytes
     from mesh_core.model.spans import BlockSpan
 
     from .split import KEY, on_model

@@ -18,7 +18,7 @@ from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import read_lora
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.plan import span_bytes
+from mesh_core.model.sizes import span_bytes
 from mesh_core.plugins.registry import Plugins
 from tests.adapters import tiny
 from tests.support import loras

@@ -27,7 +27,7 @@ from mesh_core.errors import (
 )
 from mesh_core.host.remote import Remote, await_answer
 from mesh_core.model import fingerprint
-from mesh_core.model.plan import span_bytes
+from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spans import BlockSpan
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings

@@ -16,7 +16,7 @@ from mesh_core.loras.patch import Applied
 from mesh_core.loras.read import read_lora
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.plan import span_bytes
+from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spans import BlockSpan
 from mesh_core.worker.stage_table import StageKey
 from mesh_core.worker.stages import Loaded, StageStore

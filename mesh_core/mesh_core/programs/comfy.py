@@ -22,8 +22,9 @@ from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecUnsupported
 from mesh_core.errors import CheckpointUnrecognised, PluginNotFound
 from mesh_core.model.adapter import ModelAdapter
-from mesh_core.model.checkpoint import CheckpointHeader, TensorInfo
+from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spec import Conditioning, ModelSpec, State
 from mesh_core.plugins.registry import Plugins
 

@@ -23,8 +23,9 @@ from mesh_core.host.hops import Identity
 from mesh_core.host.runner import SplitRunner, Workers, open_session, place
 from mesh_core.host.session import Report, Session, SessionOptions
 from mesh_core.model import fingerprint
-from mesh_core.model.checkpoint import CheckpointHeader, TensorInfo, read_header
+from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.weights import WeightReader, assign
 from mesh_core.plugins.registry import Plugins

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mesh_core.errors import LoraMissing, PlanError
 from mesh_core.host.loras import AnyLora, Borrowed
-from mesh_core.loras.library import own_shelf
+from mesh_core.loras.library import own_library
 from mesh_core.loras.patch import Applied
 from mesh_core.loras.read import read_lora, warn_of_unmatched
 from mesh_core.model.library import Checkpoint
@@ -33,7 +33,7 @@ def chosen(loras: Sequence[LoraChoice], checkpoint: Checkpoint, settings: Settin
         LoraMissing: neither a file nor a name that this machine knows, and blocks run here.
         LoraError: see `read_lora`.
     """
-    shelf = own_shelf(settings)
+    library = own_library(settings)
     found: list[AnyLora] = []
     for item in loras:
         source, strength = item if isinstance(item, tuple) else (item, 1.0)
@@ -41,7 +41,7 @@ def chosen(loras: Sequence[LoraChoice], checkpoint: Checkpoint, settings: Settin
             found.append(Applied(warn_of_unmatched(read_lora(source, checkpoint)), float(strength)))
             continue
         try:
-            lora = shelf.named(str(source), checkpoint, checkpoint.spec.parameters)
+            lora = library.named(str(source), checkpoint, checkpoint.spec.parameters)
             found.append(Applied(warn_of_unmatched(lora), float(strength)))
         except LoraMissing:
             if local:

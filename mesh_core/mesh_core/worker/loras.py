@@ -9,9 +9,9 @@ from typing import Any
 
 from mesh_core import wire
 from mesh_core.errors import LoraMissing, LoraUnmatched
-from mesh_core.loras.library import Shelf
+from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.patch import Applied
-from mesh_core.model.library import Checkpoint, Library
+from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.model.spans import BlockSpan
 from mesh_core.transport.base import Peer
 from mesh_core.worker.agreement import span_of
@@ -31,20 +31,24 @@ class WorkerLoras:
     """
 
     def __init__(
-        self, shelf: Shelf, library: Library, replies: Replies, preset: Sequence[tuple[str, float]] = ()
+        self,
+        lora_library: LoraLibrary,
+        library: CheckpointLibrary,
+        replies: Replies,
+        preset: Sequence[tuple[str, float]] = (),
     ) -> None:
-        self.shelf = shelf
+        self.lora_library = lora_library
         self._library, self._replies, self._preset = library, replies, preset
-        self._receiver = Receiver(shelf, library.like)
+        self._receiver = Receiver(lora_library, library.like)
         self._lock = threading.Lock()
 
     def listing(self, peer: Peer, message: wire.Shelf) -> None:
         """Say which LoRAs are kept here, whatever model they are for."""
-        self._replies.send(peer.route, wire.Shelved(message.id, self.shelf.listing()))
+        self._replies.send(peer.route, wire.Shelved(message.id, self.lora_library.listing()))
 
     def discard(self, peer: Peer, message: wire.Discard) -> None:
         """Delete one that a host sent."""
-        self.shelf.remove(message.lora)
+        self.lora_library.received.remove(message.lora)
         self._replies.send(peer.route, wire.Ok(message.id))
 
     def seek(self, peer: Peer, message: wire.Seek) -> None:
@@ -55,7 +59,7 @@ class WorkerLoras:
         held = [
             i
             for i, use in enumerate(message.loras)
-            if self.shelf.find(use["id"], use["outline"], checkpoint, parameters) is not None
+            if self.lora_library.find(use["id"], use["outline"], checkpoint, parameters) is not None
         ]
         self._replies.send(peer.route, wire.Sought(message.id, held))
 
@@ -84,29 +88,29 @@ class WorkerLoras:
         found: list[Applied] = []
         for name, strength in self._preset:
             try:
-                found.append(Applied(self.shelf.named(name, checkpoint, parameters), strength))
+                found.append(Applied(self.lora_library.named(name, checkpoint, parameters), strength))
             except LoraUnmatched as error:
                 log.info("the preset LoRA %s is not for %s: %s", name, checkpoint.spec.family, error.message)
         known = {a.lora.id: a.lora for a in held}
         for use in uses:
             lora = known.get(use["id"])
             if lora is None and use["id"]:
-                lora = self.shelf.find(use["id"], use["outline"], checkpoint, parameters)
+                lora = self.lora_library.find(use["id"], use["outline"], checkpoint, parameters)
                 if lora is None:
                     raise LoraMissing(
                         f"The LoRA {use['name'][:100]!r} ({use['id'][:12]}) is not here.", hint="send it again"
                     )
             elif lora is None:
-                lora = self.shelf.named(use["name"], checkpoint, parameters)
+                lora = self.lora_library.named(use["name"], checkpoint, parameters)
             found.append(Applied(lora, use["strength"], use["base"]))
         return tuple(a for a in found if a.lora)
 
     def keep(self, session: WorkerSession, applied: tuple[Applied, ...]) -> None:
         """The session uses these from now on instead of what it had; their files stay."""
-        self.shelf.hold([a.lora for a in applied])
+        self.lora_library.received.hold([a.lora for a in applied])
         with self._lock:
             before, session.loras = session.loras, applied
-        self.shelf.let_go([a.lora for a in before])
+        self.lora_library.received.let_go([a.lora for a in before])
 
     def forget(self, session: WorkerSession) -> None:
         """The session ended."""

@@ -11,8 +11,8 @@ from mesh_core import wire
 from mesh_core.crossing.codec_speed import SpeedBook
 from mesh_core.errors import PlanDoesNotFit, SessionUnknown, TransportTimeout
 from mesh_core.loras.patch import Applied, set_key
-from mesh_core.model.checkpoint import Progress
-from mesh_core.model.library import Checkpoint, Library
+from mesh_core.model.checkpoint import ReadingProgress
+from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.transport.base import Channel, Peer
@@ -39,7 +39,7 @@ class SessionOpener:
 
     settings: Settings
     plugins: Plugins
-    library: Library
+    library: CheckpointLibrary
     stages: StageStore
     executor: Executor
     loras: WorkerLoras
@@ -95,7 +95,9 @@ class SessionOpener:
     def _cost(self, loaded: Loaded, seconds: float) -> dict[str, Any]:
         return {"bytes_read": loaded.bytes_read, "seconds": seconds, "loaded": self.stages.nbytes}
 
-    def _acquire(self, checkpoint: Checkpoint, key: StageKey, progress: Progress, loras: tuple[Applied, ...]) -> Loaded:
+    def _acquire(
+        self, checkpoint: Checkpoint, key: StageKey, progress: ReadingProgress, loras: tuple[Applied, ...]
+    ) -> Loaded:
         try:
             return self.stages.acquire(checkpoint, key, progress, loras)
         except PlanDoesNotFit:

@@ -21,8 +21,8 @@ import torch
 from mesh_core import __version__, wire
 from mesh_core.crossing.codec_speed import SpeedBook
 from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge, WireUnsupportedVersion
-from mesh_core.loras.library import own_shelf
-from mesh_core.model.library import Library
+from mesh_core.loras.library import own_library
+from mesh_core.model.library import CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.device import free_memory, label
@@ -98,10 +98,10 @@ class Worker:
         self._executor = executor = Executor(QUOTA.steps)
         budget = options.memory if options.memory is not None else free_memory(self._device)
         self.stages = stages = StageStore(self._device, budget, executor.check)
-        self.library = library = Library(options.roots, plugins)
+        self.library = library = CheckpointLibrary(options.roots, plugins)
         self.speeds = SpeedBook(self._device)
         self.replies = replies = Replies(listener, name)
-        self.loras = loras = WorkerLoras(own_shelf(settings, options.loras), library, replies, options.preset)
+        self.loras = loras = WorkerLoras(own_library(settings, options.loras), library, replies, options.preset)
         self.sessions = sessions = WorkerSessions(name, settings, stages, executor, listener, loras, replies)
         self.opener = SessionOpener(settings, plugins, library, stages, executor, loras, sessions, self.speeds, replies)
         constants = ConstantsCache(self._device, settings.worker.constants_cache)

@@ -15,9 +15,9 @@ from mesh_core.errors import PlanDoesNotFit
 from mesh_core.loras.apply import PatchedModel
 from mesh_core.model.adapter import Stage
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.plan import span_bytes
+from mesh_core.model.pool import ParameterPool
+from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spec import ModelSpec
-from mesh_core.model.weights import ParameterPool
 from mesh_core.worker.stage_table import StageKey, StageTable
 
 _CPU = torch.device("cpu")

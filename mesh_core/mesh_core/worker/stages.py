@@ -14,7 +14,7 @@ import torch
 
 from mesh_core.loras.patch import Applied, set_key
 from mesh_core.model.adapter import Stage
-from mesh_core.model.checkpoint import Progress
+from mesh_core.model.checkpoint import ReadingProgress
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.weights import WeightReader
 from mesh_core.worker.stage_memory import StageMemory
@@ -52,7 +52,11 @@ class StageStore:
         return self.memory.nbytes
 
     def acquire(
-        self, checkpoint: Checkpoint, key: StageKey, progress: Progress | None = None, loras: Sequence[Applied] = ()
+        self,
+        checkpoint: Checkpoint,
+        key: StageKey,
+        progress: ReadingProgress | None = None,
+        loras: Sequence[Applied] = (),
     ) -> Loaded:
         """The stage ``key`` of ``checkpoint``, loaded if it is not here. Give it back with `release`.
 
