@@ -14,6 +14,8 @@ from typing import ClassVar, Literal
 
 from mesh_core.errors import NotAuthorised
 
+__all__ = ["Address", "Channel", "Frame", "Frames", "Listener", "Peer", "Transport", "Trust"]
+
 Trust = Literal["member", "enrolling", "neighbour"]
 Frame = bytes | bytearray | memoryview
 Frames = Sequence[Frame]
