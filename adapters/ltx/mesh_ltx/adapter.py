@@ -107,13 +107,14 @@ class LtxAdapter(ModelAdapter):
         if frames is not None and (frames < 1 or (frames - 1) % TEMPORAL):
             below = max(frames - 1, 0) // TEMPORAL * TEMPORAL + 1
             raise ConfigError(
-                f"LTX-2 makes {TEMPORAL}n + 1 frames; {frames} is none of these.", hint=f"{below} or {below + TEMPORAL}"
+                f"LTX-2 makes {TEMPORAL}n + 1 frames; {frames} is not.",
+                hint=f"{below} or {below + TEMPORAL}",
             )
         for side in ("width", "height"):
             pixels = arguments.get(side)
             if pixels is not None and (pixels < SPATIAL or pixels % SPATIAL):
                 raise ConfigError(
-                    f"LTX-2 needs a {side} that {SPATIAL} divides; {pixels} is none.",
+                    f"LTX-2 needs a {side} that {SPATIAL} divides; it does not divide {pixels}.",
                     hint=f"{max(round(pixels / SPATIAL), 1) * SPATIAL}",
                 )
 

@@ -26,8 +26,8 @@ class PatchedModel:
 
     Args:
         parameters: names that the model holds here; patches of others are left to whoever holds those.
-        merged: told of every new patched parameter; by whom comes first, since a callback that held on to it would
-            keep the parameters alive.
+        merged: called with this object, the name and the value of every new patched parameter. It is handed this
+            object because a callback that held a reference of its own would keep the parameters alive.
         restored: gives the parameter to put back for an untouched one; by default that one, moved to the device.
     """
 

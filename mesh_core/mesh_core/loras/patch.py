@@ -56,10 +56,12 @@ class Patch:
 
     @property
     def parameters(self) -> frozenset[str]:
+        """Names of the parameters that it changes; more than one for fused weights."""
         return frozenset(rows.parameter for rows in self.target)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
 
     def facts(self) -> list[Any]:
@@ -68,7 +70,7 @@ class Patch:
 
     @cached_property
     def outline(self) -> str:
-        """Hash of all but the tensors' content: costs no reading, and differs where the patches differ in kind."""
+        """Hash of all but the tensors' content. Costs no reading, so what differs in kind is told apart at once."""
         shapes = {role: [t.dtype, list(t.shape)] for role, t in sorted(self.tensors.items())}
         return blake3(json.dumps([self.facts(), shapes]).encode()).hexdigest()
 
@@ -155,7 +157,7 @@ class Lora:
 
     @cached_property
     def outline(self) -> str:
-        """Like `id`, without the content of tensors: what cannot be this LoRA is told apart without reading it."""
+        """Like `id`, without the content of tensors: a LoRA with another outline is another, and need not be read."""
         return _combine(p.outline for p in self.patches)
 
     @cached_property

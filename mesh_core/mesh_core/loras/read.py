@@ -95,6 +95,11 @@ def warn_of_unmatched(lora: Lora) -> Lora:
 def lora_of(
     sources: Mapping[str, Source], checkpoint: Checkpoint, name: str, metadata: Mapping[str, str], *, where: str
 ) -> Lora:
+    """The LoRA that tensors make, by the keys that a file has for them; see `read_lora`.
+
+    Args:
+        where: what an error names as the place of the tensors.
+    """
     names, spec = names_of(checkpoint), checkpoint.spec
     modules: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     unmatched: list[str] = []

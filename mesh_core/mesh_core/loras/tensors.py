@@ -24,16 +24,22 @@ from mesh_core.system.remembered import Remembered
 
 
 class Source(Protocol):
-    """A tensor that can be loaded. ``dtype`` is as safetensors names it."""
+    """A tensor that can be loaded. What is in a file raises LoraError when the file changed or is gone."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """As safetensors names it (``"BF16"``)."""
+        ...
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Known without loading."""
+        ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Bytes of the data; known without loading."""
+        ...
 
     def digest(self) -> str:
         """BLAKE3 of the bytes in row-major order, in hex."""
@@ -49,7 +55,7 @@ class Source(Protocol):
 
 
 class HeldTensor:
-    """A tensor in memory. Must not be changed afterwards."""
+    """A `Source` in memory. The tensor must not be changed afterwards."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
@@ -100,10 +106,15 @@ class TensorFile:
             raise LoraError(f"{self.path} changed while it was in use.", hint="the same again, once it is written")
 
     def source(self, name: str) -> StoredTensor:
+        """The tensor of that name in the file; KeyError if it has none."""
         return StoredTensor(self, self.header.tensors[name])
 
     def digests(self, progress: ReadingProgress | None = None) -> Mapping[str, str]:
-        """The digest of every tensor. Read once per file and content; then remembered."""
+        """The digest of every tensor by name, see `Source.digest`. Read once per file and content; then remembered.
+
+        Raises:
+            LoraError: the file is not the one whose header was read.
+        """
         with self._lock:
             if self._digests is None:
                 self.check_unchanged()
@@ -136,7 +147,7 @@ class TensorFile:
 
 
 class StoredTensor:
-    """A tensor of a `TensorFile`."""
+    """A `Source` in a `TensorFile`."""
 
     def __init__(self, file: TensorFile, info: TensorInfo) -> None:
         self.file, self.info = file, info

@@ -22,7 +22,11 @@ _PREFIX = "inproc://"
 
 
 class InprocTransport(Transport):
-    """Listeners and channels of one instance see each other, and nobody else."""
+    """Listeners and channels of one instance see each other, and nobody else.
+
+    Args:
+        limits: for frames, both ways.
+    """
 
     scheme: ClassVar[str] = "inproc"
 
@@ -63,6 +67,8 @@ class InprocTransport(Transport):
 
 
 class InprocChannel(Channel):
+    """See `Channel`. Lost from the moment on at which either end is closed."""
+
     def __init__(self, transport: InprocTransport, listener: InprocListener) -> None:
         self.transport, self.listener = transport, listener
         self.route = token_bytes(16)
@@ -95,6 +101,8 @@ class InprocChannel(Channel):
 
 
 class InprocListener(Listener):
+    """See `Listener`. Whoever reaches it is a member: there are no keys."""
+
     def __init__(self, transport: InprocTransport, name: str) -> None:
         self.address = name
         self.transport = transport

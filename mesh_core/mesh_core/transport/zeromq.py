@@ -34,9 +34,11 @@ log = logging.getLogger(__name__)
 
 
 class ZeroMqTransport(Transport):
-    """Args:
-    keys: whose keys are used; by default the user's, looked up at every use.
-    limits: for frames, both ways.
+    """See `Transport`. A forked process gets a context and threads of its own.
+
+    Args:
+        keys: whose keys are used; by default the user's, looked up at every use.
+        limits: for frames, both ways.
     """
 
     scheme: ClassVar[str] = "mesh"

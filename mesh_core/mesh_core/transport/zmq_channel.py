@@ -34,6 +34,8 @@ class ZmqChannel(Channel):
     """Connected once, by `open_channel`; when the connection is gone the channel is over.
 
     Args:
+        place: of the worker, for messages.
+        wire: how messages cross; the same at both ends.
         keeper: kept alive for as long as the channel, so that the context stays.
     """
 

@@ -47,17 +47,23 @@ class Gate:
         return self.trust(key) is not None
 
     def admit(self, key: str) -> None:
+        """Trust the key as that of a neighbour, for as long as this listener lives."""
         self._neighbours |= {key}
 
     def dismiss(self, key: str) -> None:
+        """Take an `admit` back; no error if there was none."""
         self._neighbours -= {key}
 
 
 class ZmqListener(Listener):
-    """Args:
-    socket: a ROUTER socket that is bound.
-    gate: who is trusted; None where nobody proves a key.
-    closed: called once, when the listener is closed.
+    """See `Listener`.
+
+    Args:
+        socket: a ROUTER socket that is bound.
+        address: where, as a host would write it.
+        gate: who is trusted; None where nobody proves a key.
+        wire: how messages cross; the same at both ends.
+        closed: called once, when the listener is closed.
     """
 
     def __init__(
