@@ -16,8 +16,10 @@ from blake3 import blake3
 
 from mesh_codec.payload import bytes_of
 from mesh_core.errors import LoraError
-from mesh_core.loras.patch import Lora, Patch, Rows
-from mesh_core.loras.tensors import Source, TensorFile
+from mesh_core.loras.lora import Lora
+from mesh_core.loras.patch import Patch, Rows
+from mesh_core.loras.stored import TensorFile
+from mesh_core.loras.tensors import Source
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.spec import ModelSpec
 

@@ -23,7 +23,7 @@ from mesh_core.crossing.constants import digest
 from mesh_core.crossing.streams import Streams, aligned
 from mesh_core.errors import PlanDoesNotFit, PlanError, SessionUnknown, TransportTimeout, WireMalformed, WireTooLarge
 from mesh_core.loras.library import LoraLibrary
-from mesh_core.loras.patch import Applied, set_key
+from mesh_core.loras.lora import Applied, set_key
 from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning

@@ -16,7 +16,7 @@ from torch import nn
 
 from mesh_core.errors import PlanDoesNotFit
 from mesh_core.loras.apply import PatchedModel
-from mesh_core.loras.patch import Applied, set_key
+from mesh_core.loras.lora import Applied, set_key
 from mesh_core.model.adapter import Stage
 from mesh_core.model.checkpoint import ReadingProgress
 from mesh_core.model.library import Checkpoint
@@ -28,7 +28,7 @@ from mesh_core.model.weights import WeightReader
 
 @dataclass(frozen=True)
 class StageKey:
-    """What makes two stages the same stage. ``loras``: see `mesh_core.loras.patch.set_key`."""
+    """What makes two stages the same stage. ``loras``: see `mesh_core.loras.lora.set_key`."""
 
     fingerprint: str
     span: BlockSpan
