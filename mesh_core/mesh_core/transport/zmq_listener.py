@@ -12,10 +12,10 @@ from typing import cast
 
 import zmq
 
-from mesh_core.errors import ConfigError, NotAuthorised
-from mesh_core.transport.base import Frame, Listener, Peer, Trust
+from mesh_core.errors import NotAuthorised
+from mesh_core.transport.base import Frame, Listener, Peer
 from mesh_core.transport.frames import byte_views
-from mesh_core.transport.keys import KeyStore
+from mesh_core.transport.gate import Gate
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
 
@@ -25,34 +25,6 @@ _CLOSING_MS = 1000
 
 _REFUSED = [memoryview(b"")]
 """What a peer gets whose key was revoked while it was connected; no message of the mesh looks like it."""
-
-
-class Gate:
-    """Which keys a listener trusts, and how far: the user's files, and neighbours that hosts introduced."""
-
-    def __init__(self, keys: KeyStore) -> None:
-        self.keys = keys
-        self._neighbours: frozenset[str] = frozenset()
-
-    def trust(self, key: str) -> Trust | None:
-        """None for a key that may do nothing."""
-        try:
-            return self.keys.trust(key) or ("neighbour" if key in self._neighbours else None)
-        except ConfigError as error:
-            log.error("a key was refused because the authorised ones could not be read: %s", error)
-            return None
-
-    def open_to(self, key: str) -> bool:
-        """Whether the key may connect at all."""
-        return self.trust(key) is not None
-
-    def admit(self, key: str) -> None:
-        """Trust the key as that of a neighbour, for as long as this listener lives."""
-        self._neighbours |= {key}
-
-    def dismiss(self, key: str) -> None:
-        """Take an `admit` back; no error if there was none."""
-        self._neighbours -= {key}
 
 
 class ZmqListener(Listener):
