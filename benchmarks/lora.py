@@ -137,7 +137,7 @@ class Bench:
         return report
 
     def strengths(self, runner: Any, sent: list[int]) -> dict[str, Any]:
-        from mesh_core.loras.patch import Applied
+        from mesh_core.loras.lora import Applied
 
         lora = self.lora(self.arguments.rank, 1)
         plain = runner(self.inputs)
@@ -201,7 +201,7 @@ class Bench:
         }
 
     def second_use(self) -> dict[str, Any]:
-        from mesh_core.loras.patch import Applied
+        from mesh_core.loras.lora import Applied
 
         lora, found = self.large(3), {}
         for name in ("first", "second"):

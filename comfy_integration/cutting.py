@@ -14,8 +14,9 @@ import torch
 from mesh_codec.base import Quality
 from mesh_codec.errors import CodecError
 from mesh_core.errors import CheckpointMismatch, MeshError, PlanDoesNotFit, PlanError
+from mesh_core.host.hops import SessionOptions
 from mesh_core.host.runner import Placement, Workers, place
-from mesh_core.host.session import Session, SessionOptions
+from mesh_core.host.session import Session
 from mesh_core.model.spans import BlockSpan
 from mesh_core.system.config import Settings
 

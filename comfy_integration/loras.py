@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mesh_core.errors import LoraMissing, UnsupportedInput
 from mesh_core.host.loras import AnyLora, Borrowed
+from mesh_core.loras.lora import Applied
 from mesh_core.loras.memory import NamedPatch, from_comfy_weights, lora_from_patches
-from mesh_core.loras.patch import Applied
 
 if TYPE_CHECKING:
     from .split import Split

@@ -42,6 +42,43 @@ that a page or a node can show it apart from the rest.
 
 from __future__ import annotations
 
+__all__ = [
+    "MAX_RENDERED",
+    "Cancelled",
+    "CheckpointCorrupt",
+    "CheckpointError",
+    "CheckpointMismatch",
+    "CheckpointUnrecognised",
+    "ConfigError",
+    "ConstantsMissing",
+    "LoraError",
+    "LoraMissing",
+    "LoraTooLarge",
+    "LoraUnmatched",
+    "MeshError",
+    "NotAuthorised",
+    "PeerLost",
+    "PlanDoesNotFit",
+    "PlanError",
+    "PluginBroken",
+    "PluginConflict",
+    "PluginError",
+    "PluginIncompatible",
+    "PluginNotFound",
+    "RemoteError",
+    "SessionError",
+    "SessionUnknown",
+    "TransportError",
+    "TransportTimeout",
+    "Unreachable",
+    "UnsupportedInput",
+    "WireError",
+    "WireMalformed",
+    "WireTooLarge",
+    "WireUnsupportedVersion",
+    "by_name",
+]
+
 MAX_RENDERED = 4000
 """Longest text of an error that is rendered; the rest is cut. Errors cross the network."""
 

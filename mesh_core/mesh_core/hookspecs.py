@@ -2,10 +2,13 @@
 
 An entry point names a module or an object that carries implementations marked with `hookimpl`. The core's own
 behaviour is written as plugins of these hooks. docs/reference/hooks.md is generated from this file.
+
+The types that hooks are called with and return can be imported from here; each is loaded when it is first used.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,55 @@ if TYPE_CHECKING:
 PROJECT = "mesh"
 API_MAJOR = 1
 ENTRY_POINT_GROUP = f"{PROJECT}.v{API_MAJOR}"
+
+__all__ = [
+    "API_MAJOR",
+    "ENTRY_POINT_GROUP",
+    "BlockSpan",
+    "Codec",
+    "CodecChoice",
+    "Crossing",
+    "Hop",
+    "Link",
+    "LoraFacts",
+    "LoraPlacement",
+    "ModelAdapter",
+    "ModelSpec",
+    "Quality",
+    "Role",
+    "StepStats",
+    "Transport",
+    "WorkerInfo",
+    "hookimpl",
+    "mesh_add_commands",
+    "mesh_choose_codec",
+    "mesh_place_lora",
+    "mesh_propose_split",
+    "mesh_register_adapters",
+    "mesh_register_codecs",
+    "mesh_register_transports",
+    "mesh_step_failed",
+    "mesh_step_finished",
+    "mesh_step_started",
+]
+
+_HOMES = {
+    "BlockSpan": "mesh_core.model.spans",
+    "Codec": "mesh_codec.base",
+    "CodecChoice": "mesh_codec.base",
+    "Crossing": "mesh_core.crossing.cost",
+    "Hop": "mesh_core.model.plan",
+    "Link": "mesh_core.crossing.bandwidth",
+    "LoraFacts": "mesh_core.loras.policy",
+    "LoraPlacement": "mesh_core.loras.policy",
+    "ModelAdapter": "mesh_core.model.adapter",
+    "ModelSpec": "mesh_core.model.spec",
+    "Quality": "mesh_codec.base",
+    "Role": "mesh_core.model.spec",
+    "StepStats": "mesh_core.crossing.stats",
+    "Transport": "mesh_core.transport.base",
+    "WorkerInfo": "mesh_core.model.plan",
+}
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -104,3 +156,13 @@ def mesh_step_finished(step: int, stats: StepStats) -> None:
 @hookspec
 def mesh_step_failed(step: int, error: BaseException) -> None:
     """Called on the host when a step is given up; ``error`` is raised to the caller afterwards."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -12,8 +12,8 @@ import torch
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import PlanError, RemoteError, Unreachable
 from mesh_core.hookspecs import hookimpl
+from mesh_core.host.hops import SessionOptions
 from mesh_core.host.runner import Placement, place
-from mesh_core.host.session import SessionOptions
 from mesh_core.model.plan import Hop
 from mesh_core.model.spans import BlockSpan
 from mesh_core.plugins.registry import Plugins

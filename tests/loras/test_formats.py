@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraError, LoraUnmatched, UnsupportedInput
 from mesh_core.loras.apply import PatchedModel
+from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.memory import NamedPatch, from_comfy_weights, lora_from_patches
-from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import lora_of_state, read_lora
 from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny

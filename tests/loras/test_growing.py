@@ -17,8 +17,8 @@ from blake3 import blake3
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraError
 from mesh_core.host import loras as desk
+from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.part import Part, read_part
-from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import lora_of_state
 from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny

@@ -13,8 +13,8 @@ from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraMissing
 from mesh_core.host.loras import Borrowed
 from mesh_core.loras.library import LoraLibrary, own_library
+from mesh_core.loras.lora import Applied
 from mesh_core.loras.part import Part
-from mesh_core.loras.patch import Applied
 from mesh_core.loras.read import read_lora
 from mesh_core.loras.received import ReceivedLoras
 from mesh_core.model.library import Checkpoint

@@ -15,7 +15,7 @@ from mesh_core import wire
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import PlanDoesNotFit
 from mesh_core.loras.apply import PatchedModel
-from mesh_core.loras.patch import Applied, Lora
+from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.read import read_lora
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.sizes import span_bytes

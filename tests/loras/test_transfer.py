@@ -18,8 +18,8 @@ from mesh_core.builtin import load_plugins
 from mesh_core.errors import CheckpointMismatch, LoraError, LoraMissing, LoraTooLarge, WireMalformed
 from mesh_core.host import loras as desk
 from mesh_core.host.remote import Remote
+from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.part import Part, read_part
-from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.read import lora_of_state, read_lora
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint

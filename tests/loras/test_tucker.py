@@ -16,7 +16,7 @@ from torch import Tensor
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraError
 from mesh_core.loras.apply import PatchedModel
-from mesh_core.loras.patch import Applied
+from mesh_core.loras.lora import Applied
 from mesh_core.loras.read import read_lora
 from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import mesh_core
 from mesh_core import errors, hookspecs
+from tests.plugins.public_names import PUBLIC
 
 ROOT = Path(__file__).parents[2]
 HOOKS = sorted(name for name in vars(hookspecs) if name.startswith("mesh_"))
@@ -50,6 +54,60 @@ def test_the_names_for_type_checkers_are_those_that_are_resolved() -> None:
     assert set(imported) | {"__version__"} == set(mesh_core.__all__)
     for name, module in imported.items():
         assert getattr(mesh_core, name).__module__.startswith(str(module)) or name == "hookimpl", name
+
+
+def names_of(module: ModuleType) -> set[str]:
+    """What a module says is public; classes and functions that it defines, if it does not say."""
+    if hasattr(module, "__all__"):
+        return set(module.__all__)
+    return {n for n, x in vars(module).items() if n[0] != "_" and getattr(x, "__module__", "") == module.__name__}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_modules_have_exactly_the_names_that_are_promised(name: str) -> None:
+    module = importlib.import_module(name)
+    assert names_of(module) == set(PUBLIC[name].split())
+    assert all(getattr(module, public) is not None for public in PUBLIC[name].split())
+
+
+@pytest.mark.parametrize("module", [mesh_core.model, hookspecs], ids=lambda module: str(module.__name__))
+def test_names_that_are_loaded_when_they_are_used_are_those_for_type_checkers(module: ModuleType) -> None:
+    tree = ast.parse(inspect.getsource(module))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        alias.name: f"{node.module}" for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    homes = {n: h if "." in h else f"{module.__name__}.{h}" for n, h in vars(module)["_HOMES"].items()}
+    assert homes == imported
+    assert dir(module) == sorted(module.__all__)
+
+
+def imports_of_the_core(text: str) -> Iterator[tuple[str, str]]:
+    """(module, name) of everything that some code imports from the core."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mesh_core":
+            yield from ((str(node.module), alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names if alias.name.partition(".")[0] == "mesh_core")
+
+
+def test_adapters_and_plugins_import_public_names_only() -> None:
+    folders = (ROOT / "adapters", ROOT / "tests" / "plugins" / "samples", ROOT / "docs" / "examples")
+    code = {str(p.relative_to(ROOT)): p.read_text("utf-8") for folder in folders for p in folder.rglob("*.py")}
+    page = (ROOT / "docs" / "how-to" / "write-an-adapter.md").read_text("utf-8")
+    code["write-an-adapter.md"] = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    public = {module: set(names.split()) for module, names in PUBLIC.items()} | {"mesh_core": set(mesh_core.__all__)}
+    found = {(place, *name) for place, text in code.items() for name in imports_of_the_core(text)}
+    assert {place for place, _, _ in found} >= {"write-an-adapter.md"} | {
+        f"adapters/{family}/mesh_{family}/plugin.py" for family in ("flux2", "klein", "ltx")
+    }
+    assert sorted(name for name in found if name[2] not in public.get(name[1], ())) == []
+
+
+def test_the_page_for_authors_names_every_public_module() -> None:
+    page = (ROOT / "docs" / "how-to" / "write-an-adapter.md").read_text("utf-8")
+    listed = re.findall(r"^\| `(mesh_core[\w.]*)` \|", page, re.MULTILINE)
+    assert sorted(listed) == sorted(["mesh_core", *PUBLIC])
 
 
 def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:

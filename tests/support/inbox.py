@@ -8,8 +8,8 @@ from typing import Any
 
 from mesh_core import wire
 from mesh_core.loras.library import LoraLibrary
+from mesh_core.loras.lora import Lora
 from mesh_core.loras.part import Part
-from mesh_core.loras.patch import Lora
 from mesh_core.loras.received import ReceivedLoras
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint

@@ -23,9 +23,9 @@ from mesh_core.bench.shaper import Shaper
 from mesh_core.bench.through import ThroughModel
 from mesh_core.builtin import builtin_plugins
 from mesh_core.hookspecs import ENTRY_POINT_GROUP, hookimpl
-from mesh_core.host.hops import Identity
+from mesh_core.host.hops import Identity, SessionOptions
 from mesh_core.host.remote import Remote
-from mesh_core.host.session import Session, SessionOptions
+from mesh_core.host.session import Session
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import recognise

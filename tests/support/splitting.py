@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from mesh_codec.base import Quality
+from mesh_core.host.hops import SessionOptions
 from mesh_core.host.runner import SplitRunner, Workers, open_session, place
-from mesh_core.host.session import Report, SessionOptions
+from mesh_core.host.session import Report
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.weights import WeightReader

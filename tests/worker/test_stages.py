@@ -12,7 +12,7 @@ from torch import nn
 
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import Cancelled, PlanDoesNotFit
-from mesh_core.loras.patch import Applied
+from mesh_core.loras.lora import Applied
 from mesh_core.loras.read import read_lora
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint

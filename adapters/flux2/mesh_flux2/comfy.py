@@ -22,6 +22,8 @@ _MODEL = "comfy.ldm.flux.model"
 
 
 class Flux2Comfy(ComfySide):
+    """See `ComfySide`."""
+
     expects: ClassVar[Sequence[Expected]] = (
         Expected(
             _MODEL,

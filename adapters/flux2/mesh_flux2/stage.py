@@ -40,6 +40,7 @@ class Flux2Stage(Stage):
         model: Any = self.model
         start, stop, doubles = self.span.start, self.span.stop, len(model.transformer_blocks)
         constants = conditioning.constants
+        text: Tensor | None
         if start == 0:
             latents = restore_strides(state["hidden_states"], "hidden_states", conditioning.options)
             hidden, text, temb = self._enter(latents, state, constants["encoder_hidden_states"])

@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mesh_core.errors import CheckpointCorrupt, ConfigError
+from mesh_core.errors import ConfigError
 from mesh_core.model import BlockSpan, CheckpointHeader, Conditioning, ModelAdapter, ModelSpec, Piece, Role, State
-from mesh_core.model.adapting import describe_parameters, diffusers_class, full_config, scope_in_stacks
+from mesh_core.model.adapting import describe_parameters, scope_in_stacks
+from mesh_ltx.config import MODEL_CLASS, config_of, invisible_arguments, make_model
 from mesh_ltx.inputs import CONSTANTS, begin
-from mesh_ltx.layout import config_from_metadata, find_layout, pieces_of, refuse_video_only
+from mesh_ltx.layout import find_layout, pieces_of, refuse_video_only
 from mesh_ltx.stage import LtxStage
 
-_MODEL_CLASS = "LTX2VideoTransformer3DModel"
 _STATES: tuple[Mapping[str, Role], ...] = (
     {"hidden_states": "latent", "audio_hidden_states": "latent", "times": "exact"},
     {"hidden_states": "hidden", "audio_hidden_states": "fine", "times": "exact"},
@@ -22,30 +22,6 @@ _STATES: tuple[Mapping[str, Role], ...] = (
 )
 _OUTPUT = ("scale_shift_table", "audio_scale_shift_table", "proj_out", "audio_proj_out")
 _INPUT = ("proj_in", "audio_proj_in", "keyframes_abs_pos_embedding")
-_INVISIBLE = (
-    "num_attention_heads",
-    "audio_num_attention_heads",
-    "activation_fn",
-    "norm_eps",
-    "patch_size",
-    "patch_size_t",
-    "audio_patch_size",
-    "audio_patch_size_t",
-    "vae_scale_factors",
-    "pos_embed_max_pos",
-    "base_height",
-    "base_width",
-    "audio_pos_embed_max_pos",
-    "audio_scale_factor",
-    "audio_sampling_rate",
-    "audio_hop_length",
-    "causal_offset",
-    "rope_type",
-    "rope_theta",
-    "rope_double_precision",
-    "timestep_scale_multiplier",
-    "cross_attn_timestep_scale_multiplier",
-)
 
 TEMPORAL, SPATIAL = 8, 32
 """Frames per latent frame after the first, and pixels per latent, along each side, of the published video codecs."""
@@ -60,11 +36,11 @@ class LtxAdapter(ModelAdapter):
     def recognise(self, header: CheckpointHeader) -> ModelSpec | None:
         found = find_layout(header.tensors)
         named = header.config.get("_class_name")
-        if found is None or named not in (None, _MODEL_CLASS):
+        if found is None or named not in (None, MODEL_CLASS):
             refuse_video_only(header)
             return None
         prefix, original = found
-        config = _config(header, prefix)
+        config = config_of(header, prefix)
         blocks = config["num_layers"]
         whole = BlockSpan(0, blocks)
         return ModelSpec(
@@ -76,17 +52,17 @@ class LtxAdapter(ModelAdapter):
             constants={name: BlockSpan(0, 1) if name == "video_keyframes_mask" else whole for name in CONSTANTS},
             parameters=describe_parameters(
                 header,
-                skeleton=lambda: _model(config),
+                skeleton=lambda: make_model(config),
                 pieces=lambda name, _: pieces_of(name, prefix, original),
                 scope=lambda name: _scope(name, blocks),
             ),
             defaults=_defaults(config),
             optional=frozenset(name for name, needed in CONSTANTS.items() if not needed),
-            invisible={name: _plain(config[name]) for name in _INVISIBLE},
+            invisible=invisible_arguments(config),
         )
 
     def skeleton(self, spec: ModelSpec) -> nn.Module:
-        return _model(spec.config)
+        return make_model(spec.config)
 
     def stage(self, spec: ModelSpec, span: BlockSpan, model: nn.Module) -> LtxStage:
         return LtxStage(spec, span, model)
@@ -107,36 +83,20 @@ class LtxAdapter(ModelAdapter):
         if frames is not None and (frames < 1 or (frames - 1) % TEMPORAL):
             below = max(frames - 1, 0) // TEMPORAL * TEMPORAL + 1
             raise ConfigError(
-                f"LTX-2 makes {TEMPORAL}n + 1 frames; {frames} is none of these.", hint=f"{below} or {below + TEMPORAL}"
+                f"LTX-2 makes {TEMPORAL}n + 1 frames; {frames} is not.",
+                hint=f"{below} or {below + TEMPORAL}",
             )
         for side in ("width", "height"):
             pixels = arguments.get(side)
             if pixels is not None and (pixels < SPATIAL or pixels % SPATIAL):
                 raise ConfigError(
-                    f"LTX-2 needs a {side} that {SPATIAL} divides; {pixels} is none.",
+                    f"LTX-2 needs a {side} that {SPATIAL} divides; it does not divide {pixels}.",
                     hint=f"{max(round(pixels / SPATIAL), 1) * SPATIAL}",
                 )
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
         """LoRAs name parameters as diffusers does, or as Lightricks does."""
         return ({name: pieces_of(name, "", original=True) for name in spec.parameters},)
-
-
-def _config(header: CheckpointHeader, prefix: str) -> dict[str, Any]:
-    given = header.config or config_from_metadata(header, prefix)
-    config = full_config(diffusers_class(_MODEL_CLASS), given)
-    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "audio_num_attention_heads")
-    for name in sizes:
-        if not isinstance(config[name], int) or not 0 < config[name] <= 1 << 16:
-            raise CheckpointCorrupt(f"{header.path} says {name}={config[name]!r}.", hint="copy or download it again")
-    return config
-
-
-def _plain(value: Any) -> Any:
-    """Equal for equal meaning: files write 1000 and 1000.0, lists and tuples."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, (int, float)) else value
 
 
 def _variant(config: Mapping[str, Any]) -> str:
@@ -153,10 +113,6 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     newer = bool(config["cross_attn_mod"])
     perturbed = min(28 if newer else 29, config["num_layers"] - 1)
     return {"use_cross_timestep": newer, "spatio_temporal_guidance_blocks": [perturbed]}
-
-
-def _model(config: Mapping[str, Any]) -> nn.Module:
-    return diffusers_class(_MODEL_CLASS)(**config)
 
 
 def _scope(name: str, blocks: int) -> BlockSpan:

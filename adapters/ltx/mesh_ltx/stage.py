@@ -8,31 +8,14 @@ of the video and the audio stream, U: distinct timesteps.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mesh_core.errors import UnsupportedInput
 from mesh_core.model import Conditioning, Stage, State
 from mesh_core.model.adapting import restore_strides
-from mesh_ltx.times import SUFFIX, spread
-
-
-@dataclass(frozen=True)
-class Times:
-    """The timesteps of one call, flat, as ``forward`` takes them; sigmas are None where the model needs none.
-
-    ``video_gate`` and ``audio_gate`` are those of the gates between the streams; None: as their scales and shifts.
-    """
-
-    video: Tensor
-    audio: Tensor
-    sigma: Tensor | None
-    audio_sigma: Tensor | None
-    video_gate: Tensor | None = None
-    audio_gate: Tensor | None = None
+from mesh_ltx.conditions import Times, masks_of, perturbation_of, times_of
 
 
 class LtxStage(Stage):
@@ -56,8 +39,8 @@ class LtxStage(Stage):
         model: Any = self.model
         video, audio = state["hidden_states"], state["audio_hidden_states"]
         constants, options = conditioning.constants, conditioning.options
-        times = _times(state["times"], constants, options)
-        masks = _masks(video.dtype, audio.dtype, constants)
+        times = times_of(state["times"], constants, options)
+        masks = masks_of(video.dtype, audio.dtype, constants)
         rotary = self._rotary(video, audio, constants, options)
         if self.span.start == 0:
             video = restore_strides(video, "hidden_states", options)
@@ -65,7 +48,7 @@ class LtxStage(Stage):
             video, audio = self._enter(video, audio, constants)
         modulation, embedded, audio_embedded = self._modulation(video, audio, times, options)
         text, audio_text = self._text(video, audio, constants)
-        perturbed, perturbation, entirely = _perturbation(len(video), constants, options)
+        perturbed, perturbation, entirely = perturbation_of(len(video), constants, options)
         together = not options.get("isolate_modalities", False)
 
         if perturbed and not model.config.perturbed_attn:
@@ -133,7 +116,7 @@ class LtxStage(Stage):
 
         def embedded(layer: Any, when: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
             made, plain = layer(when, batch_size=len(stream), hidden_dtype=stream.dtype)
-            return tuple(t.view(len(stream), -1, t.size(-1)) for t in (made, plain))  # type: ignore[return-value]
+            return tuple(t.view(len(stream), -1, t.size(-1)) for t in (made, plain))
 
         temb, plain = embedded(model.time_embed, times.video, video)
         audio_temb, audio_plain = embedded(model.audio_time_embed, times.audio, audio)
@@ -164,46 +147,6 @@ class LtxStage(Stage):
             text = model.caption_projection(text).view(len(video), -1, video.size(-1))
             audio_text = model.audio_caption_projection(audio_text).view(len(video), -1, audio.size(-1))
         return text, audio_text
-
-
-def _times(values: Tensor, constants: Mapping[str, Tensor], options: Mapping[str, Any]) -> Times:
-    def of(name: str, other: Tensor | None = None) -> Tensor | None:
-        index = constants.get(f"{name}{SUFFIX}")
-        dtype: torch.dtype = getattr(torch, options.get(f"{name}_dtype", ""), values.dtype)
-        return other if index is None else spread(values, index, dtype)
-
-    video, sigma = of("timestep"), of("sigma")
-    audio = of("audio_timestep", video)
-    assert video is not None and audio is not None
-    return Times(video, audio, sigma, of("audio_sigma", sigma), of("video_gate"), of("audio_gate"))
-
-
-def _masks(video: torch.dtype, audio: torch.dtype, constants: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Masks as blocks take them: what is multiplied (1 keeps) becomes what is added (0 keeps)."""
-    text, audio_text = (constants.get(f"{n}encoder_attention_mask") for n in ("", "audio_"))
-    own = constants.get("video_self_attention_mask")
-    if text is not None and text.ndim == 2:
-        text = ((1 - text.to(video)) * -10000.0).unsqueeze(1)
-    if audio_text is not None and audio_text.ndim == 2:
-        audio_text = ((1 - audio_text.to(audio)) * -10000.0).unsqueeze(1)
-    return {
-        "encoder_attention_mask": text,
-        "audio_encoder_attention_mask": audio_text,
-        "self_attention_mask": None if own is None else (1 - own.to(video)) * -10000.0,
-    }
-
-
-def _perturbation(
-    batch: int, constants: Mapping[str, Tensor], options: Mapping[str, Any]
-) -> tuple[frozenset[int], Tensor | None, Any]:
-    """Blocks whose self-attention is perturbed, for which elements of the batch, and whether for all."""
-    blocks = frozenset(options.get("spatio_temporal_guidance_blocks", ()))
-    if not blocks:
-        return blocks, None, False
-    mask = constants.get("perturbation_mask")
-    mask = torch.zeros((batch,)) if mask is None else mask
-    mask = mask[:, None, None] if mask.ndim == 1 else mask
-    return blocks, mask, torch.all(mask == 0)
 
 
 def _leave(stream: Tensor, embedded: Tensor, table: Tensor, norm: nn.Module, project: nn.Module) -> Tensor:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import os
 
-from mesh_core import hookimpl
-from mesh_core.loras.policy import LoraFacts, LoraPlacement
-from mesh_core.model import BlockSpan
-from mesh_core.model.plan import WorkerInfo
+from mesh_core.hookspecs import BlockSpan, LoraFacts, LoraPlacement, WorkerInfo, hookimpl
 
 
 @hookimpl
 def mesh_place_lora(lora: LoraFacts, stage: BlockSpan, worker: WorkerInfo) -> LoraPlacement | None:
+    """Friends are sent what they lack; strangers get what they have already, or an error that says why not."""
     friends = {name.strip() for name in os.environ.get("MESH_LORA_FRIENDS", "").split(",") if name.strip()}
     if not friends:
         return None

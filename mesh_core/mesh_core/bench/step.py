@@ -22,9 +22,9 @@ from mesh_core.bench.processes import Child, plugins
 from mesh_core.bench.through import ThroughModel
 from mesh_core.crossing.stats import StepStats
 from mesh_core.errors import TransportError
-from mesh_core.host.hops import Identity
+from mesh_core.host.hops import Identity, SessionOptions
 from mesh_core.host.remote import Remote
-from mesh_core.host.session import Session, SessionOptions
+from mesh_core.host.session import Session
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import recognise

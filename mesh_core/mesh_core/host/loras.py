@@ -15,8 +15,8 @@ from mesh_core.crossing.stats import RunStats
 from mesh_core.errors import LoraError, LoraMissing, LoraTooLarge, PeerLost, SessionUnknown, Unreachable
 from mesh_core.host.hops import Identity, RemoteHop
 from mesh_core.host.remote import Remote
+from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.part import Part
-from mesh_core.loras.patch import Applied, Lora
 from mesh_core.loras.policy import LoraFacts, LoraPlacement
 from mesh_core.model.plan import WorkerInfo
 from mesh_core.plugins.registry import Plugins

@@ -19,8 +19,9 @@ from mesh_core.crossing.bandwidth import Link
 from mesh_core.errors import PeerLost, TransportTimeout
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
-from mesh_core.transport.base import Address, Channel, Frame, Transport
+from mesh_core.transport.base import Address, Channel, Transport
 from mesh_core.wire.failure import rebuild
+from mesh_core.wire.framing import Frame
 
 T = TypeVar("T", bound=wire.Message)
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from mesh_core.crossing.stats import RunStats
 from mesh_core.errors import LoraMissing, PlanError
-from mesh_core.host.hops import Identity
+from mesh_core.host.hops import Identity, SessionOptions
 from mesh_core.host.loras import AnyLora
 from mesh_core.host.remote import Remote
-from mesh_core.host.session import Report, Session, SessionOptions
+from mesh_core.host.session import Report, Session
 from mesh_core.loras.apply import PatchedModel
-from mesh_core.loras.patch import Applied
+from mesh_core.loras.lora import Applied
 from mesh_core.model.adapter import Stage
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.plan import Plan, WorkerInfo, check, make

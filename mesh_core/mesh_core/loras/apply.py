@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mesh_core.errors import LoraError
-from mesh_core.loras.algorithms import ALGORITHMS
-from mesh_core.loras.patch import Applied, Patch
+from mesh_core.loras.lora import Applied
+from mesh_core.loras.merging import Entry, groups_of, merge
+from mesh_core.loras.patch import Patch
 from mesh_core.loras.tensors import check_finite
 from mesh_core.model.weights import assign
-
-Entry = tuple[Applied, Patch]
 
 
 class PatchedModel:
@@ -26,8 +24,8 @@ class PatchedModel:
 
     Args:
         parameters: names that the model holds here; patches of others are left to whoever holds those.
-        merged: told of every new patched parameter; by whom comes first, since a callback that held on to it would
-            keep the parameters alive.
+        merged: called with this object, the name and the value of every new patched parameter. It is handed this
+            object because a callback that held a reference of its own would keep the parameters alive.
         restored: gives the parameter to put back for an untouched one; by default that one, moved to the device.
     """
 
@@ -69,7 +67,7 @@ class PatchedModel:
             LoraError: a file changed, holds values that are not finite, or joins weights of several machines.
         """
         entries = [(a, p) for a in loras for p in a.lora.patches if p.parameters & self.parameters]
-        groups = _groups([p for _, p in entries], self.parameters)
+        groups = groups_of([p for _, p in entries], self.parameters)
         work: dict[frozenset[str], list[Entry]] = defaultdict(list)
         for entry in entries:
             work[groups[next(iter(entry[1].parameters))]].append(entry)
@@ -102,7 +100,7 @@ class PatchedModel:
             # One after the other: both at once would convert in host memory, and send twice the bytes.
             weights[name] = base.to(here.device, non_blocking=True).to(torch.float32)
         for applied, patch in entries:
-            _apply(patch, self._tensors(patch), applied, weights)
+            merge(patch, self._tensors(patch), applied, weights)
         for name, weight in weights.items():
             parameter = nn.Parameter(weight.to(self._parameter(name).dtype), requires_grad=False)
             self._assign(name, parameter)
@@ -144,38 +142,3 @@ def _host_copy(tensor: Tensor) -> Tensor:
         return copy.pin_memory() if tensor.device.type == "cuda" else copy
     except RuntimeError:
         return copy
-
-
-def _groups(patches: Sequence[Patch], held: frozenset[str]) -> dict[str, frozenset[str]]:
-    """For each patched parameter, those that must be merged together with it: patches of fused weights join some."""
-    groups: dict[str, frozenset[str]] = {}
-    for patch in patches:
-        if missing := patch.parameters - held:
-            raise LoraError(f"A patch joins {min(patch.parameters & held)} with {min(missing)}, which is not here.")
-        joined = frozenset(n for name in patch.parameters for n in groups.get(name, {name}))
-        for name in joined:
-            groups[name] = joined
-    return groups
-
-
-def _apply(patch: Patch, tensors: Mapping[str, Tensor], applied: Applied, weights: dict[str, Tensor]) -> None:
-    rows = patch.target
-    parts = [weights[r.parameter][r.start : r.stop] for r in rows]
-    before = torch.cat(parts) if len(parts) > 1 else parts[0]
-    part = before.narrow(*patch.narrow) if patch.narrow is not None else before
-    if applied.strength_model != 1.0:
-        part = part * applied.strength_model
-    here = {role: t.to(part.device, torch.float32) for role, t in tensors.items()}
-    after = ALGORITHMS[patch.algorithm].apply(part, here, patch.alpha, applied.strength)
-    if patch.narrow is not None:
-        changed, dim = before.clone(), patch.narrow
-        changed.narrow(*dim).copy_(after)
-        after = changed
-    position = 0
-    for r in rows:
-        new, whole = after[position : position + len(r)], weights[r.parameter]
-        position += len(r)
-        if len(r) != len(whole):
-            # Never into ``whole``: it may be the untouched parameter itself.
-            new = torch.cat([whole[: r.start], new, whole[r.stop :]])
-        weights[r.parameter] = new

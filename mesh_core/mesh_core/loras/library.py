@@ -15,11 +15,11 @@ from typing import Any
 from mesh_core.errors import CheckpointError, LoraError, LoraMissing
 from mesh_core.loras.facts import facts_for_people
 from mesh_core.loras.folders import LoraFolders
+from mesh_core.loras.lora import Lora
 from mesh_core.loras.part import read_part
-from mesh_core.loras.patch import Lora
 from mesh_core.loras.read import read_lora
 from mesh_core.loras.received import ReceivedLoras
-from mesh_core.loras.tensors import StoredTensor
+from mesh_core.loras.stored import StoredTensor
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint

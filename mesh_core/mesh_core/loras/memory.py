@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from mesh_core.errors import LoraUnmatched, UnsupportedInput
-from mesh_core.loras.patch import Lora, Patch
+from mesh_core.loras.lora import Lora
+from mesh_core.loras.patch import Patch
 from mesh_core.loras.read import names_of
 from mesh_core.loras.tensors import HeldTensor, Source
 from mesh_core.model.library import Checkpoint

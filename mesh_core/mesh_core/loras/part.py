@@ -16,8 +16,10 @@ from blake3 import blake3
 
 from mesh_codec.payload import bytes_of
 from mesh_core.errors import LoraError
-from mesh_core.loras.patch import Lora, Patch, Rows
-from mesh_core.loras.tensors import Source, TensorFile
+from mesh_core.loras.lora import Lora
+from mesh_core.loras.patch import Patch, Rows
+from mesh_core.loras.stored import TensorFile
+from mesh_core.loras.tensors import Source
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.spec import ModelSpec
 
@@ -88,6 +90,7 @@ class Part:
 
 
 def is_part(header: CheckpointHeader) -> bool:
+    """Whether a file says that it is in this form; the tensors in it may still not be."""
     return header.metadata.get("format") == MARK
 
 
@@ -119,12 +122,12 @@ def _read_patch(item: Any, file: TensorFile) -> Patch:
     rows = []
     for parameter, start, stop in target:
         if type(parameter) is not str or type(start) is not int or type(stop) is not int:
-            raise ValueError("rows that are none")
+            raise ValueError("rows without a name, a start or an end")
         rows.append(Rows(parameter, start, stop))
     if type(algorithm) is not str or type(alpha) not in (int, float, type(None)) or not isinstance(roles, dict):
-        raise ValueError("a patch that is none")
+        raise ValueError("a patch without algorithm, alpha or tensors")
     if narrow is not None and (len(narrow) != 3 or any(type(n) is not int for n in narrow)):
-        raise ValueError("a part of a weight that is none")
+        raise ValueError("a part of a weight that is not three whole numbers")
     tensors: dict[str, Source] = {}
     for role, index in roles.items():
         if type(index) is not int or str(index) not in file.header.tensors:

@@ -42,6 +42,3 @@ class LoraPlacement:
 
     action: Action
     reason: str
-
-
-POLICIES = ("default", "always-send", "never-send", "worker-only", "local-only")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mesh_core.errors import ConfigError, LoraError, LoraMissing, LoraTooLarge
-from mesh_core.loras.patch import Lora
-from mesh_core.loras.tensors import StoredTensor, TensorFile
+from mesh_core.loras.lora import Lora
+from mesh_core.loras.stored import StoredTensor, TensorFile
 from mesh_core.system.config import atomic_write
 from mesh_core.system.remembered import Remembered
 

@@ -125,7 +125,7 @@ class ModelAdapter(ABC):
 
         Each maps parameter names to the tensors, or rows of tensors, that hold them there. A LoRA that names such a
         tensor is applied to the parameters' rows. The names of the parameters themselves, those of the checkpoint,
-        and the prefixes and joined forms that are common to all families need not be told. One layout may cover a
+        and the prefixes and joined forms that are common to all families need not be among them. One layout may cover a
         part of the parameters. The default has none.
         """
         return ()

@@ -1,4 +1,4 @@
-"""The checkpoints under a worker's folders, found by fingerprint. Never told a path by the network."""
+"""The checkpoints under a worker's folders, found by fingerprint. The network never names a path."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
+        """Of its file or folder, for people."""
         return self.header.path.name
 
 
@@ -69,7 +70,11 @@ def recognise(header: CheckpointHeader, adapters: Adapters) -> Checkpoint:
 
 
 class CheckpointLibrary:
-    """Checkpoints under ``roots``. Folders are read anew whenever a checkpoint is not found at once."""
+    """Checkpoints under ``roots``. Folders are read anew whenever a checkpoint is not found at once.
+
+    Args:
+        roots: folders and files that the user named.
+    """
 
     def __init__(self, roots: Sequence[Path], adapters: Adapters) -> None:
         self._roots, self._adapters = tuple(roots), adapters

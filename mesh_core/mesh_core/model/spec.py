@@ -52,6 +52,7 @@ class ParameterSpec:
 
     @property
     def elements(self) -> int:
+        """Numbers that the parameter holds."""
         return prod(self.shape)
 
 

@@ -18,7 +18,7 @@ FIRST = frozenset({CORE, "comfyui-mesh-codec"})
 ONE_OF_THEM = "pip uninstall all but one of them"
 """What to do about a conflict."""
 
-Status = Literal["loaded", "disabled", "broken", "conflict", "incompatible"]
+PluginStatus = Literal["loaded", "disabled", "broken", "conflict", "incompatible"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class PluginReport:
     name: str
     distribution: str
     version: str
-    status: Status = "loaded"
+    status: PluginStatus = "loaded"
     provides: tuple[str, ...] = ()
     detail: str = ""
     hint: str = ""

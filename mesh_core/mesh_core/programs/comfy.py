@@ -28,6 +28,9 @@ from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spec import Conditioning, ModelSpec, State
 from mesh_core.plugins.registry import Plugins
 
+# What a family's comfy.py imports; the rest is the node pack's.
+__all__ = ["ComfySide", "Expected", "HandOver", "RemotePart", "hand_over_at", "intercepted"]
+
 log = logging.getLogger(__name__)
 
 HOST = "comfy"

@@ -19,9 +19,9 @@ from mesh_codec.base import Quality
 from mesh_codec.dtypes import from_safetensors, from_torch
 from mesh_core.builtin import installed_plugins
 from mesh_core.errors import ConfigError, PlanDoesNotFit, PlanError
-from mesh_core.host.hops import Identity
+from mesh_core.host.hops import Identity, SessionOptions
 from mesh_core.host.runner import SplitRunner, Workers, open_session, place
-from mesh_core.host.session import Report, Session, SessionOptions
+from mesh_core.host.session import Report, Session
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.library import Checkpoint, recognise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mesh_core.errors import LoraMissing, PlanError
 from mesh_core.host.loras import AnyLora, Borrowed
 from mesh_core.loras.library import own_library
-from mesh_core.loras.patch import Applied
+from mesh_core.loras.lora import Applied
 from mesh_core.loras.read import read_lora, warn_of_unmatched
 from mesh_core.model.library import Checkpoint
 from mesh_core.programs.peft import PREFIX, Adapter, Adapters

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mesh_core.errors import UnsupportedInput
 from mesh_core.host.loras import AnyLora
-from mesh_core.loras.patch import Applied, Lora
+from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.read import lora_of_state, read_lora, warn_of_unmatched
 from mesh_core.model.library import Checkpoint
 

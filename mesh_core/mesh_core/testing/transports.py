@@ -16,7 +16,8 @@ from typing import TypeVar
 from mesh_core.errors import ConfigError, MeshError, PeerLost, TransportError, Unreachable, WireTooLarge
 from mesh_core.testing.listeners import Answer, ListenerThread, TransportRig, ask, echo
 from mesh_core.testing.workers import wait_until
-from mesh_core.transport.base import Address, Channel, Frame, Listener, Peer, Transport
+from mesh_core.transport.base import Address, Channel, Listener, Peer, Transport
+from mesh_core.wire.framing import Frame
 from mesh_core.wire.limits import LIMITS, Limits
 
 MakeTransport = Callable[[Limits], Transport]

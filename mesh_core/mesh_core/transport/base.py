@@ -1,8 +1,17 @@
 """What a transport is: it moves multi-frame messages between a host's channel and a worker's listener.
 
-Knows nothing of what the frames mean. A frame is bytes or a view of memory; frame 0 is small (a header), the rest
-may be tens of megabytes. Channels and listeners belong to one thread each, but for `Listener.send` and
-`Listener.wake`, which any thread may call.
+Knows nothing of what the frames mean. A message is one frame or more. A frame is contiguous memory; frame 0 is a header
+of at most 1 MiB, each of the others may be empty or have tens of megabytes, 4 GiB at most, 256 of them.
+
+Delivery: the messages of one sender arrive whole, in their order, and each once. A message that will not arrive shows
+as `PeerLost` at the channel, never as a gap; but answers to a peer that takes nothing any more may be dropped. A
+transport repeats nothing and does not reconnect: the core does.
+
+Threads: a channel is used by one thread at a time, and so is a listener, but for the methods that say otherwise. No
+method may wait longer than the timeout that it is given; without one, `Channel.send` alone may wait for a few seconds.
+
+A host opens two channels to each worker: one for its requests, one that only asks whether the worker is alive, which is
+answered while the first one carries tens of megabytes. `mesh_core.testing` has what a transport must pass.
 """
 
 from __future__ import annotations
@@ -13,10 +22,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mesh_core.errors import NotAuthorised
+from mesh_core.wire.framing import Frame
+
+__all__ = ["Address", "Channel", "Frame", "Frames", "Listener", "Peer", "Transport", "Trust"]
 
 Trust = Literal["member", "enrolling", "neighbour"]
-Frame = bytes | bytearray | memoryview
+"""How far a peer is trusted, see `Peer`."""
+
 Frames = Sequence[Frame]
+"""A message."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,7 @@ class Peer:
     """Who sent a message.
 
     Attributes:
-        route: opaque; where an answer goes.
+        route: where an answer goes; opaque, and no other peer's for as long as the listener lives.
         key: the proven public key of the peer (Z85 text), or "" on transports without keys.
         trust: ``member``: may do everything; ``enrolling``: came in on a one-time invite, may only enrol;
             ``neighbour``: another worker, admitted for sessions that its host named.
@@ -39,7 +53,9 @@ class Peer:
 class Address:
     """Where a worker listens, and the key that it must prove.
 
-    ``text`` is what people write, ``scheme://place``; ``server_key`` is Z85 text, "" where there is none.
+    Attributes:
+        text: what people write, ``scheme://place``; what a place is, the transport decides.
+        server_key: Z85 text; "" on transports without keys, or to take the key that this user knows.
     """
 
     text: str
@@ -47,27 +63,31 @@ class Address:
 
     @property
     def scheme(self) -> str:
+        """Which transport serves it, see `Transport.scheme`."""
         return self.text.partition("://")[0]
 
 
 class Channel(ABC):
-    """The host's end of a connection to one worker. Used from one thread at a time."""
+    """The host's end of one connection to one worker. When the connection is gone, the channel is over."""
 
     @abstractmethod
     def send(self, frames: Frames) -> None:
-        """Send one message. The frames' memory must not change until it is delivered; a transport that queues
-        holds references to them.
+        """Send one message. Returns when it is queued, which may be before it is sent.
+
+        The frames' memory does not change until the message is delivered: a transport that queues keeps references
+        to it and need not copy.
 
         Raises:
-            PeerLost: the connection is known to be gone, or its queue stays full. A channel is one connection:
-                it does not come back, open another.
+            PeerLost: the connection is known to be gone, or its queue stays full.
             WireTooLarge: a frame over the limit; nothing was sent.
         """
 
     @abstractmethod
     def receive(self, timeout: float) -> list[memoryview] | None:
-        """The next message, or None when nothing came within ``timeout`` seconds. The views stay valid for as
-        long as they are referenced.
+        """The next message, or None when nothing came within ``timeout`` seconds (0: do not wait).
+
+        The views are flat and of bytes, and stay valid for as long as they are referenced. One that can be written
+        to is the receiver's alone.
 
         Raises:
             NotAuthorised: the worker refuses our key from now on.
@@ -76,22 +96,29 @@ class Channel(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Drop the connection and what is still queued. May be called twice."""
+        """Drop the connection and what is still queued. May be called twice; afterwards the other methods raise
+        `PeerLost`."""
 
 
 class Listener(ABC):
-    """A worker's end: messages of many peers."""
+    """A worker's end: messages of many peers.
+
+    A transport without keys leaves `admit`, `dismiss` and `enrol` as they are, and makes everybody a member.
+    """
 
     address: str
     """Where it listens, as a host would write it; the port is filled in when it was 0."""
 
     @abstractmethod
     def receive(self, timeout: float) -> tuple[Peer, list[memoryview]] | None:
-        """The next message and who sent it, or None after ``timeout`` seconds or a `wake`."""
+        """The next message and who sent it, or None after ``timeout`` seconds or a `wake`; views as in
+        `Channel.receive`. A peer that may do nothing at all is never handed out."""
 
     @abstractmethod
     def send(self, route: bytes, frames: Frames) -> None:
-        """Answer a peer; dropped silently when the peer is gone. Any thread may call it.
+        """Answer a peer; dropped silently when the peer is gone. Any thread may call it, and it does not wait.
+
+        Answers of one thread keep their order. The frames' memory is used as by `Channel.send`.
 
         Raises:
             WireTooLarge: a frame over the limit.
@@ -99,7 +126,7 @@ class Listener(ABC):
 
     @abstractmethod
     def wake(self) -> None:
-        """Make a waiting `receive` return None now. Any thread may call it."""
+        """Make a waiting `receive` return None now, or the next one if none waits. Any thread may call it."""
 
     def admit(self, key: str) -> None:  # noqa: B027  (without keys there is nobody to refuse)
         """Let a neighbouring worker in with this public key. Any thread may call it."""
@@ -108,7 +135,7 @@ class Listener(ABC):
         """Take an `admit` back; no error if there was none. Any thread may call it."""
 
     def enrol(self, peer: Peer, key: str, name: str) -> None:
-        """Make ``key`` a member for good, and the invite that ``peer`` came in on useless.
+        """Make ``key`` a member for good under ``name``, and the invite that ``peer`` came in on useless.
 
         Raises:
             NotAuthorised: the peer did not come in on an invite, or another used it first.
@@ -117,13 +144,15 @@ class Listener(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop listening. May be called twice."""
+        """Stop listening and free the address before it returns; every channel is lost. May be called twice, by the
+        thread that receives."""
 
 
 class Transport(ABC):
-    """A way to reach workers, chosen by the scheme of the address. One instance per process."""
+    """A way to reach workers. One instance per process, which any thread may use."""
 
     scheme: ClassVar[str]
+    """What is before ``://`` in the addresses that it serves; no other transport's."""
 
     def resolve(self, address: Address) -> Address:
         """``address`` with the key that its worker must prove, where this user knows it: what another worker needs to
@@ -136,7 +165,8 @@ class Transport(ABC):
 
     @abstractmethod
     def connect(self, address: Address, timeout: float) -> Channel:
-        """Open a channel. Returns once the worker can be talked to.
+        """Open a channel. Returns once the worker can be talked to, and both ends have proven their keys where there
+        are keys; a worker that starts within ``timeout`` seconds is waited for.
 
         Raises:
             Unreachable: nobody listens there within ``timeout`` seconds.
@@ -146,7 +176,11 @@ class Transport(ABC):
 
     @abstractmethod
     def listen(self, address: str, **options: object) -> Listener:
-        """Listen at ``address``.
+        """Listen at ``address``; `Listener.address` says where, if the address leaves it open (port 0).
+
+        Args:
+            options: this transport's own. ``mesh serve`` gives ``insecure`` and ``force``, as true, where the user
+                asked for no encryption.
 
         Raises:
             TransportError: the address is taken or is not this machine's.
@@ -155,5 +189,7 @@ class Transport(ABC):
 
     @abstractmethod
     def wait(self, channels: Sequence[Channel], timeout: float) -> list[Channel]:
-        """Those of ``channels`` (all of this transport) whose `Channel.receive` has something to return or raise;
-        empty after ``timeout`` seconds."""
+        """Those of ``channels`` (all of this transport) whose `Channel.receive` has something to return or raise.
+
+        Waits until there is one; empty after ``timeout`` seconds.
+        """

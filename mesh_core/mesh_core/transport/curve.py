@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 KEY_LENGTH = 40
 """Characters of a key as Z85 text; 32 bytes."""
 
-Gate = Callable[[str], bool]
+MayConnect = Callable[[str], bool]
 """Whether a public key (Z85 text) may shake hands. Called in the ZAP thread."""
 
 _ZAP = "inproc://zeromq.zap.01"
@@ -69,11 +69,11 @@ def from_url_text(text: str) -> str:
 class ZapHandler:
     """Answers libzmq's question, for all listeners of one context, whether a client may come in.
 
-    A listener's socket has a ZAP domain of its own; a domain without a gate lets nobody in.
+    A listener's socket has a ZAP domain of its own; a domain that is not added lets nobody in.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
-        self._gates: dict[str, Gate] = {}
+        self._asked: dict[str, MayConnect] = {}
         self._socket = context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.bind(_ZAP)
@@ -84,11 +84,13 @@ class ZapHandler:
         self._thread = threading.Thread(target=self._serve, name="zap", daemon=True)
         self._thread.start()
 
-    def add(self, domain: str, gate: Gate) -> None:
-        self._gates[domain] = gate
+    def add(self, domain: str, may_connect: MayConnect) -> None:
+        """Ask ``may_connect`` about clients of the listener whose socket has that ZAP domain."""
+        self._asked[domain] = may_connect
 
     def remove(self, domain: str) -> None:
-        self._gates.pop(domain, None)
+        """Let nobody into that domain any more; no error if it is not there."""
+        self._asked.pop(domain, None)
 
     def close(self) -> None:
         """Stop answering; handshakes under way fail."""
@@ -114,12 +116,12 @@ class ZapHandler:
         """Status code, text and user id: the key that was proven."""
         try:
             domain, address, _, _, key = request
-            gate = self._gates.get(domain.decode())
-            if gate is None:
+            may_connect = self._asked.get(domain.decode())
+            if may_connect is None:
                 # Its listener is closing: to the client that is a worker that ends, not one that refuses it.
                 return b"300", b"Closing", b""
             text = z85.encode(key).decode()
-            if gate(text):
+            if may_connect(text):
                 return b"200", b"OK", text.encode()
             log.warning("refused the unknown key %s from %s", text, address.decode(errors="replace"))
         except Exception:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mesh_core.errors import WireTooLarge
-from mesh_core.transport.base import Frame
-from mesh_core.wire.framing import byte_view
+from mesh_core.wire.framing import Frame, byte_view
 from mesh_core.wire.limits import Limits
 
 

@@ -14,15 +14,20 @@ from time import monotonic
 from typing import ClassVar
 
 from mesh_core.errors import ConfigError, PeerLost, TransportError, Unreachable
-from mesh_core.transport.base import Address, Channel, Frame, Listener, Peer, Transport
+from mesh_core.transport.base import Address, Channel, Listener, Peer, Transport
 from mesh_core.transport.frames import byte_views
+from mesh_core.wire.framing import Frame
 from mesh_core.wire.limits import LIMITS, Limits
 
 _PREFIX = "inproc://"
 
 
 class InprocTransport(Transport):
-    """Listeners and channels of one instance see each other, and nobody else."""
+    """Listeners and channels of one instance see each other, and nobody else.
+
+    Args:
+        limits: for frames, both ways.
+    """
 
     scheme: ClassVar[str] = "inproc"
 
@@ -63,6 +68,8 @@ class InprocTransport(Transport):
 
 
 class InprocChannel(Channel):
+    """See `Channel`. Lost from the moment on at which either end is closed."""
+
     def __init__(self, transport: InprocTransport, listener: InprocListener) -> None:
         self.transport, self.listener = transport, listener
         self.route = token_bytes(16)
@@ -95,6 +102,8 @@ class InprocChannel(Channel):
 
 
 class InprocListener(Listener):
+    """See `Listener`. Whoever reaches it is a member: there are no keys."""
+
     def __init__(self, transport: InprocTransport, name: str) -> None:
         self.address = name
         self.transport = transport

@@ -21,29 +21,33 @@ import zmq
 from mesh_core.errors import ConfigError, Unreachable
 from mesh_core.transport.address import Place, is_loopback, numeric, parse_place
 from mesh_core.transport.base import Address, Channel, Listener, Transport
-from mesh_core.transport.curve import ZapHandler
+from mesh_core.transport.gate import Gate
 from mesh_core.transport.keys import KeyPair, KeyStore
 from mesh_core.transport.reach import reach
-from mesh_core.transport.zmq_channel import WorkerEnded, ZmqChannel, open_channel
+from mesh_core.transport.zmq_channel import ZmqChannel, open_channel
 from mesh_core.transport.zmq_errors import mapped_errors
-from mesh_core.transport.zmq_listener import Gate, ZmqListener
-from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
+from mesh_core.transport.zmq_listener import ZmqListener
+from mesh_core.transport.zmq_process import ZmqProcess
+from mesh_core.transport.zmq_refusals import WorkerEnded
+from mesh_core.transport.zmq_socket import Socket, Wire, milliseconds
 from mesh_core.wire.limits import LIMITS, Limits
 
 log = logging.getLogger(__name__)
 
 
 class ZeroMqTransport(Transport):
-    """Args:
-    keys: whose keys are used; by default the user's, looked up at every use.
-    limits: for frames, both ways.
+    """See `Transport`. A forked process gets a context and threads of its own.
+
+    Args:
+        keys: whose keys are used; by default the user's, looked up at every use.
+        limits: for frames, both ways.
     """
 
     scheme: ClassVar[str] = "mesh"
 
     def __init__(self, keys: KeyStore | None = None, limits: Limits = LIMITS) -> None:
         self._keys, self._limits = keys, limits
-        self._running: _Running | None = None
+        self._running: ZmqProcess | None = None
         self._lock = Lock()
 
     def resolve(self, address: Address) -> Address:
@@ -122,11 +126,11 @@ class ZeroMqTransport(Transport):
                 self._running.close()
             self._running = None
 
-    def _runs(self) -> _Running:
+    def _runs(self) -> ZmqProcess:
         """This process's context and its threads: a fork must not use its parent's."""
         with self._lock:
             if self._running is None or self._running.process != os.getpid():
-                self._running = _Running()
+                self._running = ZmqProcess()
                 # Not at exit: other threads may still use sockets then, and the process frees all of it.
                 weakref.finalize(self, self._running.close).atexit = False
             return self._running
@@ -178,26 +182,3 @@ class ZeroMqTransport(Transport):
     def _unguard(self, domain: str) -> None:
         if domain:
             self._runs().zap().remove(domain)
-
-
-class _Running:
-    """What one process runs for a transport: a context and, from the first listener on, its ZAP handler."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.context: Context = zmq.Context()
-        self._zap: ZapHandler | None = None
-        self._lock = Lock()
-
-    def zap(self) -> ZapHandler:
-        with self._lock:
-            if self._zap is None:
-                self._zap = ZapHandler(self.context)
-            return self._zap
-
-    def close(self) -> None:
-        """End the threads and the context; does nothing the second time, or in a fork."""
-        if self.process == os.getpid() and not self.context.closed:
-            if self._zap is not None:
-                self._zap.close()
-            self.context.destroy(linger=0)

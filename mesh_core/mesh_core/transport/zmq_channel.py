@@ -9,14 +9,15 @@ from time import monotonic
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from mesh_core.errors import NotAuthorised, PeerLost, TransportError, Unreachable
+from mesh_core.errors import NotAuthorised, PeerLost, Unreachable
 from mesh_core.transport.address import Place
-from mesh_core.transport.base import Channel, Frame
+from mesh_core.transport.base import Channel
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.keys import KeyPair
-from mesh_core.transport.reach import mechanism
 from mesh_core.transport.zmq_errors import mapped_errors
+from mesh_core.transport.zmq_refusals import why_refused
 from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
+from mesh_core.wire.framing import Frame
 
 _FULL = 5.0
 """Seconds that a send waits for a queue that is full."""
@@ -26,14 +27,12 @@ _GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _WATCHED = zmq.EVENT_HANDSHAKE_SUCCEEDED | _FAILED | _GONE
 
 
-class WorkerEnded(Exception):
-    """The worker took a connection and is gone; it may be starting anew."""
-
-
 class ZmqChannel(Channel):
     """Connected once, by `open_channel`; when the connection is gone the channel is over.
 
     Args:
+        place: of the worker, for messages.
+        wire: how messages cross; the same at both ends.
         keeper: kept alive for as long as the channel, so that the context stays.
     """
 
@@ -133,37 +132,11 @@ class ZmqChannel(Channel):
             event = parse_monitor_message(self.monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 return
-            raise self._refusal(event)
+            raise why_refused(self._place, event)
         raise Unreachable(
             f"{self._place} takes connections, but does not answer within {timeout:g} s.",
             hint="restart the worker there; it is stopped, or too busy to answer",
         )
-
-    def _refusal(self, event: int) -> TransportError:
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            return NotAuthorised(
-                f"The worker at {self._place} does not accept this key.",
-                hint="mesh keys invite on the worker's machine, then mesh join INVITE here",
-            )
-        # Whatever else went wrong, libzmq only knows that it did: ask the other end what it speaks.
-        found, wanted = mechanism(self._place), "NULL" if self._place.insecure else "CURVE"
-        if found is None:
-            raise WorkerEnded
-        if not found:
-            return Unreachable(
-                f"{self._place} takes connections, but what answers is no worker of the mesh.",
-                hint="check the port; a proxy or another program listens there",
-            )
-        if found == wanted == "CURVE":
-            return NotAuthorised(
-                f"The worker at {self._place} has another key than the one that is known for it.",
-                hint=f"if it was set up anew: mesh keys forget {self._place.netloc}, then mesh join with a new invite",
-            )
-        if found != wanted:
-            runs = "without encryption" if found == "NULL" else "with encryption"
-            what = f"mesh://{self._place.netloc}{'?insecure=yes' if found == 'NULL' else ''}"
-            return NotAuthorised(f"The worker at {self._place} runs {runs}.", hint=f"{what}, if that is what you want")
-        return Unreachable(f"The worker at {self._place} broke the connection off.", hint="try again")
 
 
 def open_channel(

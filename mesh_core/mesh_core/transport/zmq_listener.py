@@ -12,12 +12,13 @@ from typing import cast
 
 import zmq
 
-from mesh_core.errors import ConfigError, NotAuthorised
-from mesh_core.transport.base import Frame, Listener, Peer, Trust
+from mesh_core.errors import NotAuthorised
+from mesh_core.transport.base import Listener, Peer
 from mesh_core.transport.frames import byte_views
-from mesh_core.transport.keys import KeyStore
+from mesh_core.transport.gate import Gate
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
+from mesh_core.wire.framing import Frame
 
 log = logging.getLogger(__name__)
 
@@ -27,37 +28,15 @@ _REFUSED = [memoryview(b"")]
 """What a peer gets whose key was revoked while it was connected; no message of the mesh looks like it."""
 
 
-class Gate:
-    """Which keys a listener trusts, and how far: the user's files, and neighbours that hosts introduced."""
-
-    def __init__(self, keys: KeyStore) -> None:
-        self.keys = keys
-        self._neighbours: frozenset[str] = frozenset()
-
-    def trust(self, key: str) -> Trust | None:
-        """None for a key that may do nothing."""
-        try:
-            return self.keys.trust(key) or ("neighbour" if key in self._neighbours else None)
-        except ConfigError as error:
-            log.error("a key was refused because the authorised ones could not be read: %s", error)
-            return None
-
-    def open_to(self, key: str) -> bool:
-        """Whether the key may connect at all."""
-        return self.trust(key) is not None
-
-    def admit(self, key: str) -> None:
-        self._neighbours |= {key}
-
-    def dismiss(self, key: str) -> None:
-        self._neighbours -= {key}
-
-
 class ZmqListener(Listener):
-    """Args:
-    socket: a ROUTER socket that is bound.
-    gate: who is trusted; None where nobody proves a key.
-    closed: called once, when the listener is closed.
+    """See `Listener`.
+
+    Args:
+        socket: a ROUTER socket that is bound.
+        address: where, as a host would write it.
+        gate: who is trusted; None where nobody proves a key.
+        wire: how messages cross; the same at both ends.
+        closed: called once, when the listener is closed.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from blake3 import blake3
 from mesh_codec.payload import bytes_of
 from mesh_core.errors import LoraError
 from mesh_core.loras.library import LoraLibrary
-from mesh_core.loras.tensors import StoredTensor
+from mesh_core.loras.stored import StoredTensor
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.safetensors import MAX_HEADER_BYTES
 

@@ -21,7 +21,8 @@ from mesh_core import wire
 from mesh_core.errors import LoraError, WireMalformed, WireTooLarge
 from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.part import lora_in
-from mesh_core.loras.tensors import TensorFile, check_finite
+from mesh_core.loras.stored import TensorFile
+from mesh_core.loras.tensors import check_finite
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
 from mesh_core.worker.lora_reuse import KnownTensors, known_tensors

@@ -10,7 +10,7 @@ from typing import Any
 from mesh_core import wire
 from mesh_core.errors import LoraMissing, LoraUnmatched
 from mesh_core.loras.library import LoraLibrary
-from mesh_core.loras.patch import Applied
+from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.model.spans import BlockSpan
 from mesh_core.transport.base import Peer

@@ -10,7 +10,7 @@ from typing import Any
 from mesh_core import wire
 from mesh_core.crossing.codec_speed import SpeedBook
 from mesh_core.errors import PlanDoesNotFit, SessionUnknown, TransportTimeout
-from mesh_core.loras.patch import Applied, set_key
+from mesh_core.loras.lora import Applied, set_key
 from mesh_core.model.checkpoint import ReadingProgress
 from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.plugins.registry import Plugins

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Sequence
 
 from mesh_core import wire
-from mesh_core.transport.base import Frame, Listener
+from mesh_core.transport.base import Listener
 from mesh_core.wire.failure import describe
+from mesh_core.wire.framing import Frame
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from mesh_core.crossing.streams import Streams
-from mesh_core.loras.patch import Applied
+from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint
 from mesh_core.transport.base import Channel
 from mesh_core.worker.stages import Loaded

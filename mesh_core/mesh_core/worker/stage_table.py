@@ -9,7 +9,7 @@ from time import monotonic
 import torch
 
 from mesh_core.loras.apply import PatchedModel
-from mesh_core.loras.patch import Applied
+from mesh_core.loras.lora import Applied
 from mesh_core.model.adapter import Stage
 from mesh_core.model.spans import BlockSpan
 

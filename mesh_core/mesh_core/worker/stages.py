@@ -12,7 +12,7 @@ from time import monotonic
 
 import torch
 
-from mesh_core.loras.patch import Applied, set_key
+from mesh_core.loras.lora import Applied, set_key
 from mesh_core.model.adapter import Stage
 from mesh_core.model.checkpoint import ReadingProgress
 from mesh_core.model.library import Checkpoint

@@ -11,10 +11,8 @@ import click
 
 from mesh_codec.base import Codec, CodecChoice, Decoder, Encoder, Limits, Quality
 from mesh_core import hookimpl
-from mesh_core.crossing.bandwidth import Link
-from mesh_core.crossing.stats import StepStats
+from mesh_core.hookspecs import Hop, Link, StepStats, WorkerInfo
 from mesh_core.model import BlockSpan, Conditioning, ModelAdapter, ModelSpec, Stage, State
-from mesh_core.model.plan import Hop, WorkerInfo
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 
 

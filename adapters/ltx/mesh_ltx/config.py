@@ -1,0 +1,71 @@
+"""The arguments of diffusers' model class, found from a checkpoint's header, and those that no weight shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from mesh_core.errors import CheckpointCorrupt
+from mesh_core.model import CheckpointHeader
+from mesh_core.model.adapting import diffusers_class, full_config
+from mesh_ltx.metadata import config_from_metadata
+
+MODEL_CLASS = "LTX2VideoTransformer3DModel"
+_INVISIBLE = (
+    "num_attention_heads",
+    "audio_num_attention_heads",
+    "activation_fn",
+    "norm_eps",
+    "patch_size",
+    "patch_size_t",
+    "audio_patch_size",
+    "audio_patch_size_t",
+    "vae_scale_factors",
+    "pos_embed_max_pos",
+    "base_height",
+    "base_width",
+    "audio_pos_embed_max_pos",
+    "audio_scale_factor",
+    "audio_sampling_rate",
+    "audio_hop_length",
+    "causal_offset",
+    "rope_type",
+    "rope_theta",
+    "rope_double_precision",
+    "timestep_scale_multiplier",
+    "cross_attn_timestep_scale_multiplier",
+)
+
+
+def make_model(config: Mapping[str, Any]) -> nn.Module:
+    """The model class with these arguments, on whatever device torch makes tensors on now."""
+    return diffusers_class(MODEL_CLASS)(**config)
+
+
+def config_of(header: CheckpointHeader, prefix: str) -> dict[str, Any]:
+    """From ``config.json``, or else from the metadata of a single file whose names begin with ``prefix``.
+
+    Raises:
+        CheckpointError: neither says it, or what it says cannot be.
+    """
+    given = header.config or config_from_metadata(header, prefix)
+    config = full_config(diffusers_class(MODEL_CLASS), given)
+    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "audio_num_attention_heads")
+    for name in sizes:
+        if not isinstance(config[name], int) or not 0 < config[name] <= 1 << 16:
+            raise CheckpointCorrupt(f"{header.path} says {name}={config[name]!r}.", hint="copy or download it again")
+    return config
+
+
+def invisible_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """See `ModelSpec.invisible`."""
+    return {name: _plain(config[name]) for name in _INVISIBLE}
+
+
+def _plain(value: Any) -> Any:
+    """Equal for equal meaning: files write 1000 and 1000.0, lists and tuples."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return float(value) if isinstance(value, (int, float)) else value
