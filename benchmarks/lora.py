@@ -86,8 +86,8 @@ class Bench:
     @contextmanager
     def session(self) -> Any:
         """A runner with everything on the worker, and the bytes that this host sent."""
+        from mesh_core.host.options import SessionOptions
         from mesh_core.host.runner import SplitRunner, open_session, place
-        from mesh_core.host.session import SessionOptions
         from mesh_core.model.weights import WeightReader
         from mesh_core.programs.diffusers import identify
 

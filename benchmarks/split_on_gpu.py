@@ -299,8 +299,8 @@ def split_row(
     import torch
 
     from mesh_core.builtin import installed_plugins
+    from mesh_core.host.options import SessionOptions
     from mesh_core.host.runner import SplitRunner, open_session, place
-    from mesh_core.host.session import SessionOptions
     from mesh_core.model.weights import WeightReader
 
     bounds = [*cuts, checkpoint.spec.blocks]

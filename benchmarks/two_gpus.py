@@ -194,8 +194,8 @@ def measure(
     import torch
 
     from mesh_core.builtin import installed_plugins
+    from mesh_core.host.options import SessionOptions
     from mesh_core.host.runner import SplitRunner, open_session, place
-    from mesh_core.host.session import SessionOptions
 
     options, plugins = SessionOptions(torch.bfloat16, device, cell.quality, codec=cell.codec), installed_plugins()
     placement = place(checkpoint, f":{cell.cut}", [worker], plugins, options, None)

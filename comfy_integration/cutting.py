@@ -14,7 +14,8 @@ import torch
 from mesh_codec.base import Quality
 from mesh_codec.errors import CodecError
 from mesh_core.errors import CheckpointMismatch, MeshError, PlanDoesNotFit, PlanError
-from mesh_core.host.hops import SessionOptions
+from mesh_core.host.options import SessionOptions
+from mesh_core.host.progress import Activity
 from mesh_core.host.runner import Placement, Workers, place
 from mesh_core.host.session import Session
 from mesh_core.model.spans import BlockSpan
@@ -27,6 +28,7 @@ from .shadow import ROOT, shadow
 from .shadow import nbytes as held_bytes
 from .source import FILE, LoadedModel, Source, names_of
 from .split import KEY, OnFailure, Split, attach, interrupted
+from .status import State
 from .workers import WorkerRef
 
 log = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ def _cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
     if choice.local == spec.blocks:
         hub.close(node)
         hub.status.start(node, (), spec.blocks, spec.blocks)
-        hub.status.change(node, "local", "All blocks run here.")
+        hub.status.change(node, State.LOCAL, "All blocks run here.")
         if isinstance(source, LoadedModel):
             return patcher
         return attach(patcher, _shadow(patcher, source, spec.blocks, hub, node), None)
@@ -103,7 +105,7 @@ def _cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
     remote = names_of(source.checkpoint, BlockSpan(0, spec.blocks)) - names_of(source.checkpoint, BlockSpan(0, local))
     prefix = getattr(source, "prefix", "")
     names = frozenset(ROOT + name.removeprefix(prefix) for name in remote)
-    hub.status.change(node, "connected")
+    hub.status.change(node, State.CONNECTED)
     split = Split(hub, node, source, local, session, choice.on_failure, names, weakref.ref(model))
     return attach(patcher, model, split)
 
@@ -166,14 +168,11 @@ def _pairs(placement: Placement) -> Sequence[tuple[Any, Any]]:
 def _opened(source: Source, placement: Placement, options: SessionOptions, hub: Hub, node: str) -> Session:
     """The session under the first identity that the workers know."""
 
-    def report(worker: str, what: str, done: int, total: int) -> None:
+    def report(activity: Activity) -> None:
         interrupted()
-        if what.startswith("waiting"):
-            hub.status.change(node, "lost", worker, done, total)
-        else:
-            hub.status.change(node, "loading", f"{worker}: {what}", done, total)
+        hub.status.show(node, activity)
 
-    hub.status.change(node, "loading", "telling the workers which weights")
+    hub.status.change(node, State.LOADING, "telling the workers which weights")
     hops = [(remote, hop.span) for remote, hop in _pairs(placement)]
     mismatch: CheckpointMismatch | None = None
     try:

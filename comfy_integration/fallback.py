@@ -11,6 +11,7 @@ import comfy.model_management
 from mesh_core.errors import MeshError, PlanDoesNotFit
 
 from .shadow import shadow
+from .status import State
 
 if TYPE_CHECKING:
     from .split import Split
@@ -41,7 +42,7 @@ def whole_model(split: Split, current: Any, cause: MeshError) -> Forward:
             hint="the worker again, or another one",
         ) from cause
     log.warning("%s The model runs here from now on.", cause.message)
-    split.hub.status.change(split.node, "local", f"{cause.message} All blocks run here.")
+    split.hub.status.change(split.node, State.LOCAL, f"{cause.message} All blocks run here.")
     whole = on_model(current, shadow(current.model, split.source.weights(everything)))
     for kind in whole.wrappers.values():
         kind.pop(KEY, None)

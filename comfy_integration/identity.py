@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mesh_codec.dtypes import from_safetensors
 from mesh_core.errors import CheckpointError, CheckpointUnrecognised
-from mesh_core.host.hops import Identity
+from mesh_core.host.options import ModelIdentity
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint, recognise
@@ -38,11 +38,11 @@ _FOLDERS = ("diffusion_models", "checkpoints")
 class _Claims:
     """Identities of one model, found one after the other and remembered."""
 
-    def __init__(self, more: Iterator[Identity]) -> None:
-        self._found: list[Identity] = []
+    def __init__(self, more: Iterator[ModelIdentity]) -> None:
+        self._found: list[ModelIdentity] = []
         self._more = more
 
-    def __iter__(self) -> Iterator[Identity]:
+    def __iter__(self) -> Iterator[ModelIdentity]:
         yield from self._found
         for identity in self._more:
             self._found.append(identity)
@@ -79,7 +79,7 @@ def originals(patcher: Any) -> Callable[[str], Tensor]:
     return lambda name: kept[name] if name in kept else own[name]
 
 
-def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[Identity]:
+def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[ModelIdentity]:
     """By what workers may know the weights in ``patcher``'s memory, the likeliest first; each is hashed once.
 
     Raises:
@@ -90,7 +90,7 @@ def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[Identity]:
     return _claims[patcher.model]
 
 
-def _find(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[Identity]:
+def _find(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[ModelIdentity]:
     seen: set[str] = set()
     for claimed in _as_in_files(spec):
         structure = fingerprint.structure(claimed)
@@ -140,7 +140,7 @@ def _retyped(spec: ModelSpec, dtypes: Mapping[str, str]) -> ModelSpec:
     return replace(spec, parameters={n: replace(p, dtype=dtypes[n]) for n, p in spec.parameters.items()})
 
 
-def _hashed(spec: ModelSpec, structure: str, weights: Callable[[str], Tensor]) -> Identity | None:
+def _hashed(spec: ModelSpec, structure: str, weights: Callable[[str], Tensor]) -> ModelIdentity | None:
     """The identity of the weights in the types of ``spec``; None when that would change a weight."""
 
     class Loses(Exception):
@@ -157,7 +157,7 @@ def _hashed(spec: ModelSpec, structure: str, weights: Callable[[str], Tensor]) -
         return cast
 
     try:
-        return Identity(spec, structure, fingerprint.of_values(spec, value))
+        return ModelIdentity(spec, structure, fingerprint.of_values(spec, value))
     except Loses:
         return None
 
@@ -168,7 +168,7 @@ def joined(parameter: ParameterSpec, weights: Callable[[str], Tensor]) -> Tensor
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _from_wider_files(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[Identity]:
+def _from_wider_files(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[ModelIdentity]:
     """Files with more bits than ComfyUI kept, whose weights round to what is in memory."""
     for found in _files_like(spec):
         reader = WeightReader(found.header)

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mesh_core.host.hops import Identity
-from mesh_core.host.session import Report
+from mesh_core.host.options import ModelIdentity
+from mesh_core.host.progress import ProgressReport
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ParameterSpec, Piece
@@ -35,7 +35,7 @@ class Source(Protocol):
     def weights(self, span: BlockSpan) -> Weights:
         """The weights of ComfyUI's model that ``span`` needs, on the CPU; None for the others."""
 
-    def identities(self, report: Report | None) -> Iterable[Identity]:
+    def identities(self, report: ProgressReport | None) -> Iterable[ModelIdentity]:
         """By what workers may know the model, the likeliest first."""
 
 
@@ -64,7 +64,7 @@ class LoadedModel:
 
         return weight
 
-    def identities(self, report: Report | None) -> Iterable[Identity]:
+    def identities(self, report: ProgressReport | None) -> Iterable[ModelIdentity]:
         return identities(self.patcher, self.checkpoint)
 
 
@@ -101,5 +101,5 @@ class ModelFile:
         whole = ParameterSpec(info.shape, info.dtype, (Piece(name),), BlockSpan(0, 1))
         return reader.read(whole).to(self.dtype)
 
-    def identities(self, report: Report | None) -> Iterable[Identity]:
+    def identities(self, report: ProgressReport | None) -> Iterable[ModelIdentity]:
         return [identify(self.checkpoint, report)]

@@ -8,10 +8,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from time import monotonic, time
 from typing import TYPE_CHECKING, Any
 
 from mesh_core.errors import NotAuthorised
+from mesh_core.host.progress import Activity, Phase
 
 if TYPE_CHECKING:
     from mesh_core.crossing.stats import StepStats
@@ -23,21 +25,34 @@ _PAUSE = 0.2
 Send = Callable[[str, Mapping[str, Any]], None]
 
 
+class State(str, Enum):
+    """Of a node: the values are what the page is sent."""
+
+    CONNECTED = "connected"
+    LOADING = "loading"
+    LOST = "lost"
+    FAILED = "failed"
+    WRONG_KEY = "wrong key"
+    LOCAL = "local"
+
+
 @dataclass
 class NodeStatus:
     """One node.
 
     Attributes:
-        state: connected, loading, lost, failed, wrong key or local; ``since`` when, in seconds since 1970.
+        since: when it came into its state, in seconds since 1970.
+        done, total: of what it does, in ``unit`` (bytes or seconds); total is 0 where nobody knows it.
         held: bytes of the transformer's weights on this machine; ``bytes_read``: from its file, if it is read in parts.
     """
 
     node: str
-    state: str = "connected"
+    state: State = State.CONNECTED
     detail: str = ""
     since: float = field(default_factory=time)
     done: int = 0
     total: int = 0
+    unit: str = "bytes"
     blocks: int = 0
     local: int = 0
     held: int = 0
@@ -73,25 +88,32 @@ class Statuses:
         with self._lock:
             self._nodes[node].held, self._nodes[node].bytes_read = held, bytes_read
 
-    def change(self, node: str, state: str, detail: str = "", done: int = 0, total: int = 0) -> None:
+    def change(
+        self, node: str, state: State, detail: str = "", done: int = 0, total: int = 0, unit: str = "bytes"
+    ) -> None:
+        """The node is in ``state`` now; ``detail`` is for people."""
         with self._lock:
             status = self._nodes.setdefault(node, NodeStatus(node))
-            new = (state, detail if state != "loading" else "") != (
-                status.state,
-                status.detail if status.state != "loading" else "",
-            )
-            if new and not (state == status.state == "lost"):
+            new = state != status.state or (detail != status.detail and state is not State.LOADING)
+            if new and not (state is status.state is State.LOST):
                 status.since = time()
-            status.state, status.detail, status.done, status.total = state, detail, done, total
+            status.state, status.detail = state, detail
+            status.done, status.total, status.unit = done, total, unit
         self._tell(node, often=not new and done < total)
 
+    def show(self, node: str, activity: Activity) -> None:
+        """What a worker does, or that it is lost and waited for."""
+        lost = activity.phase is Phase.WAITING
+        state, detail = (State.LOST, activity.subject) if lost else (State.LOADING, activity.words)
+        self.change(node, state, detail, activity.done, activity.total, activity.unit)
+
     def fail(self, node: str, error: Exception) -> None:
-        self.change(node, "wrong key" if isinstance(error, NotAuthorised) else "failed", str(error))
+        self.change(node, State.WRONG_KEY if isinstance(error, NotAuthorised) else State.FAILED, str(error))
 
     def step(self, node: str, step: StepStats, reconnects: int) -> None:
         with self._lock:
             status = self._nodes.setdefault(node, NodeStatus(node))
-            status.state, status.detail, status.steps, status.reconnects = "connected", "", step.step, reconnects
+            status.state, status.detail, status.steps, status.reconnects = State.CONNECTED, "", step.step, reconnects
             status.codec, status.reason, status.step = step.codec, step.reason, split_of(step)
         self._tell(node)
 

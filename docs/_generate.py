@@ -16,8 +16,7 @@ import click
 
 import mesh_codec.errors
 from mesh_core import errors, hookspecs
-from mesh_core.cli import cli
-from mesh_core.cli.plugins import COMMANDS
+from mesh_core.cli import COMMANDS, cli
 
 REFERENCE = Path(__file__).parent / "reference"
 BRANCH = re.compile(r"^[│├└─ ]*(\w+)\s{2,}(\S.*)$")

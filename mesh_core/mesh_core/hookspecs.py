@@ -111,7 +111,8 @@ def mesh_propose_split(
 ) -> Sequence[Hop] | None:
     """Called when the user leaves the cut open. Return one hop per span in execution order, or None to pass.
 
-    ``workers[0]`` is the host itself. The spans must cover the model without gaps.
+    ``workers[0]`` is the host itself. ``links[i]`` is the way from the host to ``workers[i]``, measured just now, and
+    None for the host. The spans must cover the model without gaps.
     """
 
 

@@ -104,8 +104,8 @@ def test_a_fast_codec_pays_on_a_faster_link() -> None:
 
 
 def test_the_other_end_counts_too() -> None:
-    told = {("entropy", ""): CodecSpeed(Speed(0, 20e6), Speed(0, 20e6))}
-    assert chosen(crossing(GIGABIT, GPU, receiver=End(told=told))) != "entropy"
+    claimed = {("entropy", ""): CodecSpeed(Speed(0, 20e6), Speed(0, 20e6))}
+    assert chosen(crossing(GIGABIT, GPU, receiver=End(claimed=claimed))) != "entropy"
 
 
 def test_an_end_that_says_nothing_is_taken_for_one_like_this() -> None:
@@ -113,8 +113,8 @@ def test_an_end_that_says_nothing_is_taken_for_one_like_this() -> None:
 
 
 def test_another_engine_of_the_codec_is_better_than_nothing() -> None:
-    told = {("entropy", "nvcomp"): CodecSpeed(Speed(0, 20e6), Speed(0, 20e6))}
-    assert chosen(crossing(GIGABIT, GPU, receiver=End(told=told))) != "entropy"
+    claimed = {("entropy", "nvcomp"): CodecSpeed(Speed(0, 20e6), Speed(0, 20e6))}
+    assert chosen(crossing(GIGABIT, GPU, receiver=End(claimed=claimed))) != "entropy"
 
 
 def test_it_explains_itself_in_one_line() -> None:

@@ -13,8 +13,10 @@ import torch
 from mesh_codec.base import Encoded, Encoder, Estimate, Quality
 from mesh_codec.entropy import EntropyCodec
 from mesh_codec.raw import RawCodec
-from mesh_core.crossing import codec_speed
-from mesh_core.crossing.codec_speed import SpeedBook, read_speeds, sample, time_codec
+from mesh_core.crossing import speed_book
+from mesh_core.crossing.codec_speed import read_speeds
+from mesh_core.crossing.codec_timing import sample, time_codec
+from mesh_core.crossing.speed_book import SpeedBook
 from tests.support.workers import wait_until
 
 CPU = torch.device("cpu")
@@ -70,8 +72,8 @@ def test_a_damaged_note_is_measured_again(tmp_path: Path, damage: str) -> None:
 def test_old_notes_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = Counting()
     SpeedBook(CPU, tmp_path).find(codec, {}, torch.bfloat16)
-    timed, then = codec.opened, codec_speed.time()
-    monkeypatch.setattr(codec_speed, "time", lambda: then + 40 * 86400)
+    timed, then = codec.opened, speed_book.time()
+    monkeypatch.setattr(speed_book, "time", lambda: then + 40 * 86400)
     SpeedBook(CPU, tmp_path).find(codec, {}, torch.bfloat16)
     assert codec.opened > timed
 
@@ -80,11 +82,11 @@ def test_old_notes_are_measured_again(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_a_busy_machine_measured_is_soon_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: float, again: bool
 ) -> None:
-    monkeypatch.setattr(codec_speed.psutil, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(speed_book.psutil, "getloadavg", lambda: (load, load, load))
     codec = Counting()
     SpeedBook(CPU, tmp_path).find(codec, {}, torch.bfloat16)
-    timed, then = codec.opened, codec_speed.time()
-    monkeypatch.setattr(codec_speed, "time", lambda: then + 3600)
+    timed, then = codec.opened, speed_book.time()
+    monkeypatch.setattr(speed_book, "time", lambda: then + 3600)
     SpeedBook(CPU, tmp_path).find(codec, {}, torch.bfloat16)
     assert (codec.opened > timed) is again
 

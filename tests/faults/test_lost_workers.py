@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mesh_core.errors import PeerLost, Unreachable
+from mesh_core.host.progress import Activity, Phase
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Deadlines, Settings
 from tests.adapters import tiny
@@ -28,8 +29,8 @@ class Reports:
     def __init__(self) -> None:
         self.waiting: list[float] = []
 
-    def __call__(self, worker: str, phase: str, done: int, total: int) -> None:
-        if phase == "waiting for it to come back":
+    def __call__(self, activity: Activity) -> None:
+        if activity.phase is Phase.WAITING and activity.unit == "seconds":
             self.waiting.append(monotonic())
 
 
@@ -127,9 +128,9 @@ def test_a_worker_killed_while_it_loads(tmp_path: Path, plugins: Plugins) -> Non
         kills: list[float] = []
         restart: list[threading.Thread] = []
 
-        def report(name: str, phase: str, done: int, total: int) -> None:
-            if phase == "loading" and not kills:
-                kills.append(done / total)
+        def report(activity: Activity) -> None:
+            if activity.phase is Phase.LOADING and not kills:
+                kills.append(activity.done / activity.total)
                 worker.kill()
                 restart.append(threading.Thread(target=worker.begin))
                 restart[0].start()

@@ -13,7 +13,7 @@ from mesh_codec.base import CodecChoice, Quality
 from mesh_codec.raw import RawCodec
 from mesh_core.errors import PlanError
 from mesh_core.hookspecs import hookimpl
-from mesh_core.host import negotiation
+from mesh_core.host import choices
 from tests.support.negotiating import (
     SLOW,
     Brings,
@@ -63,7 +63,7 @@ def test_a_chain_measures_its_own_links(tmp_path: Path, start: Any) -> None:
     workers = start(plugins, 3)
     with over(tmp_path, workers, plugins) as session:
         remotes = session.remotes
-        known = [session._codecs._links[id(a), id(b)] for a, b in pairwise(remotes)]
+        known = [session._opener.links._measured[a, b] for a, b in pairwise(remotes)]
         assert len(known) == 2 and all(link.bandwidth > 1e6 for link in known)
         assert torch.equal(run(session, state()), state())
         assert session.stats.steps[0].reason.count("measured") >= 1
@@ -119,12 +119,12 @@ def test_a_choice_that_has_settled_is_looked_at_once_in_a_while(
     counting = Counting("deflate")
     plugins = plugins_with(Brings(Deflate()), counting)
     monkeypatch.setattr(Deflate, "takes", 0.0)
-    monkeypatch.setattr(negotiation, "_LOOK_AGAIN", 1e9)
+    monkeypatch.setattr(choices, "_LOOK_AGAIN", 1e9)
     (worker,) = start(plugins, scheme="inproc")
     # The model computes in float32; what its state takes in bytes says nothing of how many elements it has.
     small, large = state(1024).bfloat16(), state(2048).bfloat16()
     with over(tmp_path, [worker], plugins) as session:
-        for _ in range(negotiation._LEARNING):
+        for _ in range(choices.LEARNING):
             assert torch.equal(run(session, small), small)
         settled = counting.asked
         for _ in range(5):
@@ -136,7 +136,7 @@ def test_a_choice_that_has_settled_is_looked_at_once_in_a_while(
         for tensor in (small, large, small, large):
             assert torch.equal(run(session, tensor, str(tensor.numel())), tensor)
         assert counting.asked == other_size
-        monkeypatch.setattr(negotiation, "_LOOK_AGAIN", 0.0)
+        monkeypatch.setattr(choices, "_LOOK_AGAIN", 0.0)
         counting.codec = "raw"
         assert torch.equal(run(session, small), small)
         assert used(session)[-2:] == ["deflate", "raw"]
@@ -146,7 +146,7 @@ def test_a_link_that_slows_down_changes_a_choice_that_has_settled(tmp_path: Path
     plugins = plugins_with(Brings(RawCodec(), Deflate()), standard=False)
     workers = start(plugins)
     with shaped(workers[0]) as (link, address), over(tmp_path, workers, plugins, address=address) as session:
-        for step in range(negotiation._LEARNING + 4):
+        for step in range(choices.LEARNING + 4):
             run(session, state(seed=step))
         assert set(used(session)) == {"raw"}
         link.rate = SLOW
@@ -170,7 +170,7 @@ def test_opening_tells_how_fast_the_worker_codes(tmp_path: Path, start: Any) -> 
     workers = start(plugins, scheme="inproc")
     wait_until(lambda: _surveyed(workers[0]) >= {"entropy"}, 20, "the survey of codecs")
     with over(tmp_path, workers, plugins) as session:
-        assert {codec for codec, _ in session._codecs._end(session.remotes[0]).told} >= {"entropy"}
+        assert {codec for codec, _ in session._opener.speeds.end(session.remotes[0]).claimed} >= {"entropy"}
 
 
 def _surveyed(worker: ThreadWorker) -> set[str]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from mesh_core.builtin import load_plugins
+from mesh_core.crossing.bandwidth import Link
 from mesh_core.errors import PlanError, RemoteError, Unreachable
 from mesh_core.hookspecs import hookimpl
-from mesh_core.host.hops import SessionOptions
+from mesh_core.host.options import SessionOptions
 from mesh_core.host.runner import Placement, place
 from mesh_core.model.plan import Hop
 from mesh_core.model.spans import BlockSpan
@@ -94,6 +95,24 @@ def test_a_plugin_may_propose_the_cut(path: Path, plugins: Plugins, workers: lis
     found = place(checkpoint_at(path, plugins), None, addresses, plugins, OPTIONS, 7)
     assert [r.address.text for r in found.remotes] == addresses[::-1]
     assert spans(found) == ["0:1", "1:3", "3:5"]
+
+
+def test_whoever_proposes_the_cut_knows_how_fast_the_links_are(
+    path: Path, plugins: Plugins, workers: list[ThreadWorker]
+) -> None:
+    class Curious:
+        seen: ClassVar[list[Link | None]] = []
+
+        @hookimpl
+        def mesh_propose_split(self, links: Sequence[Link | None]) -> None:
+            self.seen += links
+
+    plugins.hook  # noqa: B018  (loads what is installed)
+    plugins._manager.register(Curious(), "curious")
+    place(checkpoint_at(path, plugins), None, [w.address for w in workers], plugins, OPTIONS, None).close()
+    here, *others = Curious.seen
+    assert here is None and len(others) == 3
+    assert all(link is not None and link.bandwidth > 1e6 and link.latency > 0 for link in others)
 
 
 def test_what_the_steps_cost_is_told_and_counted(path: Path, plugins: Plugins, workers: list[ThreadWorker]) -> None:

@@ -16,6 +16,7 @@ from mesh_core import wire
 from mesh_core.builtin import load_plugins
 from mesh_core.crossing import constants
 from mesh_core.errors import ConstantsMissing, UnsupportedInput, WireMalformed
+from mesh_core.host.progress import Phase
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Deadlines, Heartbeat, Settings
 from mesh_core.system.config import Worker as WorkerSettings
@@ -285,13 +286,13 @@ def test_a_worker_restarted_between_two_steps_changes_nothing(rig: Rig) -> None:
 
 def test_a_worker_that_stays_away_for_a_while_is_waited_for(near: Rig) -> None:
     inputs, told = tiny.inputs(guidance=False), []
-    with split(near.path, ":1", near.workers, near.plugins, settings=QUICK, report=lambda *r: told.append(r)) as run:
+    with split(near.path, ":1", near.workers, near.plugins, settings=QUICK, report=told.append) as run:
         expected = run(inputs)
         near.workers[0].stop()
         back = threading.Timer(0.7, near.workers[0].start)
         back.start()
         assert torch.equal(run(inputs), expected)
-        assert any("waiting" in what for _, what, _, _ in told)
+        assert any(activity.phase is Phase.WAITING and "waiting" in activity.words for activity in told)
         back.join()
 
 

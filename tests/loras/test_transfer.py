@@ -17,6 +17,7 @@ from mesh_core import wire
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import CheckpointMismatch, LoraError, LoraMissing, LoraTooLarge, WireMalformed
 from mesh_core.host import loras as desk
+from mesh_core.host.progress import Activity
 from mesh_core.host.remote import Remote
 from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.part import Part, read_part
@@ -236,10 +237,10 @@ def test_a_worker_that_is_killed_in_the_middle_and_a_transfer_that_is_cancelled(
         pass
 
     def stop_at(limit: int) -> Callable[..., None]:
-        def report(name: str, what: str, done: int, total: int) -> None:
-            assert total == size and what == "sending LoRA lora 0"
-            if done >= limit:
-                stopped.append(done)
+        def report(activity: Activity) -> None:
+            assert activity.total == size and activity.words.endswith(": sending LoRA lora 0")
+            if activity.done >= limit:
+                stopped.append(activity.done)
                 raise Enough
 
         return report
@@ -270,8 +271,8 @@ def test_steps_of_another_session_go_on_during_a_transfer(model: Checkpoint, tmp
             remote, steps = remote_of(w0), []  # type: ignore[arg-type]
             middle, done = threading.Event(), threading.Event()
 
-            def report(name: str, what: str, have: int, total: int) -> None:
-                if have == 0:
+            def report(activity: Activity) -> None:
+                if activity.done == 0:
                     middle.set()
                     assert done.wait(30)
 

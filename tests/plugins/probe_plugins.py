@@ -26,8 +26,8 @@ def call_hooks(plugins: Plugins) -> dict[str, Any]:
     # Imported here: this program tells what loading the plugins imports.
     import torch
 
-    from mesh_core.crossing.codec_speed import SpeedBook
     from mesh_core.crossing.cost import Crossing, End
+    from mesh_core.crossing.speed_book import SpeedBook
 
     here = SpeedBook(torch.device("cpu"))
     hook, two = plugins.hook, [WorkerInfo("host"), WorkerInfo("attic")]

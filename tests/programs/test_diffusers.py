@@ -16,6 +16,7 @@ from PIL import Image
 import mesh_core
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import ConfigError, MeshError, PlanError, UnsupportedInput
+from mesh_core.host.progress import Activity
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.diffusers import stats
 from mesh_core.system.config import Deadlines, Settings
@@ -118,13 +119,13 @@ def test_remote_blocks_are_never_read_here(rig: Rig, monkeypatch: pytest.MonkeyP
 
 
 def test_loading_tells_what_it_does_here_and_on_each_worker(rig: Rig) -> None:
-    told: list[tuple[str, str, int, int]] = []
+    told: list[Activity] = []
     for worker in rig.workers:
         worker.worker.stages.clear()
-    pipeline = rig.load(":1", report=lambda *r: told.append(r))
-    who = {(name.partition(" ")[0], phase) for name, phase, _, _ in told}
+    pipeline = rig.load(":1", report=told.append)
+    who = {(activity.machine.partition(" ")[0], activity.phase.value) for activity in told}
     assert who >= {("this", "loading"), ("w0", "loading"), ("w1", "loading")}
-    assert all(0 <= done <= total for _, _, done, total in told)
+    assert all(0 <= a.done <= a.total and a.unit == "bytes" for a in told)
     mesh_core.unsplit(pipeline)
 
 

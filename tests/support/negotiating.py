@@ -23,7 +23,7 @@ from mesh_core.bench.shaper import Shaper
 from mesh_core.bench.through import ThroughModel
 from mesh_core.builtin import builtin_plugins
 from mesh_core.hookspecs import ENTRY_POINT_GROUP, hookimpl
-from mesh_core.host.hops import Identity, SessionOptions
+from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.remote import Remote
 from mesh_core.host.session import Session
 from mesh_core.model import fingerprint
@@ -109,7 +109,7 @@ def over(
     """A session of a model that passes its state through, over ``workers``."""
     path, whole = folder / "through.safetensors", ThroughModel(len(workers))
     spec = recognise(read_header(path), plugins).spec
-    identity = Identity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
+    identity = ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
     places = [address, *(w.address for w in workers[1:])] if address else [w.address for w in workers]
     hops = [(Remote(Address(a), plugins, Settings()), BlockSpan(i, i + 1)) for i, a in enumerate(places)]
     session = Session(identity, hops, SessionOptions(dtype, torch.device("cpu"), **options), plugins)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from mesh_codec.base import Quality
-from mesh_core.host.hops import SessionOptions
+from mesh_core.host.options import SessionOptions
+from mesh_core.host.progress import ProgressReport
 from mesh_core.host.runner import SplitRunner, Workers, open_session, place
-from mesh_core.host.session import Report
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.weights import WeightReader
@@ -36,7 +36,7 @@ def split(
     quality: Quality = "lossless",
     codec: str | None = None,
     settings: Settings | None = None,
-    report: Report | None = None,
+    report: ProgressReport | None = None,
 ) -> Iterator[SplitRunner]:
     """The model at ``path``, its first span here and the others on ``workers``."""
     checkpoint = checkpoint_at(path, plugins)

@@ -18,7 +18,7 @@ from mesh_core.bench.processes import plugins, read_line, say
 from mesh_core.bench.through import ThroughModel
 from mesh_core.crossing.stats import StepStats
 from mesh_core.errors import MeshError
-from mesh_core.host.hops import Identity, SessionOptions
+from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.remote import Remote
 from mesh_core.host.session import Session
 from mesh_core.model import fingerprint
@@ -77,7 +77,7 @@ def _synthetic(told: Mapping[str, Any]) -> None:
     installed, path = plugins(), Path(told["model"])
     whole = ThroughModel(1, head=True)
     spec = recognise(read_header(path), installed).spec
-    identity = Identity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
+    identity = ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
     states = list(drifting(told["shape"], told["steps"] + WARM_UP))
     for row in told["rows"]:
         options = SessionOptions(torch.bfloat16, torch.device("cpu"), row["quality"], Settings(), row["codec"])

@@ -22,7 +22,7 @@ from mesh_core.bench.processes import Child, plugins
 from mesh_core.bench.through import ThroughModel
 from mesh_core.crossing.stats import StepStats
 from mesh_core.errors import TransportError
-from mesh_core.host.hops import Identity, SessionOptions
+from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.remote import Remote
 from mesh_core.host.session import Session
 from mesh_core.model import fingerprint
@@ -158,7 +158,7 @@ def _opened(addresses: list[Address], model: Path, whole: nn.Module, installed: 
     settings = Settings()
     checkpoint = recognise(read_header(model), installed)
     spec = checkpoint.spec
-    identity = Identity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
+    identity = ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
     hops = [(Remote(a, installed, settings), BlockSpan(i, i + 1)) for i, a in enumerate(addresses)]
     options = SessionOptions(torch.float32, torch.device("cpu"), "lossless", settings)
     session = Session(identity, hops, options, installed)

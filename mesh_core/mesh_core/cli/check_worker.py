@@ -147,7 +147,7 @@ def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings:
     """Has the worker open the model's smallest block, which it does only if every weight is the same."""
     import torch
 
-    from mesh_core.host.hops import SessionOptions
+    from mesh_core.host.options import SessionOptions
     from mesh_core.host.session import Session
     from mesh_core.model.checkpoint import read_header
     from mesh_core.model.library import recognise

@@ -6,20 +6,23 @@ import sys
 
 import click
 
+from mesh_core.host.progress import Activity
+
 
 class LoadingLine:
-    """A `mesh_core.host.session.Report` for people; writes to standard error."""
+    """A `mesh_core.host.progress.ProgressReport` for people; writes to standard error."""
 
     def __init__(self) -> None:
         self._shown = ""
         self._terminal = sys.stderr.isatty()
 
-    def __call__(self, worker: str, what: str, done: int, total: int) -> None:
+    def __call__(self, activity: Activity) -> None:
+        done, total, words = activity.done, activity.total, activity.words
         share = f" {100 * done // total} %" if total else ""
         if self._terminal:
-            text = f"{worker}: {what}{share}"
+            text = f"{words}{share}"
             click.echo(f"\r{text:<{len(self._shown)}}", nl=done >= total, err=True)
             self._shown = "" if done >= total else text
-        elif (phase := f"{worker}: {what}") != self._shown:
-            self._shown = phase
-            click.echo(phase, err=True)
+        elif words != self._shown:
+            self._shown = words
+            click.echo(words, err=True)

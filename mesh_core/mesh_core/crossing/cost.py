@@ -1,6 +1,6 @@
 """What is known of a state's way over one cut, and what crossing it would cost: the facts of a codec choice.
 
-Knows neither sessions nor sockets. `mesh_core.host.negotiation` gathers the facts, ``mesh_choose_codec`` decides.
+Knows neither sessions nor sockets. `mesh_core.host.choices` gathers the facts, ``mesh_choose_codec`` decides.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     import torch
 
     from mesh_codec.base import Codec, CodecChoice
-    from mesh_core.crossing.codec_speed import CodecSpeed, SpeedBook
+    from mesh_core.crossing.codec_speed import CodecSpeed
+    from mesh_core.crossing.speed_book import SpeedBook
 
 UNMEASURED = Link(110e6, 1e-3)
-"""What a way is taken for that nobody has measured: Gigabit Ethernet, which most people have."""
+"""What a route that nobody has measured is expected to be: Gigabit Ethernet, which most people have."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +46,27 @@ class Cost:
 
 @dataclass
 class End:
-    """One end of a way: how fast codecs run there.
+    """One end of a route: how fast codecs run there.
 
     Attributes:
-        told: by codec and engine; what a machine says of itself.
+        claimed: by codec and engine; what a machine says of itself.
         book: of this machine; None where the end is another one.
         factors: what steps really took over what was expected, by codec and direction.
     """
 
-    told: dict[tuple[str, str], CodecSpeed] = field(default_factory=dict)
+    claimed: dict[tuple[str, str], CodecSpeed] = field(default_factory=dict)
     book: SpeedBook | None = None
     factors: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def speed(self, codec: str, engine: str) -> CodecSpeed | None:
-        """As told; that of another engine of the codec is better than nothing."""
-        exactly = self.told.get((codec, engine))
-        return exactly or next((speed for (name, _), speed in self.told.items() if name == codec), None)
+        """As claimed; that of another engine of the codec is better than nothing."""
+        exactly = self.claimed.get((codec, engine))
+        return exactly or next((speed for (name, _), speed in self.claimed.items() if name == codec), None)
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """A way over one cut, as ``mesh_choose_codec`` gets it.
+    """A route over one cut, as ``mesh_choose_codec`` gets it.
 
     Attributes:
         link: measured bandwidth and latency; None where nobody could measure.

@@ -2,48 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from mesh_codec.base import CodecChoice, Encoded, Quality
+from mesh_codec.base import CodecChoice, Encoded
 from mesh_core import wire
 from mesh_core.crossing.stats import HopStats
 from mesh_core.crossing.streams import Payload, Streams, entry
 from mesh_core.errors import MeshError
+from mesh_core.host.options import ModelIdentity
 from mesh_core.host.remote import Remote
-from mesh_core.host.ways import Crossed, Way
+from mesh_core.host.routes import Route, RouteStats
 from mesh_core.model.spans import BlockSpan
-from mesh_core.model.spec import ModelSpec
-from mesh_core.system.config import Settings
 
 _MAX_REMEMBERED = 256
 """Constants per worker that the host remembers to have sent."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The model that all ends must hold."""
-
-    spec: ModelSpec
-    structure: str
-    fingerprint: str
-
-
-@dataclass(frozen=True)
-class SessionOptions:
-    """``dtype``: in which stages compute. ``device``: where the host wants the result. ``codec``: by name, for the
-    hidden state; None for the one that is fastest. ``watch`` is called at least twice a second while a worker is waited
-    for; what it raises stops the work there too."""
-
-    dtype: torch.dtype
-    device: torch.device
-    quality: Quality = "lossless"
-    settings: Settings = field(default_factory=Settings)
-    codec: str | None = None
-    watch: Callable[[], None] | None = None
 
 
 @dataclass(eq=False)
@@ -69,7 +43,7 @@ class RemoteHop:
 
     def request(
         self,
-        identity: Identity,
+        identity: ModelIdentity,
         dtype: str,
         inputs: Mapping[str, CodecChoice],
         outputs: Mapping[str, CodecChoice],
@@ -103,22 +77,22 @@ class Leg:
     """Hops that hand over to each other directly; the host sends to the first and hears from the last.
 
     Attributes:
-        ways: how the state gets into each hop, and out of the last one.
+        routes: how the state gets into each hop, and out of the last one.
     """
 
     hops: list[RemoteHop]
-    ways: list[Way]
+    routes: list[Route]
     encoder: Streams
     decoder: Streams
 
-    def crossed(self, payload: Payload, hops: Sequence[HopStats], decode_ms: float) -> list[Crossed]:
-        """What a step cost on each way: what the host did at both ends of the leg, and the workers in between."""
+    def crossed(self, payload: Payload, hops: Sequence[HopStats], decode_ms: float) -> list[RouteStats]:
+        """What a step cost on each route: what the host did at both ends of the leg, and the workers in between."""
         raw, coded = (
             [payload.raw_bytes, *(h.out_raw for h in hops)],
             [payload.coded_bytes, *(h.out_coded for h in hops)],
         )
         encode, decode = [payload.ms, *(h.encode_ms for h in hops)], [*(h.decode_ms for h in hops), decode_ms]
-        return [Crossed(*c) for c in zip(self.ways, raw, coded, encode, decode, strict=True)]
+        return [RouteStats(*c) for c in zip(self.routes, raw, coded, encode, decode, strict=True)]
 
 
 class CannotReachNeighbour(Exception):

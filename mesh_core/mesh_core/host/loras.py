@@ -6,14 +6,16 @@ Knows remotes and spans; what a session does with the result is the session's.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mesh_core import wire
 from mesh_core.crossing.stats import RunStats
 from mesh_core.errors import LoraError, LoraMissing, LoraTooLarge, PeerLost, SessionUnknown, Unreachable
-from mesh_core.host.hops import Identity, RemoteHop
+from mesh_core.host.hops import RemoteHop
+from mesh_core.host.options import ModelIdentity
+from mesh_core.host.progress import Activity, Phase, ProgressReport
 from mesh_core.host.remote import Remote
 from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.part import Part
@@ -23,8 +25,6 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 
 log = logging.getLogger(__name__)
-
-Report = Callable[[str, str, int, int], None]
 
 CHUNK = 4 << 20
 """Bytes that are sent before the worker says that it has them. Small enough that a step's state is not kept waiting
@@ -55,7 +55,7 @@ class Placed:
     bytes_sent: int = 0
 
 
-class LoraDesk:
+class SessionLoras:
     """Places LoRAs on the workers of one session. Used from one thread.
 
     Args:
@@ -66,7 +66,12 @@ class LoraDesk:
     """
 
     def __init__(
-        self, identity: Identity, plugins: Plugins, settings: Settings, stats: RunStats, report: Report | None
+        self,
+        identity: ModelIdentity,
+        plugins: Plugins,
+        settings: Settings,
+        stats: RunStats,
+        report: ProgressReport | None,
     ) -> None:
         self.identity, self.plugins, self.settings, self.stats = identity, plugins, settings, stats
         self.wanted: tuple[AnyLora, ...] = ()
@@ -190,7 +195,7 @@ class LoraDesk:
         self.stats.loras = [asdict(p) for p in self._placed.values()]
 
 
-def send(remote: Remote, lora: Lora, structure: str, settings: Settings, report: Report | None) -> int:
+def send(remote: Remote, lora: Lora, structure: str, settings: Settings, report: ProgressReport | None) -> int:
     """Send a LoRA to a worker's library, from where a broken transfer stopped and without the tensors that it has in
     other LoRAs that it received; returns the bytes that crossed.
 
@@ -204,7 +209,7 @@ def send(remote: Remote, lora: Lora, structure: str, settings: Settings, report:
     sent = 0
     while have < part.nbytes:
         if report is not None:
-            report(remote.name, f"sending LoRA {lora.name}", have, part.nbytes)
+            report(Activity(remote.name, Phase.SENDING_LORA, have, part.nbytes, lora.name))
         # The head alone first: with it, the worker finds what it has of the rest in other LoRAs, and asks for what
         # follows on that.
         data = part.read(have, min(CHUNK, part.head_nbytes - have) if have < part.head_nbytes else CHUNK)
@@ -215,7 +220,7 @@ def send(remote: Remote, lora: Lora, structure: str, settings: Settings, report:
         if have <= before:
             raise LoraError(f"{remote.name} does not get further with {lora.name!r}.", hint="the same again")
     if report is not None:
-        report(remote.name, f"sending LoRA {lora.name}", part.nbytes, part.nbytes)
+        report(Activity(remote.name, Phase.SENDING_LORA, part.nbytes, part.nbytes, lora.name))
     return sent
 
 

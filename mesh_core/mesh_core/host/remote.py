@@ -34,10 +34,11 @@ class Remote:
 
     Args:
         address: where it listens, and its key.
-        session: 16 random bytes; empty when no session is held, so that pings ask for none.
-        measured: whether somebody measured this connection.
 
-    ``watch`` is called by every `beat`; what it raises ends the waiting.
+    Attributes:
+        session: its name, 16 random bytes.
+        holds_session: it was opened there, so that pings ask for it.
+        watch: called by every `beat`; what it raises ends the waiting.
     """
 
     def __init__(self, address: Address, plugins: Plugins, settings: Settings) -> None:
@@ -45,9 +46,9 @@ class Remote:
         self.transport: Transport = plugins.transport(address.scheme)
         self.address = self.transport.resolve(address)
         self.session = secrets.token_bytes(16)
-        self.opened = self.measured = False
+        self.holds_session = False
         self.watch: Callable[[], None] | None = None
-        self.lost_at: float | None = None
+        self._measured: tuple[Link, Link] | None = None
         self._channel: Channel | None = None
         self._pulse: Channel | None = None
         self._welcome: wire.Welcome | None = None
@@ -102,7 +103,17 @@ class Remote:
             if channel is not None:
                 channel.close()
         self._channel = self._pulse = None
-        self.opened = self.measured = False
+        self.holds_session, self._measured = False, None
+
+    def measured(self) -> tuple[Link, Link]:
+        """The ways there and back, measured once per connection. Raises as `ask` does."""
+        if self._measured is None:
+            self._measured = measure(self)
+        return self._measured
+
+    def forget_measured(self) -> None:
+        """Have `measured` measure again."""
+        self._measured = None
 
     def tell(self, message: wire.Message, buffers: Sequence[Frame] = ()) -> None:
         """Send without waiting for an answer."""
@@ -139,7 +150,6 @@ class Remote:
         if frames is None:
             return None
         self._heard = monotonic()
-        self.lost_at = None
         return wire.unpack(frames)
 
     def beat(self) -> None:
@@ -163,7 +173,7 @@ class Remote:
             raise PeerLost(f"{self.name} has not answered for {now - self._heard:.1f} s.")
         if now - self._pinged > heartbeat.interval:
             self._pinged = now
-            self._pulse.send(wire.pack(wire.Ping(wire.next_id(), self.session if self.opened else b"")))
+            self._pulse.send(wire.pack(wire.Ping(wire.next_id(), self.session if self.holds_session else b"")))
 
     def start_waiting(self) -> None:
         """Silence counts from now: a worker need not talk while nobody asks it anything."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mesh_core.crossing.stats import RunStats
 from mesh_core.errors import LoraMissing, PlanError
-from mesh_core.host.hops import Identity, SessionOptions
 from mesh_core.host.loras import AnyLora
+from mesh_core.host.options import ModelIdentity, SessionOptions
+from mesh_core.host.progress import ProgressReport
 from mesh_core.host.remote import Remote
-from mesh_core.host.session import Report, Session
+from mesh_core.host.session import Session
 from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.lora import Applied
 from mesh_core.model.adapter import Stage
@@ -159,7 +160,7 @@ def place(
             plan = make(spec, local, [span for _, span in pairs])
         else:
             infos = [WorkerInfo("host", free), *(WorkerInfo(r.name, _offered(r)) for r in remotes)]
-            links = [None] * len(infos)
+            links = [None, *(remote.measured()[0] for remote in remotes)]
             hops = plugins.hook.mesh_propose_split(model=spec, workers=infos, links=links)
             plan = check(spec, hops, len(remotes))
     except BaseException:
@@ -188,11 +189,11 @@ def _offered(remote: Remote) -> int | None:
 
 
 def open_session(
-    identity: Callable[[], Identity],
+    identity: Callable[[], ModelIdentity],
     placement: Placement,
     options: SessionOptions,
     plugins: Plugins,
-    report: Report | None,
+    report: ProgressReport | None,
 ) -> Session | None:
     """The session for the remote hops of a placement; None when there are none.
 

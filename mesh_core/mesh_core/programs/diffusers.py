@@ -19,9 +19,10 @@ from mesh_codec.base import Quality
 from mesh_codec.dtypes import from_safetensors, from_torch
 from mesh_core.builtin import installed_plugins
 from mesh_core.errors import ConfigError, PlanDoesNotFit, PlanError
-from mesh_core.host.hops import Identity, SessionOptions
+from mesh_core.host.options import ModelIdentity, SessionOptions
+from mesh_core.host.progress import THIS_MACHINE, Activity, Phase, ProgressReport
 from mesh_core.host.runner import SplitRunner, Workers, open_session, place
-from mesh_core.host.session import Report, Session
+from mesh_core.host.session import Session
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.library import Checkpoint, recognise
@@ -50,7 +51,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
-    report: Report | None = None,
+    report: ProgressReport | None = None,
     **pipeline_arguments: Any,
 ) -> Any:
     """A diffusers pipeline from a folder, with only the local blocks of its transformer read on this machine.
@@ -65,7 +66,7 @@ def load_pipeline(
         loras: files or names, or pairs of one and a strength; see `set_loras`.
         device: for the whole pipeline; by default CUDA where there is one.
         dtype: in which the pipeline computes, here and on the workers; by default that of the transformer's file.
-        report: called with (worker, what it does, done, total) while stages load.
+        report: called with an `Activity` while stages load.
         pipeline_arguments: passed on to ``DiffusionPipeline.from_pretrained``.
 
     Raises:
@@ -141,7 +142,7 @@ def split(
     loras: Sequence[LoraChoice] | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
-    report: Report | None = None,
+    report: ProgressReport | None = None,
 ) -> Any:
     """Cut the transformer of a pipeline that is already loaded, or cut it anew; returns the pipeline.
 
@@ -165,7 +166,7 @@ def split(
             given = chosen(loras, checkpoint, settings, local=bool(len(placement.plan.local)))
             adapters = replace(adapters, given=tuple(given))
 
-        def identity() -> Identity:
+        def identity() -> ModelIdentity:
             known = old.session.identity if old is not None and old.session is not None else None
             return known or _identify_loaded(checkpoint, pipeline, plugins, report)
 
@@ -226,15 +227,17 @@ def stats(pipeline: Any) -> Any:
     return model.mesh.stats
 
 
-def identify(checkpoint: Checkpoint, report: Report | None = None) -> Identity:
+def identify(checkpoint: Checkpoint, report: ProgressReport | None = None) -> ModelIdentity:
     """What the workers must hold to run ``checkpoint``. Reads all of its weights the first time."""
 
     def progress(done: int, total: int) -> None:
         if report is not None:
-            report("this machine", "checking weights", done, total)
+            report(Activity(THIS_MACHINE, Phase.CHECKING, done, total))
 
     spec = checkpoint.spec
-    return Identity(spec, fingerprint.structure(spec), fingerprint.of_checkpoint(checkpoint.header, spec, progress))
+    return ModelIdentity(
+        spec, fingerprint.structure(spec), fingerprint.of_checkpoint(checkpoint.header, spec, progress)
+    )
 
 
 def file_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -254,7 +257,9 @@ def _checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
     return recognise(CheckpointHeader(_MEMORY, tensors, config=config), plugins)
 
 
-def _identify_loaded(checkpoint: Checkpoint, pipeline: Any, plugins: Plugins, report: Report | None) -> Identity:
+def _identify_loaded(
+    checkpoint: Checkpoint, pipeline: Any, plugins: Plugins, report: ProgressReport | None
+) -> ModelIdentity:
     """The identity of a model in memory; that of its file when it was cast to another type on loading."""
     if checkpoint.header.path.is_dir() and checkpoint.header.files[0].is_file():
         return identify(checkpoint, report)
@@ -264,7 +269,7 @@ def _identify_loaded(checkpoint: Checkpoint, pipeline: Any, plugins: Plugins, re
         on_disk = recognise(read_header(source), plugins)
         if on_disk.spec.dtypes != spec.dtypes:
             return identify(on_disk, report)
-    return Identity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, model))
+    return ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, model))
 
 
 def _hold_only(
@@ -294,7 +299,7 @@ def _dtype_name() -> str:
     return "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 
-def _local_progress(report: Report | None) -> Any:
+def _local_progress(report: ProgressReport | None) -> Any:
     if report is None:
         return None
-    return lambda done, total: report("this machine", "loading", done, total)
+    return lambda done, total: report(Activity(THIS_MACHINE, Phase.LOADING, done, total))

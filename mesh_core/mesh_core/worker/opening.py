@@ -8,7 +8,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from mesh_core import wire
-from mesh_core.crossing.codec_speed import SpeedBook
+from mesh_core.crossing.speed_book import SpeedBook
 from mesh_core.errors import PlanDoesNotFit, SessionUnknown, TransportTimeout
 from mesh_core.loras.lora import Applied, set_key
 from mesh_core.model.checkpoint import ReadingProgress

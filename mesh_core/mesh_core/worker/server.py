@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mesh_core import __version__, wire
-from mesh_core.crossing.codec_speed import SpeedBook
+from mesh_core.crossing.speed_book import SpeedBook
 from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge, WireUnsupportedVersion
 from mesh_core.loras.library import own_library
 from mesh_core.model.library import CheckpointLibrary

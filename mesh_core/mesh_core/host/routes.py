@@ -1,8 +1,8 @@
-"""The ways that the state of a session takes from one end to the next: facts. Must not know how codecs are chosen."""
+"""The routes that a state takes from one end to the next: facts. Must not know how codecs are chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,32 +21,43 @@ ASSUMED: Mapping[Role, int] = {
 """Elements of a picture of 1024x1024 in a model 4096 wide, and of the sound of 5 seconds in one half as wide: what is
 expected until the first step."""
 
+Place = Remote | None
+"""An end of a route: a worker, or None for this host."""
 
-@dataclass
-class Way:
-    """From one end to the next, over one cut; None stands for this host.
+Ends = tuple[Place, Place]
+"""Where a route starts and where it ends."""
+
+
+@dataclass(eq=False)
+class Route:
+    """From one end to the next, over one cut.
 
     Attributes:
         elements: of the tensors of a role together.
         bits: per element as they came out, by codec and settings.
         choices: in use, by the tensors' names.
-        asked: the same by role.
+        chosen: the same by role.
         able: by role, the codecs that all ends have and what those ends can do with them.
         steps: that crossed since the streams opened.
-        learnt_at: when one of them was last compared with what was expected.
+        learnt_at: when one of them was last compared with what was expected; seconds of the monotonic clock.
     """
 
     cut: int
-    source: Remote | None
-    target: Remote | None
+    source: Place
+    target: Place
     roles: Mapping[str, Role]
     elements: dict[Role, int] = field(default_factory=dict)
     bits: dict[str, float] = field(default_factory=dict)
     choices: dict[str, CodecChoice] = field(default_factory=dict)
-    asked: dict[Role, CodecChoice] = field(default_factory=dict)
+    chosen: dict[Role, CodecChoice] = field(default_factory=dict)
     able: dict[Role, tuple[tuple[Codec, ...], dict[str, Any]]] = field(default_factory=dict)
     steps: int = 0
     learnt_at: float = 0.0
+
+    @property
+    def ends(self) -> Ends:
+        """Source and target."""
+        return self.source, self.target
 
     @cached_property
     def main(self) -> Role:
@@ -55,11 +66,27 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Crossed:
-    """What one step cost on one way."""
+class RouteStats:
+    """What one step cost on one route, in bytes and milliseconds."""
 
-    way: Way
+    route: Route
     raw_bytes: int
     coded_bytes: int
     encode_ms: float
     decode_ms: float
+
+
+def reason_of(routes: Iterable[Route]) -> str:
+    """Why the hidden state crosses as it does, for people; without one, the model's input and output."""
+    return "; ".join(dict.fromkeys(choice.reason for choice in _shown(routes) if choice.reason))
+
+
+def codec_name_of(routes: Iterable[Route]) -> str:
+    """The codecs of the hidden state by name, joined with ``+``."""
+    return "+".join(sorted({choice.codec for choice in _shown(routes)})) or "raw"
+
+
+def _shown(routes: Iterable[Route]) -> list[CodecChoice]:
+    known = list(routes)
+    hidden = [route.chosen["hidden"] for route in known if "hidden" in route.chosen]
+    return hidden or [route.chosen[route.main] for route in known]

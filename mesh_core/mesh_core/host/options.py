@@ -1,0 +1,40 @@
+"""What a session is opened with: the model that all ends must hold, and how its steps are to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from mesh_codec.base import Quality
+from mesh_core.model.spec import ModelSpec
+from mesh_core.system.config import Settings
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model that all ends must hold. ``structure``, ``fingerprint``: see `mesh_core.model.fingerprint`."""
+
+    spec: ModelSpec
+    structure: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How the steps of a session run.
+
+    Attributes:
+        dtype: in which stages compute.
+        device: where the host wants the result.
+        codec: by name, for the hidden state; None for the one that is fastest.
+        watch: called at least twice a second while a worker is waited for; what it raises stops the work there too.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    quality: Quality = "lossless"
+    settings: Settings = field(default_factory=Settings)
+    codec: str | None = None
+    watch: Callable[[], None] | None = None
