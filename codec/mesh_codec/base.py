@@ -42,7 +42,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Limits:
+class DecodeLimits:
     """What a decoder accepts before it allocates anything."""
 
     max_elements: int = 1 << 30
@@ -136,7 +136,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:
         """Open a stream for decoding what an encoder with the same settings made."""
 
 

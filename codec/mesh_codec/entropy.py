@@ -23,7 +23,7 @@ import torch
 from mesh_codec.ans.coder import CoderFactory
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
-from mesh_codec.base import Codec, Decoder, Encoder, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoder, Estimate, Quality
 from mesh_codec.entropy_streams import EntropyDecoder, EntropyEncoder
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.formats import shared_format
@@ -87,7 +87,7 @@ class EntropyCodec(Codec):
             return AnsEncoder(step, temporal, self._on_device)
         return EntropyEncoder(step, temporal, self._pool)
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:  # noqa: B008
         _, temporal, on_device = self._checked(settings)
         if on_device:
             return AnsDecoder(limits, self._on_device)

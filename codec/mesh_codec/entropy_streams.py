@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesh_codec.base import Decoder, Encoded, Encoder, Limits
+from mesh_codec.base import DecodeLimits, Decoder, Encoded, Encoder
 from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
 from mesh_codec.outliers import MAX_ELEMENTS, Outliers, read_outliers
@@ -91,7 +91,7 @@ class EntropyEncoder(Encoder):
 
 
 class EntropyDecoder(Decoder):
-    def __init__(self, temporal: bool, limits: Limits, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, temporal: bool, limits: DecodeLimits, pool: ThreadPoolExecutor) -> None:
         self._temporal, self._limits, self._pool = temporal, limits, pool
         self._reference: Reference | None = None
         self._next = 0

@@ -29,7 +29,7 @@ from torch import Tensor
 from mesh_codec.ans.coder import CoderFactory
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.planes import PlanesDecoder, PlanesEncoder
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Estimate, Quality
 from mesh_codec.dtypes import DType
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
 from mesh_codec.foreign import named
@@ -72,7 +72,7 @@ class LosslessCodec(Codec):
         portable = LosslessEncoder(self._pool)
         return PlanesEncoder(self._on_device, portable) if self._device_chosen(settings) else portable
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:  # noqa: B008
         portable = LosslessDecoder(limits, self._pool)
         return PlanesDecoder(limits, self._on_device, portable) if self._device_chosen(settings) else portable
 
@@ -86,11 +86,11 @@ class LosslessCodec(Codec):
         if not self._on_device.available():
             return False
         every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device=self._on_device.device())
-        portable = LosslessEncoder(self._pool), LosslessDecoder(Limits(), self._pool)
+        portable = LosslessEncoder(self._pool), LosslessDecoder(DecodeLimits(), self._pool)
         try:
             with named(CodecUnsupported, "a trial failed"):
                 coded = PlanesEncoder(self._on_device, portable[0]).encode(every.view(torch.bfloat16))
-                back = PlanesDecoder(Limits(), self._on_device, portable[1]).decode(coded, every.device)
+                back = PlanesDecoder(DecodeLimits(), self._on_device, portable[1]).decode(coded, every.device)
         except CodecError as error:
             _log.warning("the lossless codec works on the processor, not on this GPU: %s", error)
             return False
@@ -132,7 +132,7 @@ class LosslessEncoder(Encoder):
 
 
 class LosslessDecoder(Decoder):
-    def __init__(self, limits: Limits, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, limits: DecodeLimits, pool: ThreadPoolExecutor) -> None:
         self._limits, self._pool = limits, pool
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:

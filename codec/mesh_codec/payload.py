@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesh_codec.base import Buffer, Limits
+from mesh_codec.base import Buffer, DecodeLimits
 from mesh_codec.dtypes import DType, from_name, from_torch
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
 
@@ -53,7 +53,7 @@ def form_of(tensor: Tensor) -> Form:
     return Form(from_torch(tensor.dtype), tuple(tensor.shape))
 
 
-def read_form(header: Mapping[str, Any], limits: Limits) -> Form:
+def read_form(header: Mapping[str, Any], limits: DecodeLimits) -> Form:
     """The form that ``header`` announces, within ``limits``.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Estimate, Quality
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
 from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form, tensor_over
 
@@ -35,7 +35,7 @@ class RawCodec(Codec):
         _no_settings(settings)
         return RawEncoder()
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> RawDecoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> RawDecoder:  # noqa: B008
         _no_settings(settings)
         return RawDecoder(limits)
 
@@ -55,7 +55,7 @@ class RawEncoder(Encoder):
 class RawDecoder(Decoder):
     """Tensors on the CPU are views of the buffer's memory: read them, do not write to them."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: DecodeLimits) -> None:
         self._limits = limits
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:

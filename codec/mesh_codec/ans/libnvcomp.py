@@ -80,7 +80,7 @@ class Batch:
         done_sizes: decoding: of what was made; at most ``plain_sizes``, beyond which nothing is ever written.
         count: chunks.
         largest: bytes of the largest plain chunk.
-        scratch, scratch_size: see `Library.scratch`.
+        scratch, scratch_size: see `NvCompLibrary.scratch`.
     """
 
     coded: int
@@ -95,7 +95,7 @@ class Batch:
     scratch_size: int = 0
 
 
-class Library:
+class NvCompLibrary:
     """The loaded library.
 
     Raises:

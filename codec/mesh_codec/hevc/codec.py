@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from mesh_codec.base import Codec, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Estimate, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.hevc.decoder import HevcDecoder
 from mesh_codec.hevc.encoder import HevcEncoder
 from mesh_codec.hevc.engines import Engines
-from mesh_codec.hevc.settings import DEFAULTS, MOST_STRIPS, QUALITIES, Settings
+from mesh_codec.hevc.settings import DEFAULTS, MOST_STRIPS, QUALITIES, HevcSettings
 
 FORMAT = "hevc-444-1"
 
@@ -66,10 +66,10 @@ class HevcCodec(Codec):
         return Estimate(engine=f"{encodes[0]}+{decodes[0]}" if encodes and decodes else "")
 
     def encoder(self, settings: Mapping[str, Any]) -> HevcEncoder:
-        return HevcEncoder(Settings.read(settings), self._engines, self._pool)
+        return HevcEncoder(HevcSettings.read(settings), self._engines, self._pool)
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> HevcDecoder:  # noqa: B008
-        return HevcDecoder(Settings.read(settings), limits, self._engines, self._pool)
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> HevcDecoder:  # noqa: B008
+        return HevcDecoder(HevcSettings.read(settings), limits, self._engines, self._pool)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

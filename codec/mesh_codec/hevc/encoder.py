@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mesh_codec.base import Encoded, Encoder
-from mesh_codec.chains import Link
+from mesh_codec.chains import ChainPosition
 from mesh_codec.channels import pack_channels
 from mesh_codec.errors import CodecError, CodecUnsupported
 from mesh_codec.exact import outliers_at
@@ -20,7 +20,7 @@ from mesh_codec.hevc.engine import FrameEncoder
 from mesh_codec.hevc.engines import Engines
 from mesh_codec.hevc.geometry import Geometry
 from mesh_codec.hevc.pixels import Calibration
-from mesh_codec.hevc.settings import Settings
+from mesh_codec.hevc.settings import HevcSettings
 from mesh_codec.outliers import MAX_ELEMENTS
 from mesh_codec.payload import Form, form_of
 from mesh_codec.quantiser import Grid
@@ -36,11 +36,11 @@ class _Chain:
     geometry: Geometry
     calibration: Calibration
     sessions: list[FrameEncoder]
-    link: Link = field(default_factory=Link.first)
+    position: ChainPosition = field(default_factory=ChainPosition.first)
 
 
 class HevcEncoder(Encoder):
-    def __init__(self, settings: Settings, engines: Engines, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, settings: HevcSettings, engines: Engines, pool: ThreadPoolExecutor) -> None:
         self._settings, self._engines, self._pool = settings, engines, pool
         self._chain: _Chain | None = None
         self._fresh = True
@@ -53,7 +53,7 @@ class HevcEncoder(Encoder):
         grid = Grid.of(form)
         flat = tensor.detach().reshape(grid.tokens, grid.channels)
         chain, pixels, outside = self._quantised(flat.t(), grid)
-        key = chain.link.key
+        key = chain.position.key
         frames = chain.geometry.pack(pixels)
         try:
             units = self._coded(chain, frames, key=key)
@@ -71,10 +71,10 @@ class HevcEncoder(Encoder):
         header = form.header() | {
             "step": chain.calibration.step,
             "outliers": len(exact.positions),
-            "crc": checksum(buffers),
+            "crc": crc_of(buffers),
         }
-        header |= chain.link.header()
-        chain.link = chain.link.next
+        header |= chain.position.header()
+        chain.position = chain.position.next
         return Encoded(header, buffers)
 
     def reset(self) -> None:
@@ -124,7 +124,7 @@ class HevcEncoder(Encoder):
         return units
 
 
-def checksum(buffers: tuple[bytes | memoryview, ...]) -> int:
+def crc_of(buffers: tuple[bytes | memoryview, ...]) -> int:
     """CRC-32 of ``buffers`` one after the other."""
     value = 0
     for buffer in buffers:

@@ -18,7 +18,7 @@ from mesh_codec.hevc.geometry import Geometry
 
 
 @dataclass(frozen=True)
-class Coding:
+class RateControl:
     """Attributes:
     qp: HEVC's quantisation parameter, 0 to 51; the quantiser step doubles every 6. Of 8-bit pixels: engines coding
         10 bits keep the same error relative to the range.
@@ -78,7 +78,7 @@ class Engine(ABC):
         return 0
 
     @abstractmethod
-    def encoder(self, geometry: Geometry, coding: Coding, device: torch.device) -> FrameEncoder:
+    def encoder(self, geometry: Geometry, coding: RateControl, device: torch.device) -> FrameEncoder:
         """Raises:
         CodecUnsupported: no session can be opened.
         """

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from mesh_codec.errors import CodecUnsupported
-from mesh_codec.hevc.engine import Coding, Engine, FrameDecoder, FrameEncoder
+from mesh_codec.hevc.engine import Engine, FrameDecoder, FrameEncoder, RateControl
 from mesh_codec.hevc.geometry import Geometry
 
 
@@ -38,7 +38,7 @@ class Engines:
         decodes = tuple(engine.decodes_with for engine in self.engines if engine.probe()[1])
         return encodes, decodes
 
-    def encoders(self, geometry: Geometry, coding: Coding, device: torch.device) -> list[FrameEncoder]:
+    def encoders(self, geometry: Geometry, coding: RateControl, device: torch.device) -> list[FrameEncoder]:
         """A session for each strip, of the first engine that opens them all.
 
         Raises:

@@ -27,7 +27,7 @@ from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
 from mesh_codec.foreign import named
 from mesh_codec.hevc.bitstream import check_unit, is_key
 from mesh_codec.hevc.cuda_context import context_of
-from mesh_codec.hevc.engine import Coding, Engine, FrameDecoder, FrameEncoder
+from mesh_codec.hevc.engine import Engine, FrameDecoder, FrameEncoder, RateControl
 from mesh_codec.hevc.geometry import SHORTEST_SIDE, Geometry
 from mesh_codec.quantiser import Grid
 
@@ -94,7 +94,7 @@ class NvVideoEngine(Engine):
     def _gpu(self) -> int:
         return self._place.index or 0
 
-    def encoder(self, geometry: Geometry, coding: Coding, device: torch.device) -> FrameEncoder:
+    def encoder(self, geometry: Geometry, coding: RateControl, device: torch.device) -> FrameEncoder:
         return _Encoder(self._module, geometry, coding, self._place)
 
     def decoder(self, geometry: Geometry, device: torch.device) -> FrameDecoder:
@@ -130,7 +130,7 @@ class NvVideoEngine(Engine):
     def _try_encoding(self) -> None:
         """Three frames, each drained: that each comes out by itself, and that a drained encoder goes on."""
         frames = torch.full((1, 3, _PROBE.height, _PROBE.width), _PROBE.middle, dtype=_PROBE.dtype)
-        session = self.encoder(_PROBE, Coding(qp=30, lossless=False), self._place)
+        session = self.encoder(_PROBE, RateControl(qp=30, lossless=False), self._place)
         try:
             for key in (True, False, True):
                 (unit,) = session.encode(frames, key=key)
@@ -176,7 +176,7 @@ class _Session:
 
 
 class _Encoder(_Session, FrameEncoder):
-    def __init__(self, nvc: Any, geometry: Geometry, coding: Coding, device: torch.device) -> None:
+    def __init__(self, nvc: Any, geometry: Geometry, coding: RateControl, device: torch.device) -> None:
         super().__init__(nvc, geometry, device)
         # An endless group of pictures, the default, has no B frames and no key frame unasked.
         options = {"codec": "hevc", "preset": "P1", "repeatspspps": 1, "gpu_id": device.index or 0}

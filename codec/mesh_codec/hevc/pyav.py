@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
-from mesh_codec.hevc.engine import Coding, Engine, FrameDecoder, FrameEncoder
+from mesh_codec.hevc.engine import Engine, FrameDecoder, FrameEncoder, RateControl
 from mesh_codec.hevc.geometry import LONGEST_SIDE, Geometry
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class PyAvEngine(Engine):
             _log.info("this build of FFmpeg has libx265: %s, an HEVC decoder: %s", encodes, decodes)
         return encodes, decodes
 
-    def encoder(self, geometry: Geometry, coding: Coding, device: torch.device) -> FrameEncoder:
+    def encoder(self, geometry: Geometry, coding: RateControl, device: torch.device) -> FrameEncoder:
         return _Encoder(geometry, coding)
 
     def decoder(self, geometry: Geometry, device: torch.device) -> FrameDecoder:
@@ -73,7 +73,7 @@ class PyAvEngine(Engine):
 
 
 class _Encoder(FrameEncoder):
-    def __init__(self, geometry: Geometry, coding: Coding) -> None:
+    def __init__(self, geometry: Geometry, coding: RateControl) -> None:
         import av
 
         self._geometry, self._count = geometry, 0

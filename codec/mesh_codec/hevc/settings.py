@@ -9,7 +9,7 @@ from typing import Any
 
 from mesh_codec.base import Quality
 from mesh_codec.errors import CodecUnsupported
-from mesh_codec.hevc.engine import Coding
+from mesh_codec.hevc.engine import RateControl
 
 MOST_STRIPS = 8
 
@@ -17,7 +17,7 @@ _LARGEST = {"qp": 51, "tile": 64, "strips": MOST_STRIPS}
 
 
 @dataclass(frozen=True)
-class Settings:
+class HevcSettings:
     """As in the docstring of `mesh_codec.hevc.codec`."""
 
     qp: int = 18
@@ -28,7 +28,7 @@ class Settings:
     temporal: bool = True
 
     @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> Settings:
+    def read(cls, settings: Mapping[str, Any]) -> HevcSettings:
         """Raises:
         CodecUnsupported: a setting that does not exist or is out of range.
         """
@@ -49,11 +49,11 @@ class Settings:
         return cls(**values)
 
     @property
-    def coding(self) -> Coding:
-        return Coding(self.qp, self.lossless)
+    def coding(self) -> RateControl:
+        return RateControl(self.qp, self.lossless)
 
 
-DEFAULTS: dict[str, Any] = asdict(Settings())
+DEFAULTS: dict[str, Any] = asdict(HevcSettings())
 
 QUALITIES: Mapping[Quality, Mapping[str, Any]] = MappingProxyType(
     {

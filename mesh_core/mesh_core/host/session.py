@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic, perf_counter, sleep, strftime
 
-from mesh_codec.base import Encoded, Limits
+from mesh_codec.base import DecodeLimits, Encoded
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
@@ -205,7 +205,7 @@ class Session:
     def _arrange(self) -> list[Leg]:
         starts = [0, *sorted(i for i in self._relayed if 0 < i < len(self._hops))] if self._hops else []
         groups = [self._hops[a:b] for a, b in zip(starts, [*starts[1:], len(self._hops)], strict=True)]
-        codecs, limits = self.plugins.codecs(), Limits()
+        codecs, limits = self.plugins.codecs(), DecodeLimits()
         legs = []
         self._codecs.begin()
         for group in groups:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mesh_codec.base import CodecChoice, Encoded, Limits
+from mesh_codec.base import CodecChoice, DecodeLimits, Encoded
 from mesh_codec.dtypes import from_name
 from mesh_core import wire
 from mesh_core.crossing.bandwidth import measure_one_way, plain_link
@@ -72,7 +72,7 @@ class Hosting:
             self.shelf, self.library, self.stages, self.executor, self.send, self.owned, self.preset
         )
         self.constants = ConstantsCache(self.device, self.settings.worker.constants_cache)
-        self._limits = Limits()
+        self._limits = DecodeLimits()
         self._sessions: dict[bytes, HostedSession] = {}
         self._lock = threading.Lock()
         self._looked_at = 0.0
