@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from math import log2
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -28,12 +27,9 @@ from mesh_codec.entropy_streams import EntropyDecoder, EntropyEncoder
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.formats import shared_format
 from mesh_codec.parallel import new_pool
+from mesh_codec.qualities import find
 
 FORMAT = "step-zstd-2"
-
-STEPS: Mapping[Quality, float] = MappingProxyType({"transparent": 0.1, "balanced": 0.2, "fast": 0.36})
-"""Quantiser step in standard deviations; from the table of ``mesh bench codec``: the least PSNR of the final picture
-stays over 40, 35 and 30 dB with 4, 8 and 28 steps."""
 
 _BITS = 1.9
 _BITS_PER_OCTAVE = 0.6
@@ -59,12 +55,13 @@ class EntropyCodec(Codec):
         return {"formats": [*fast, FORMAT]}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
-        if quality not in STEPS:
+        level = find(quality)
+        if level.exact:
             raise CodecUnsupported(
                 f"The entropy codec has no quality {quality!r}.", hint="the raw and lossless codecs are exact"
             )
         chosen = shared_format(self.name, self.capabilities()["formats"], peer)
-        settings = {"step": STEPS[quality], "temporal": True}
+        settings = {"step": level.step, "temporal": True}
         return settings if chosen == FORMAT else settings | {"format": chosen}
 
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:

@@ -36,6 +36,7 @@ from mesh_codec.foreign import named
 from mesh_codec.formats import shared_format
 from mesh_codec.parallel import new_pool
 from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form
+from mesh_codec.qualities import find
 from mesh_codec.symbols import check_frame, expand, squeeze
 
 _log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class LosslessCodec(Codec):
         return {"formats": [*([self._device_format] if self._works_on_device else []), FORMAT]}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
+        find(quality)
         chosen = shared_format(self.name, self.capabilities()["formats"], peer)
         return {} if chosen == FORMAT else {"format": chosen}
 

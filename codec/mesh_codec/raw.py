@@ -15,6 +15,7 @@ from torch import Tensor
 from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Estimate, Quality
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
 from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form, tensor_over
+from mesh_codec.qualities import find
 
 
 class RawCodec(Codec):
@@ -26,6 +27,7 @@ class RawCodec(Codec):
         return {}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
+        find(quality)
         return {}
 
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
-from mesh_codec.base import Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.hevc.engine import RateControl
+from mesh_codec.qualities import QualityLevel
 
 MOST_STRIPS = 8
 
@@ -55,11 +54,19 @@ class HevcSettings:
 
 DEFAULTS: dict[str, Any] = asdict(HevcSettings())
 
-QUALITIES: Mapping[Quality, Mapping[str, Any]] = MappingProxyType(
-    {
-        "transparent": {"qp": 1, "bits": 10},
-        "balanced": {"qp": 6, "bits": 10},
-        "fast": {"qp": 11},
-    }
-)
-"""For the latest cuts, where an error shows most: see ``benchmarks/video_settings.py``."""
+_BEST_QP, _BEST_PSNR = 1, 40.0
+"""QP at which the least PSNR stays over so many dB at the latest cuts, where an error shows most: see
+``benchmarks/video_settings.py``."""
+
+_PSNR_OF_8_BITS = 30.0
+"""Up to which rounding to 8-bit pixels does not show."""
+
+
+def settings_for(level: QualityLevel) -> dict[str, Any]:
+    """Those of a lossy ``level`` that are not the defaults.
+
+    A QP more makes the quantiser step 2**(1/6) times as large, which costs a decibel.
+    """
+    assert level.psnr is not None
+    qp = min(max(round(_BEST_QP + _BEST_PSNR - level.psnr), 0), _LARGEST["qp"])
+    return {"qp": qp, "bits": 8 if level.psnr <= _PSNR_OF_8_BITS else 10}

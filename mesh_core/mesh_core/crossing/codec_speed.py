@@ -21,8 +21,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from mesh_codec.base import Codec, Quality
+from mesh_codec.base import Codec
 from mesh_codec.errors import CodecError
+from mesh_codec.qualities import EXACT, TYPICAL
 from mesh_codec.raw import RawCodec
 from mesh_core import __version__
 from mesh_core.crossing.bandwidth import positive
@@ -53,7 +54,7 @@ _KEPT, _KEPT_IF_BUSY = 30 * 86400, 600
 _MOST_FIXED, _RATES = 10.0, (1e4, 1e13)
 """Seconds per call and bytes per second that a machine may claim; anything beyond is taken for the nearest."""
 
-_REPRESENTATIVE: tuple[Quality, ...] = ("balanced", "lossless")
+_REPRESENTATIVE = (TYPICAL, EXACT)
 _DTYPE = torch.bfloat16
 """Qualities and element type at which a machine tells others its speeds."""
 
