@@ -41,7 +41,7 @@ TABLE_BYTES = 1 + 4 * _COLUMNS
 
 @dataclass(frozen=True)
 class Packed:
-    """One piece, coded. ``frames``: packed symbols, gaps, low bytes, high bytes; b"" where there are none."""
+    """One piece, coded. ``frames``: packed symbols, gaps, low bytes, high bytes; b"" where nothing is to code."""
 
     predicted: bool
     packing: int
@@ -159,7 +159,7 @@ def cheapest(sample: Symbols, count: int) -> tuple[float, int]:
         bits = _bits(packing, seen, count) if packing.per_byte or not packing.radius else _wide_bits(sample, count)
         best = min(best, (bits, number))
         if packing.radius >= extremes:
-            # Fewer symbols per byte only pay where they spare rare symbols, and there are none.
+            # A wider packing only pays where it leaves fewer rare symbols, and this one leaves none.
             break
     return best
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Estimate, Quality
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
-from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form, tensor_over
+from mesh_codec.memory import bytes_of, tensor_over
+from mesh_codec.payload import buffers_of, flat_bytes, form_of, read_form
 from mesh_codec.qualities import find
 
 
@@ -62,12 +63,10 @@ class RawDecoder(Decoder):
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         form = read_form(encoded.header, self._limits)
-        expected = 1 if form.elements else 0
-        if len(encoded.buffers) != expected:
-            raise CodecCorrupt(f"A raw tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
-        if not expected:
-            return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
-        view = flat_bytes(encoded.buffers[0], form.nbytes, "raw")
+        buffers = buffers_of(encoded, form, 1)
+        if not buffers:
+            return form.empty(device)
+        view = flat_bytes(buffers[0], form.nbytes, "raw")
         # Any other byte in a bool is undefined behaviour in the kernels that read it.
         if form.dtype.torch is torch.bool and np.frombuffer(view, dtype=np.uint8).max() > 1:
             raise CodecCorrupt("A raw bool tensor holds bytes that are neither 0 nor 1.")

@@ -19,7 +19,7 @@ import torch
 
 from mesh_codec import CodecError, Encoded
 from mesh_codec.hevc import HevcCodec
-from mesh_codec.hevc.encoder import crc_of
+from mesh_codec.payload import crc_of
 
 from .structured import activations
 

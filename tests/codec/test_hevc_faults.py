@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from mesh_codec import CodecCorrupt, CodecError, CodecStateLost, DecodeLimits, Encoded
 from mesh_codec.hevc import HevcCodec
 from mesh_codec.hevc.bitstream import check_unit
-from mesh_codec.hevc.encoder import crc_of
 from mesh_codec.hevc.geometry import Geometry
+from mesh_codec.payload import crc_of
 from mesh_codec.quantiser import Grid
 
 from .structured import activations

@@ -2,7 +2,7 @@
 
 A program takes a tile of tokens and channels, reads it along channels and writes it along tokens: both are contiguous,
 the transposition happens inside, while elements are small. Same arithmetic as in `mesh_codec.ans.lattice`. Triton looks
-annotations up as it compiles, so that its functions have none but its own.
+annotations up as it compiles, so functions that it compiles are annotated with its own types only.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def write_listed(values: Tensor, listed: Tensor) -> None:
 
 
 def pack(rooms: Tensor, sizes: Tensor, statuses: Tensor, frame: Tensor, first: int) -> None:
-    """`mesh_codec.ans.chunks.pack`; ``first`` is where chunks begin."""
+    """`mesh_codec.ans.chunks.pack`; ``first`` is the byte of ``frame`` at which chunks begin."""
     count = len(sizes)
     launch(
         _pack, (count, _PACKERS), (count, len(rooms), aligned(sizes, statuses)),

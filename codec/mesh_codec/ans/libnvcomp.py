@@ -24,7 +24,8 @@ MAJOR = 6
 """Of the interface: structures of another one are laid out otherwise."""
 
 SLACK = 1 << 15
-"""Bytes. The most that a part may ask for, were all its symbols as rare as can be: a damaged one reads on."""
+"""Bytes of memory after the last chunk: as many as a part would have if all its symbols were as rare as can be, which
+is how far a damaged one makes the decoder read on."""
 
 _Numbers = NDArray[np.int64]
 _UCHAR = 1
@@ -119,6 +120,7 @@ class NvCompLibrary:
 
     @cached_property
     def version(self) -> tuple[int, int, int]:
+        """Major, minor and patch."""
         properties = _Properties()
         _check(self._library.nvcompGetProperties(ctypes.byref(properties)))
         return properties.version // 1000, properties.version // 100 % 10, properties.version % 100

@@ -21,7 +21,7 @@ from mesh_codec.ans.dispatch import checksum
 from mesh_codec.ans.libnvcomp import SLACK, Batch, NvCompLibrary
 from mesh_codec.errors import CodecError, CodecUnsupported
 from mesh_codec.foreign import named
-from mesh_codec.payload import tensor_over
+from mesh_codec.memory import tensor_over
 
 _log = logging.getLogger(__name__)
 

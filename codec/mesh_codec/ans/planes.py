@@ -19,8 +19,9 @@ from mesh_codec.ans.dispatch import checksum
 from mesh_codec.ans.stream_coder import StreamCoder, current_device
 from mesh_codec.base import DecodeLimits, Decoder, Encoded, Encoder
 from mesh_codec.errors import CodecCorrupt
-from mesh_codec.outliers import MAX_ELEMENTS
-from mesh_codec.payload import Form, byte_view, flat_bytes, form_of, read_form, tensor_over, whole_number
+from mesh_codec.lossy import MAX_ELEMENTS
+from mesh_codec.memory import tensor_over, uint8_view
+from mesh_codec.payload import Form, flat_bytes, form_of, read_form, whole_number
 
 
 def _carried(form: Form) -> bool:
@@ -51,13 +52,13 @@ def _coded(tensor: Tensor, form: Form, coder: ByteCoder) -> Encoded:
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     checksum(high, sums[:1])
     checksum(low, sums[1:])
-    coding = coder.compress(high)
+    pending = coder.compress(high)
     on_host = [
         torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True) for t in (low, sums)
     ]
     # What waits for the coded bytes waits for what was begun before them.
-    coding.fetch()
-    frame = coding.read()
+    pending.fetch()
+    frame = pending.read()
     high_sum, low_sum = on_host[1].tolist()
     header = form.header() | {"high": high_sum, "low": low_sum}
     return Encoded(header, (frame, on_host[0].numpy().data), on_host)
@@ -99,4 +100,4 @@ def _restored(encoded: Encoded, form: Form, coder: ByteCoder, place: torch.devic
 
 def _bytes(tensor: Tensor) -> Tensor:
     """uint8 [elements, 2], the lower byte first; the tensor's own memory."""
-    return byte_view(tensor).view(-1, 2)
+    return uint8_view(tensor).view(-1, 2)

@@ -27,10 +27,11 @@ from mesh_codec.ans.stream_coder import StreamCoder, current_device
 from mesh_codec.base import DecodeLimits, Decoder, Encoded, Encoder
 from mesh_codec.chains import ChainPosition, positive_number
 from mesh_codec.channels import pack_channels, read_channels
-from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
+from mesh_codec.errors import CodecCorrupt, CodecStateLost
 from mesh_codec.exact import listed, outliers_of
-from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
-from mesh_codec.payload import Form, flat_bytes, form_of, read_form, whole_number
+from mesh_codec.lossy import check_lossy_form, read_lossy_form
+from mesh_codec.outliers import read_outliers
+from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, whole_number
 from mesh_codec.quantiser import Grid
 
 _EVERY = 17
@@ -41,7 +42,7 @@ _DRIFT = 1.5
 
 
 @dataclass
-class _Chain:
+class _LatticeChain:
     grid: Grid
     lattice: Lattice
     position: ChainPosition
@@ -55,17 +56,16 @@ class _Chain:
 
 
 class AnsEncoder(Encoder):
+    """``relative_step`` is in standard deviations; ``factory`` makes the byte coder."""
+
     def __init__(self, relative_step: float, temporal: bool, factory: CoderFactory) -> None:
         self._relative_step, self._temporal, self._coder = relative_step, temporal, StreamCoder(factory)
-        self._chain: _Chain | None = None
+        self._chain: _LatticeChain | None = None
         self._kept: tuple[tuple[Grid, torch.device], DeviceFindings] | None = None
 
     def encode(self, tensor: Tensor) -> Encoded:
         form = form_of(tensor)
-        if not form.dtype.lossy or form.elements > MAX_ELEMENTS:
-            raise CodecUnsupported(
-                f"The entropy codec does not carry {form.elements} elements of {form.dtype.name}.", hint="the raw codec"
-            )
+        check_lossy_form(form, "entropy")
         if not form.elements:
             return Encoded(form.header() | {"step": 0.0, "outliers": 0, "sum": 0}, ())
         grid = Grid.of(form)
@@ -82,9 +82,9 @@ class AnsEncoder(Encoder):
         symbols = quantise(chain.lattice, tokens, chain.state, findings)
         if chain.position.key and chain.state is not None:
             findings.size.copy_(compare(chain.lattice, tokens, chain.state, _EVERY)[0].mean())
-        coding = coder.compress(symbols.view(torch.uint8).view(-1))
+        pending = coder.compress(symbols.view(torch.uint8).view(-1))
         findings.fetch()
-        coding.fetch()
+        pending.fetch()
         facts = findings.read()
         if not chain.position.key and not chain.size / _DRIFT <= facts.size <= chain.size * _DRIFT:
             return self._coded(tokens, form, grid, coder)
@@ -101,14 +101,14 @@ class AnsEncoder(Encoder):
         packed = exact.to_bytes()
         findings.clear()
         self._kept = (grid, tokens.device), findings
-        frame = coding.read()
+        frame = pending.read()
         self._chain = chain if self._temporal else None
         return Encoded(header, (sides, flags, frame, packed), frame)
 
     def reset(self) -> None:
         self._chain = None
 
-    def _continued(self, tokens: Tensor, grid: Grid, findings: DeviceFindings) -> _Chain | None:
+    def _continued(self, tokens: Tensor, grid: Grid, findings: DeviceFindings) -> _LatticeChain | None:
         """The chain that ``tokens`` continue, if they do; then ``findings`` has what is predicted."""
         chain = self._chain
         if not chain or chain.state is None or chain.grid != grid or chain.state.device != tokens.device:
@@ -119,9 +119,11 @@ class AnsEncoder(Encoder):
         findings.size.copy_(own.mean())
         return chain
 
-    def _begun(self, tokens: Tensor, grid: Grid, findings: DeviceFindings) -> _Chain:
+    def _begun(self, tokens: Tensor, grid: Grid, findings: DeviceFindings) -> _LatticeChain:
         lattice = measure(tokens, self._relative_step, findings)
-        return _Chain(grid, lattice, ChainPosition.first(), lattice.empty(grid.tokens) if self._temporal else None)
+        return _LatticeChain(
+            grid, lattice, ChainPosition.first(), lattice.empty(grid.tokens) if self._temporal else None
+        )
 
     def _findings(self, grid: Grid, device: torch.device) -> DeviceFindings:
         kept, self._kept = self._kept, None
@@ -129,33 +131,37 @@ class AnsEncoder(Encoder):
             return kept[1]
         return DeviceFindings(grid.channels, grid.channels * grid.tokens, device)
 
-    def _listed(self, facts: Findings, chain: _Chain, tokens: Tensor, symbols: Tensor) -> NDArray[np.int64]:
+    def _listed(self, facts: Findings, chain: _LatticeChain, tokens: Tensor, symbols: Tensor) -> NDArray[np.int64]:
         if facts.listed is not None:
             return facts.listed
         return chain.lattice.outside(tokens, symbols if chain.state is None else chain.state).cpu().numpy()
 
 
 class AnsDecoder(Decoder):
+    """The other end of `AnsEncoder`; whether tensors are predicted, each payload says itself."""
+
     def __init__(self, limits: DecodeLimits, factory: CoderFactory) -> None:
         self._limits, self._coder = limits, StreamCoder(factory)
-        self._chain: _Chain | None = None
+        self._chain: _LatticeChain | None = None
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
-        form = read_form(encoded.header, self._limits)
-        if not form.dtype.lossy or form.elements > MAX_ELEMENTS:
-            raise CodecCorrupt(f"A payload announces {form.elements} elements of {form.dtype.name}: not entropy coded.")
-        expected = 4 if form.elements else 0
-        if len(encoded.buffers) != expected:
-            raise CodecCorrupt(f"A coded tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
-        if not expected:
-            return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
+        form = read_lossy_form(encoded.header, self._limits, "entropy")
+        buffers = buffers_of(encoded, form, 4)
+        if not buffers:
+            return form.empty(device)
         place, coder = self._coder.for_decoding(device)
         with current_device(place):
-            return self._decoded(encoded, form, coder, place).view(form.shape).to(device)
+            return self._decoded(encoded.header, buffers, form, coder, place).view(form.shape).to(device)
 
-    def _decoded(self, encoded: Encoded, form: Form, coder: ByteCoder, place: torch.device) -> Tensor:
-        header = encoded.header
-        sides, flags, frame, exact = (flat_bytes(b, None, "payload") for b in encoded.buffers)
+    def _decoded(
+        self,
+        header: Mapping[str, Any],
+        buffers: tuple[memoryview, ...],
+        form: Form,
+        coder: ByteCoder,
+        place: torch.device,
+    ) -> Tensor:
+        sides, flags, frame, exact = buffers
         data, checks = coder.expand(frame, form.elements)
         # While the device works, the rest is read.
         total = whole_number(header, "sum", LARGEST_SUM)
@@ -181,13 +187,13 @@ class AnsDecoder(Decoder):
 
     def _prepared(
         self, header: Mapping[str, Any], grid: Grid, sides: memoryview, flags: memoryview, place: torch.device
-    ) -> tuple[_Chain, Tensor]:
+    ) -> tuple[_LatticeChain, Tensor]:
         position, step = ChainPosition.read(header), positive_number(header, "step")
         if position.key:
             flat_bytes(flags, 0, "prediction")
             ranks, means = read_channels(sides, grid.channels)
             there, ranks, means, nothing = in_one_copy(ranks, means, step, place)
-            return _Chain(grid, lattice_of(ranks, means, there), position, step=step), nothing
+            return _LatticeChain(grid, lattice_of(ranks, means, there), position, step=step), nothing
         flat_bytes(sides, 0, "channels")
         chosen = np.unpackbits(np.frombuffer(flat_bytes(flags, -(-grid.channels // 8), "prediction"), np.uint8))
         held = self._chain

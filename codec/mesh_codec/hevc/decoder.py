@@ -16,19 +16,19 @@ from mesh_codec.channels import read_channels
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost
 from mesh_codec.exact import write_outliers
 from mesh_codec.hevc.bitstream import check_unit, is_key
-from mesh_codec.hevc.encoder import crc_of
 from mesh_codec.hevc.engine import FrameDecoder
 from mesh_codec.hevc.engines import Engines
 from mesh_codec.hevc.geometry import Geometry
 from mesh_codec.hevc.pixels import Calibration
 from mesh_codec.hevc.settings import HevcSettings
-from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
-from mesh_codec.payload import flat_bytes, read_form, whole_number
+from mesh_codec.lossy import read_lossy_form
+from mesh_codec.outliers import read_outliers
+from mesh_codec.payload import buffers_of, crc_of, flat_bytes, whole_number
 from mesh_codec.quantiser import Grid
 
 
 @dataclass
-class _Chain:
+class _DecodingChain:
     """The chain whose pictures the open sessions hold, and the place of the next tensor in it."""
 
     geometry: Geometry
@@ -38,23 +38,20 @@ class _Chain:
 
 
 class HevcDecoder(Decoder):
+    """The other end of `HevcEncoder`; engine sessions stay open while tensors keep their shape."""
+
     def __init__(
         self, settings: HevcSettings, limits: DecodeLimits, engines: Engines, pool: ThreadPoolExecutor
     ) -> None:
         self._settings, self._limits, self._engines, self._pool = settings, limits, engines, pool
-        self._chain: _Chain | None = None
+        self._chain: _DecodingChain | None = None
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         device = torch.device(device)
-        header, form = encoded.header, read_form(encoded.header, self._limits)
-        if not form.dtype.lossy or form.elements > MAX_ELEMENTS:
-            raise CodecCorrupt(f"A payload announces {form.elements} elements of {form.dtype.name}: not coded by hevc.")
-        expected = 4 if form.elements else 0
-        if len(encoded.buffers) != expected:
-            raise CodecCorrupt(f"A coded tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
-        if not expected:
-            return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
-        buffers = tuple(flat_bytes(b, None, "payload") for b in encoded.buffers)
+        header, form = encoded.header, read_lossy_form(encoded.header, self._limits, "hevc")
+        buffers = buffers_of(encoded, form, 4)
+        if not buffers:
+            return form.empty(device)
         if whole_number(header, "crc", (1 << 32) - 1) != crc_of(buffers):
             raise CodecCorrupt("A payload was damaged: its checksum does not match.")
         position, step = ChainPosition.read(header), positive_number(header, "step")
@@ -85,7 +82,7 @@ class HevcDecoder(Decoder):
         settings = self._settings
         return Geometry.of(grid, bits=settings.bits, tile=settings.tile, strips=settings.strips)
 
-    def _continued(self, position: ChainPosition, geometry: Geometry, step: float) -> _Chain:
+    def _continued(self, position: ChainPosition, geometry: Geometry, step: float) -> _DecodingChain:
         chain = self._chain
         if not chain or chain.position != position:
             raise CodecStateLost("A payload was predicted from a tensor that this decoder does not have.")
@@ -95,17 +92,17 @@ class HevcDecoder(Decoder):
 
     def _begun(
         self, position: ChainPosition, geometry: Geometry, calibration: Calibration, device: torch.device
-    ) -> _Chain:
+    ) -> _DecodingChain:
         """A new chain, in the open sessions if they are of its geometry."""
         if self._chain and self._chain.geometry == geometry:
             sessions = self._chain.sessions
         else:
             self.reset()
             sessions = self._engines.decoders(geometry, device)
-        self._chain = _Chain(geometry, sessions, calibration, position)
+        self._chain = _DecodingChain(geometry, sessions, calibration, position)
         return self._chain
 
-    def _decoded(self, chain: _Chain, units: list[list[memoryview]]) -> Tensor:
+    def _decoded(self, chain: _DecodingChain, units: list[list[memoryview]]) -> Tensor:
         """[strips, frames, 3, height, width]. What a failure leaves in the sessions is forgotten with them."""
         try:
             strips = list(self._pool.map(lambda pair: pair[0].decode(pair[1]), zip(chain.sessions, units, strict=True)))

@@ -48,7 +48,8 @@ class HevcSettings:
         return cls(**values)
 
     @property
-    def coding(self) -> RateControl:
+    def rate_control(self) -> RateControl:
+        """What an engine is told of these settings."""
         return RateControl(self.qp, self.lossless)
 
 

@@ -15,9 +15,10 @@ from blake3 import blake3
 from torch import Tensor
 
 from mesh_codec.dtypes import from_safetensors, from_torch
+from mesh_codec.memory import bytes_of
 from mesh_core.errors import LoraError
 from mesh_core.model.checkpoint import CheckpointHeader, Progress, TensorInfo
-from mesh_core.model.weights import bytes_of, read_into
+from mesh_core.model.weights import read_into
 from mesh_core.system.remembered import Remembered
 
 

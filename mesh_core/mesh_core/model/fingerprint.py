@@ -16,9 +16,10 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_torch
+from mesh_codec.memory import bytes_of
 from mesh_core.model.checkpoint import CheckpointHeader, Progress
 from mesh_core.model.spec import ModelSpec, ParameterSpec
-from mesh_core.model.weights import bytes_of, read_into
+from mesh_core.model.weights import read_into
 from mesh_core.system.remembered import Remembered
 
 _VERSION = b"mesh-fingerprint-1"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_safetensors
+from mesh_codec.memory import bytes_of
 from mesh_core.errors import CheckpointCorrupt, CheckpointError
 from mesh_core.model.checkpoint import CheckpointHeader, Progress
 from mesh_core.model.spec import ParameterSpec
@@ -116,11 +117,6 @@ class WeightReader:
             raise CheckpointCorrupt(f"The pieces of a parameter hold {filled} bytes instead of {tensor.nbytes}.")
         self.bytes_read += filled
         return tensor
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.nbytes else memoryview(b"")
 
 
 def read_into(stream: BinaryIO, target: memoryview, file: object) -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from mesh_codec.memory import bytes_of
 from mesh_core.errors import LoraError
 from mesh_core.loras.library import Shelf
 from mesh_core.loras.tensors import StoredTensor
 from mesh_core.model.checkpoint import MAX_HEADER_BYTES
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.weights import bytes_of
 
 log = logging.getLogger(__name__)
 
