@@ -22,11 +22,21 @@ import numpy as np
 import psutil
 import torch
 
-from mesh_codec import Codec, CodecError, Decoder, Encoded, EntropyCodec, HevcCodec, Limits, LosslessCodec, RawCodec
+from mesh_codec import (
+    Codec,
+    CodecError,
+    DecodeLimits,
+    Decoder,
+    Encoded,
+    EntropyCodec,
+    HevcCodec,
+    LosslessCodec,
+    RawCodec,
+)
 from mesh_codec.pieces import Packed, table
 from mesh_codec.symbols import PACKINGS, squeeze
 
-LIMITS = Limits(max_elements=1 << 22, max_bytes=1 << 24)
+LIMITS = DecodeLimits(max_elements=1 << 22, max_bytes=1 << 24)
 MOST_MEMORY = 1 << 30
 """Bytes that the process may grow by."""
 
@@ -132,15 +142,15 @@ class Fuzzer:
         count = int(np.prod([n for n in shape if type(n) is int and 0 <= n <= 4096] or [1]))
         r = self.random
         packing = r.randrange(len(PACKINGS))
-        exceptions = r.choice((0, 1, 5, min(count, 4096)))
-        gap_bytes = exceptions + r.choice((0, 0, 1, count // 255))
-        sizes = (min(PACKINGS[packing].size(min(count, 1 << 18)), 1 << 19), gap_bytes, exceptions, exceptions)
+        rare = r.choice((0, 1, 5, min(count, 4096)))
+        gap_bytes = rare + r.choice((0, 0, 1, count // 255))
+        sizes = (min(PACKINGS[packing].size(min(count, 1 << 18)), 1 << 19), gap_bytes, rare, rare)
         high = r.choice((1, 3, 80, 255))
         frames = [
             squeeze((np.frombuffer(r.randbytes(n), np.uint8) % high).astype(np.uint8)) if n else b"" for n in sizes
         ]
         a, b, c, d = frames
-        piece = Packed(r.random() < 0.5, packing, (a, b, c, d if r.random() < 0.5 else b""), exceptions, gap_bytes)
+        piece = Packed(r.random() < 0.5, packing, (a, b, c, d if r.random() < 0.5 else b""), rare, gap_bytes)
         return table([piece]), b"".join(piece.frames)
 
 

@@ -67,7 +67,6 @@ COMMON: dict[str, dict[str, Any]] = {
 }
 TEXT_TOKENS = 512
 VIDEO_TEXT_TOKENS = 1024
-QUALITIES = ("lossless", "transparent", "balanced", "fast")
 
 
 def main() -> None:
@@ -105,6 +104,7 @@ def report_and_save(
 def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[str, Any]:
     import torch
 
+    from mesh_codec.qualities import names
     from mesh_core.builtin import installed_plugins
     from mesh_core.model.checkpoint import read_header
     from mesh_core.model.library import recognise
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
     ]
     blocks, rows = checkpoint.spec.blocks, []
     for cuts, qualities in (
-        ((blocks // 4,), QUALITIES),
+        ((blocks // 4,), names()),
         ((0,), ("lossless",)),
         ((blocks // 4, blocks * 5 // 8), ("lossless", "transparent")),
     ):

@@ -24,6 +24,7 @@ from torch import Tensor
 from mesh_codec import Codec, EntropyCodec, HevcCodec
 from mesh_codec.entropy import FORMAT
 from mesh_codec.hevc.settings import DEFAULTS
+from mesh_codec.qualities import lossy
 from mesh_core.bench.minmax_codec import QPS, MinMaxCodec
 from mesh_core.bench.report import save
 
@@ -94,16 +95,16 @@ class Studio:
 
 def cases() -> Iterator[tuple[Codec, dict[str, Any]]]:
     hevc, entropy = HevcCodec(), EntropyCodec()
-    for quality in ("transparent", "balanced", "fast"):
-        yield hevc, hevc.settings(quality, hevc.capabilities())  # type: ignore[arg-type]
+    for quality in lossy():
+        yield hevc, hevc.settings(quality, hevc.capabilities())
     for qp in QPS:
         yield MinMaxCodec(), {"qp": qp}
     for quality in ("transparent", "balanced"):
-        chosen = hevc.settings(quality, hevc.capabilities())  # type: ignore[arg-type]
+        chosen = hevc.settings(quality, hevc.capabilities())
         yield hevc, {**chosen, "temporal": False}
         yield hevc, {**chosen, "bits": 8}
-    for quality in ("transparent", "balanced", "fast"):
-        yield entropy, entropy.settings(quality, {"formats": [FORMAT]})  # type: ignore[arg-type]
+    for quality in lossy():
+        yield entropy, entropy.settings(quality, {"formats": [FORMAT]})
     yield hevc, {"lossless": True, "bits": 8}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from mesh_codec.base import QUALITIES
+from mesh_codec.qualities import EXACT, names, promises
 
 from .hub import current
 from .workers import WorkerRef, address_of, choices
@@ -57,10 +57,9 @@ class MeshSplit(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "quality",
-                    options=list(QUALITIES),
-                    default="lossless",
-                    tooltip="How the state crosses the network. lossless: the same bits. transparent: no visible "
-                    "difference, a third of the bytes. balanced and fast: fewer bytes still.",
+                    options=list(names()),
+                    default=EXACT,
+                    tooltip=f"How the state crosses the network. {promises()}",
                 ),
                 io.Combo.Input(
                     "loras",

@@ -9,14 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from mesh_codec.qualities import Quality as Quality
+
 Buffer = bytes | bytearray | memoryview
-Quality = Literal["lossless", "transparent", "balanced", "fast"]
-QUALITIES: tuple[Quality, ...] = ("lossless", "transparent", "balanced", "fast")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Limits:
+class DecodeLimits:
     """What a decoder accepts before it allocates anything."""
 
     max_elements: int = 1 << 30
@@ -112,7 +112,7 @@ class Codec(ABC):
 
     @abstractmethod
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
-        """Plain settings for ``quality`` with an end of capabilities ``peer``.
+        """Plain settings for ``quality``, of `mesh_codec.qualities`, with an end of capabilities ``peer``.
 
         Raises:
             CodecUnsupported: this codec cannot give that quality, or shares no format with the peer.
@@ -136,7 +136,7 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:
         """Open a stream for decoding what an encoder with the same settings made."""
 
 

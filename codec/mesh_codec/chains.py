@@ -18,7 +18,7 @@ _LARGEST = (1 << 62) - 1
 
 
 @dataclass(frozen=True)
-class Link:
+class ChainPosition:
     """Attributes:
     name: of the chain, drawn at random: ends that were started anew do not take up each other's chains.
     index: 0 for the key tensor.
@@ -28,25 +28,29 @@ class Link:
     index: int = 0
 
     @classmethod
-    def first(cls) -> Link:
+    def first(cls) -> ChainPosition:
+        """The key tensor of a new chain."""
         return cls(secrets.randbits(62))
 
     @classmethod
-    def read(cls, header: Mapping[str, Any]) -> Link:
+    def read(cls, header: Mapping[str, Any]) -> ChainPosition:
         """Raises:
-        CodecCorrupt: no such entries.
+        CodecCorrupt: an entry is missing or no whole number in range.
         """
         return cls(whole_number(header, "chain", _LARGEST), whole_number(header, "index", _LARGEST))
 
     @property
-    def next(self) -> Link:
-        return Link(self.name, self.index + 1)
+    def next(self) -> ChainPosition:
+        """That of the tensor after this one, in the same chain."""
+        return ChainPosition(self.name, self.index + 1)
 
     @property
     def key(self) -> bool:
+        """Whether it is predicted from nothing."""
         return not self.index
 
     def header(self) -> dict[str, Any]:
+        """The entries that `read` finds again."""
         return {"chain": self.name, "index": self.index}
 
 

@@ -31,11 +31,11 @@ def read_channels(frame: memoryview, channels: int) -> tuple[Tensor, Tensor]:
         CodecCorrupt: damaged, or means that are not finite.
     """
     data = expand(frame, 3 * channels, "channels")
-    told = data[channels:].copy().view("<u2")
+    means = data[channels:].copy().view("<u2")
     # All bits of the exponent: infinite, or not a number.
-    if ((told & 0x7F80) == 0x7F80).any():
+    if ((means & 0x7F80) == 0x7F80).any():
         raise CodecCorrupt("The channel means of a payload are not finite.")
-    return torch.from_numpy(data[:channels].copy()), torch.from_numpy(told.view("<i2")).view(torch.bfloat16)
+    return torch.from_numpy(data[:channels].copy()), torch.from_numpy(means.view("<i2")).view(torch.bfloat16)
 
 
 def widened(ranks: Tensor, step: float | Tensor, radius: int) -> Tensor:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from math import log2
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -23,17 +22,14 @@ import torch
 from mesh_codec.ans.coder import CoderFactory
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
-from mesh_codec.base import Codec, Decoder, Encoder, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoder, Estimate, Quality
 from mesh_codec.entropy_streams import EntropyDecoder, EntropyEncoder
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.formats import shared_format
 from mesh_codec.parallel import new_pool
+from mesh_codec.qualities import find
 
 FORMAT = "step-zstd-2"
-
-STEPS: Mapping[Quality, float] = MappingProxyType({"transparent": 0.1, "balanced": 0.2, "fast": 0.36})
-"""Quantiser step in standard deviations; from the table of ``mesh bench codec``: the least PSNR of the final picture
-stays over 40, 35 and 30 dB with 4, 8 and 28 steps."""
 
 _BITS = 1.9
 _BITS_PER_OCTAVE = 0.6
@@ -59,12 +55,13 @@ class EntropyCodec(Codec):
         return {"formats": [*fast, FORMAT]}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
-        if quality not in STEPS:
+        level = find(quality)
+        if level.exact:
             raise CodecUnsupported(
                 f"The entropy codec has no quality {quality!r}.", hint="the raw and lossless codecs are exact"
             )
         chosen = shared_format(self.name, self.capabilities()["formats"], peer)
-        settings = {"step": STEPS[quality], "temporal": True}
+        settings = {"step": level.step, "temporal": True}
         return settings if chosen == FORMAT else settings | {"format": chosen}
 
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
@@ -87,7 +84,7 @@ class EntropyCodec(Codec):
             return AnsEncoder(step, temporal, self._on_device)
         return EntropyEncoder(step, temporal, self._pool)
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:  # noqa: B008
         _, temporal, on_device = self._checked(settings)
         if on_device:
             return AnsDecoder(limits, self._on_device)

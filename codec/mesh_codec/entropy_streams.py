@@ -25,11 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesh_codec.base import Decoder, Encoded, Encoder, Limits
+from mesh_codec.base import DecodeLimits, Decoder, Encoded, Encoder
 from mesh_codec.channels import pack_channels, read_channels
-from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
-from mesh_codec.outliers import MAX_ELEMENTS, Outliers, read_outliers
-from mesh_codec.payload import Form, flat_bytes, form_of, read_form, whole_number
+from mesh_codec.errors import CodecCorrupt, CodecStateLost
+from mesh_codec.lossy import check_lossy_form, read_lossy_form
+from mesh_codec.outliers import Outliers, read_outliers
+from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, whole_number
 from mesh_codec.pieces import Coded, Packed, cheapest, pack, read_table, sample_of, table
 from mesh_codec.quantiser import Bits, Cut, Grid, bits_of, coded_order, extent
 from mesh_codec.reference import Reference, chain
@@ -40,6 +41,8 @@ _MOST_FRAMES = 1 << 62
 
 
 class EntropyEncoder(Encoder):
+    """``relative_step`` is in standard deviations; pieces of a tensor are coded side by side in ``pool``."""
+
     def __init__(self, relative_step: float, temporal: bool, pool: ThreadPoolExecutor) -> None:
         self._relative_step, self._temporal, self._pool = relative_step, temporal, pool
         self._reference: Reference | None = None
@@ -50,7 +53,7 @@ class EntropyEncoder(Encoder):
 
     def encode(self, tensor: Tensor) -> Encoded:
         form = form_of(tensor)
-        _check_form(form)
+        check_lossy_form(form, "entropy")
         # Should anything fail below, the next tensor is a key frame.
         reference, self._reference = self._reference, None
         frame, self._frame = self._frame, self._frame + self._temporal
@@ -91,7 +94,9 @@ class EntropyEncoder(Encoder):
 
 
 class EntropyDecoder(Decoder):
-    def __init__(self, temporal: bool, limits: Limits, pool: ThreadPoolExecutor) -> None:
+    """The other end of `EntropyEncoder`, ``temporal`` as that one is."""
+
+    def __init__(self, temporal: bool, limits: DecodeLimits, pool: ThreadPoolExecutor) -> None:
         self._temporal, self._limits, self._pool = temporal, limits, pool
         self._reference: Reference | None = None
         self._next = 0
@@ -101,16 +106,14 @@ class EntropyDecoder(Decoder):
         self._next = 0
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
-        form = read_form(encoded.header, self._limits)
+        form = read_lossy_form(encoded.header, self._limits, "entropy")
         step, count, frame, before = _read_facts(encoded.header, form)
         self._check_turn(frame, before)
-        expected = 4 if form.elements else 0
-        if len(encoded.buffers) != expected:
-            raise CodecCorrupt(f"A coded tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
-        if not expected:
+        buffers = buffers_of(encoded, form, 4)
+        if not buffers:
             self._advance(frame, None)
-            return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
-        listed, sides, frames, exact = (flat_bytes(b, None, "payload") for b in encoded.buffers)
+            return form.empty(device)
+        listed, sides, frames, exact = buffers
         grid = Grid.of(form)
         coded = read_table(listed, frames, grid.piece_sizes())
         outliers = read_outliers(exact, count, form.dtype.itemsize, form.elements)
@@ -130,7 +133,7 @@ class EntropyDecoder(Decoder):
             _read_piece(part[0], symbols)
             quantiser.restore(symbols, matrix, part[1])
 
-        # The list makes the first failure of a piece surface here.
+        # Only reading all results raises the first error of a piece here.
         list(self._pool.map(one, zip(coded, grid.pieces(), strict=True)))
         result = by_channel.t().contiguous().view(form.shape)
         bits_of(result).reshape(-1)[outliers.positions] = outliers.values
@@ -171,13 +174,11 @@ def _facts(step: float, outliers: int, frame: int, before: bytes) -> dict[str, A
 
 
 def _read_facts(header: Mapping[str, Any], form: Form) -> tuple[float, int, int, bytes]:
-    if not form.dtype.lossy or form.elements > MAX_ELEMENTS:
-        raise CodecCorrupt(f"A payload announces {form.elements} elements of {form.dtype.name}: not entropy coded.")
     step, before = header.get("step"), header.get("reference")
     if type(step) is not float or not 0 <= step <= torch.finfo(torch.float32).max:
         raise CodecCorrupt(f"A payload's 'step' is {str(step)[:40]}, not a float32 number from 0.")
     if type(before) is not bytes or len(before) not in (0, 8):
-        raise CodecCorrupt(f"A payload's 'reference' is {str(before)[:40]}, not a digest of 8 bytes or none.")
+        raise CodecCorrupt(f"A payload's 'reference' is {str(before)[:40]}, not a digest of 8 bytes, nor empty.")
     count = whole_number(header, "outliers", form.elements)
     return step, count, whole_number(header, "frame", _MOST_FRAMES), before
 
@@ -214,7 +215,7 @@ def _read_piece(piece: Coded, symbols: Symbols) -> None:
         return
     lowest, highest = int(read.min()) + int(symbols.min()), int(read.max()) + int(symbols.max())
     if lowest < -RADIUS or highest > RADIUS:
-        raise CodecCorrupt("A payload's changes lead to symbols that there are none of.")
+        raise CodecCorrupt("A payload's changes lead to symbols that are out of range.")
     symbols += read
 
 
@@ -227,10 +228,3 @@ def _outliers(matrix: Bits, order: NDArray[np.int64], cuts: list[Cut], places: l
     positions = np.sort(np.concatenate(found))
     token, channel = np.divmod(positions, len(matrix))
     return Outliers(positions, matrix[channel, token])
-
-
-def _check_form(form: Form) -> None:
-    if not form.dtype.lossy:
-        raise CodecUnsupported(f"The entropy codec does not carry {form.dtype.name}.", hint="the raw codec")
-    if form.elements > MAX_ELEMENTS:
-        raise CodecUnsupported(f"A tensor of {form.elements} elements is too large to code.", hint="the raw codec")

@@ -20,10 +20,13 @@ class CodecError(Exception):
         return f"{self.message} Try: {self.hint}" if self.hint else self.message
 
 
-class CodecUnsupported(CodecError): ...
+class CodecUnsupported(CodecError):
+    """See above; the other end, another codec or another quality may still do."""
 
 
-class CodecCorrupt(CodecError): ...
+class CodecCorrupt(CodecError):
+    """See above; the stream cannot tell what it was meant to be."""
 
 
-class CodecStateLost(CodecError): ...
+class CodecStateLost(CodecError):
+    """See above; after `mesh_codec.base.Encoder.reset` the next payload needs no reference."""

@@ -29,13 +29,15 @@ from torch import Tensor
 from mesh_codec.ans.coder import CoderFactory
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.planes import PlanesDecoder, PlanesEncoder
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Estimate, Quality
 from mesh_codec.dtypes import DType
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
 from mesh_codec.foreign import named
 from mesh_codec.formats import shared_format
+from mesh_codec.memory import bytes_of
 from mesh_codec.parallel import new_pool
-from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form
+from mesh_codec.payload import buffers_of, flat_bytes, form_of, read_form
+from mesh_codec.qualities import find
 from mesh_codec.symbols import check_frame, expand, squeeze
 
 _log = logging.getLogger(__name__)
@@ -62,6 +64,7 @@ class LosslessCodec(Codec):
         return {"formats": [*([self._device_format] if self._works_on_device else []), FORMAT]}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
+        find(quality)
         chosen = shared_format(self.name, self.capabilities()["formats"], peer)
         return {} if chosen == FORMAT else {"format": chosen}
 
@@ -72,7 +75,7 @@ class LosslessCodec(Codec):
         portable = LosslessEncoder(self._pool)
         return PlanesEncoder(self._on_device, portable) if self._device_chosen(settings) else portable
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:  # noqa: B008
         portable = LosslessDecoder(limits, self._pool)
         return PlanesDecoder(limits, self._on_device, portable) if self._device_chosen(settings) else portable
 
@@ -86,11 +89,11 @@ class LosslessCodec(Codec):
         if not self._on_device.available():
             return False
         every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16, device=self._on_device.device())
-        portable = LosslessEncoder(self._pool), LosslessDecoder(Limits(), self._pool)
+        portable = LosslessEncoder(self._pool), LosslessDecoder(DecodeLimits(), self._pool)
         try:
             with named(CodecUnsupported, "a trial failed"):
                 coded = PlanesEncoder(self._on_device, portable[0]).encode(every.view(torch.bfloat16))
-                back = PlanesDecoder(Limits(), self._on_device, portable[1]).decode(coded, every.device)
+                back = PlanesDecoder(DecodeLimits(), self._on_device, portable[1]).decode(coded, every.device)
         except CodecError as error:
             _log.warning("the lossless codec works on the processor, not on this GPU: %s", error)
             return False
@@ -100,7 +103,8 @@ class LosslessCodec(Codec):
         chosen: Any = settings.get("format", FORMAT)
         if set(settings) - {"format"} or chosen not in (FORMAT, self._device_format):
             raise CodecUnsupported(
-                f"The lossless codec cannot use the settings {str(dict(settings))[:80]}.", hint="none, or a format"
+                f"The lossless codec cannot use the settings {str(dict(settings))[:80]}.",
+                hint="nothing, or a format",
             )
         if chosen != FORMAT and not self._works_on_device:
             raise CodecUnsupported(f"This end cannot code {chosen}.", hint="pip install comfyui-mesh-codec[cuda]")
@@ -112,6 +116,8 @@ class LosslessCodec(Codec):
 
 
 class LosslessEncoder(Encoder):
+    """The portable bitstream; pieces are coded side by side in ``pool``."""
+
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
 
@@ -132,34 +138,34 @@ class LosslessEncoder(Encoder):
 
 
 class LosslessDecoder(Decoder):
-    def __init__(self, limits: Limits, pool: ThreadPoolExecutor) -> None:
+    """The other end of `LosslessEncoder`."""
+
+    def __init__(self, limits: DecodeLimits, pool: ThreadPoolExecutor) -> None:
         self._limits, self._pool = limits, pool
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         form = read_form(encoded.header, self._limits)
-        expected = 2 if form.elements else 0
-        if len(encoded.buffers) != expected:
-            raise CodecCorrupt(f"A lossless tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
-        if not expected:
-            return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
+        buffers = buffers_of(encoded, form, 2)
+        if not buffers:
+            return form.empty(device)
         planes, starts = form.dtype.itemsize, range(0, form.elements, _PIECE)
         # The size of the table bounds the work for a payload that announces much and holds little.
-        table = flat_bytes(encoded.buffers[0], 4 * planes * len(starts), "table")
-        frames = flat_bytes(encoded.buffers[1], None, "planes")
+        table = flat_bytes(buffers[0], 4 * planes * len(starts), "table")
+        frames = buffers[1]
         ends = list(accumulate(np.frombuffer(table, dtype="<u4").tolist()))
         if ends[-1] != frames.nbytes:
             raise CodecCorrupt(f"The planes of a payload have {frames.nbytes} bytes where {ends[-1]} belong.")
         parts = [frames[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         for i, part in enumerate(parts):
             check_frame(part, min(_PIECE, form.elements - starts[i // planes]), "planes")
-        result = torch.empty(form.shape, dtype=form.dtype.torch)
+        result = form.empty()
         words = np.frombuffer(bytes_of(result), dtype=_WORDS[planes])
 
         def restore(i: int) -> None:
             piece = words[starts[i] : starts[i] + _PIECE]
             _restore(parts[i * planes : (i + 1) * planes], piece, form.dtype)
 
-        # The list makes the first failure of a piece surface here.
+        # Only reading all results raises the first error of a piece here.
         list(self._pool.map(restore, range(len(starts))))
         return result.to(device)
 

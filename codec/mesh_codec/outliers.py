@@ -14,9 +14,6 @@ from mesh_codec.errors import CodecCorrupt
 from mesh_codec.payload import flat_bytes
 from mesh_codec.symbols import expand, squeeze
 
-MAX_ELEMENTS = 1 << 31
-"""Of the tensor: gaps are uint32, and sums of as many as there can be stay far inside int64."""
-
 
 @dataclass(frozen=True)
 class Outliers:

@@ -1,21 +1,20 @@
-"""Checks and memory views that all codecs share: headers against limits, buffers against tensors.
+"""Checks that all codecs share: headers against limits, buffers against what the header announces.
 
 Must not know any format: what the bytes of a buffer mean is the codec's affair.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from zlib import crc32
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mesh_codec.base import Buffer, Limits
+from mesh_codec.base import Buffer, DecodeLimits, Encoded
 from mesh_codec.dtypes import DType, from_name, from_torch
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
 
@@ -29,15 +28,21 @@ class Form:
 
     @property
     def elements(self) -> int:
+        """Of the whole tensor; 1 where there are no dimensions."""
         return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Of the tensor's memory, uncoded."""
         return self.elements * self.dtype.itemsize
 
     def header(self) -> dict[str, Any]:
         """The entries that every header has."""
         return {"dtype": self.dtype.name, "shape": list(self.shape)}
+
+    def empty(self, device: torch.device | str = "cpu") -> Tensor:
+        """A contiguous tensor that looks like this; what it holds is not defined."""
+        return torch.empty(self.shape, dtype=self.dtype.torch, device=device)
 
 
 def form_of(tensor: Tensor) -> Form:
@@ -53,7 +58,7 @@ def form_of(tensor: Tensor) -> Form:
     return Form(from_torch(tensor.dtype), tuple(tensor.shape))
 
 
-def read_form(header: Mapping[str, Any], limits: Limits) -> Form:
+def read_form(header: Mapping[str, Any], limits: DecodeLimits) -> Form:
     """The form that ``header`` announces, within ``limits``.
 
     Raises:
@@ -108,25 +113,21 @@ def flat_bytes(buffer: Buffer, nbytes: int | None, what: str) -> memoryview:
     return view
 
 
-def byte_view(tensor: Tensor) -> Tensor:
-    """Flat uint8 over the memory of a contiguous tensor."""
-    # Not `Tensor.view`: it keeps odd strides of dimensions of one element, over which bytes cannot be seen.
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+def buffers_of(encoded: Encoded, form: Form, count: int) -> tuple[memoryview, ...]:
+    """The ``count`` buffers of a payload as flat bytes; a tensor without elements has none.
 
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A view of the memory of a contiguous CPU tensor of at least one element."""
-    return byte_view(tensor).numpy().data
-
-
-def tensor_over(view: memoryview, dtype: torch.dtype) -> Tensor:
-    """A flat tensor over the memory of ``view``, which it keeps alive; copied only where it is misaligned.
-
-    Nobody may write to it: the memory may be read-only. torch warns of that on every process's first such tensor,
-    so the memory is handed over by address.
+    Raises:
+        CodecCorrupt: there are more or fewer, or one is no contiguous memory.
     """
-    address: int = np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0]
-    memory = (ctypes.c_char * view.nbytes).from_address(address)
-    memory.keep = view  # type: ignore[attr-defined]
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
-    return (flat.clone() if address % dtype.itemsize else flat).view(dtype)
+    expected = count if form.elements else 0
+    if len(encoded.buffers) != expected:
+        raise CodecCorrupt(f"A payload came in {len(encoded.buffers)} buffers where {expected} belong.")
+    return tuple(flat_bytes(buffer, None, "payload") for buffer in encoded.buffers)
+
+
+def crc_of(buffers: Sequence[Buffer]) -> int:
+    """CRC-32 of ``buffers`` one after the other."""
+    value = 0
+    for buffer in buffers:
+        value = crc32(buffer, value)
+    return value

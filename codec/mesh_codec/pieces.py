@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesh_codec.errors import CodecCorrupt
-from mesh_codec.exceptions import Exceptions, read_exceptions
 from mesh_codec.payload import flat_bytes
+from mesh_codec.rare_symbols import RareSymbols, read_rare_symbols
 from mesh_codec.symbols import PACKINGS, Packing, Symbols, check_frame, entropy_bits, expand, squeeze
 
 _CODER_OVERHEAD_BITS = 0.04
@@ -27,13 +27,13 @@ _TABLE_BITS = 4
 _SAMPLE = 8192
 
 _FARTHEST = 255
-"""Symbols beyond are counted with this one: the reach of an exception is coded in bytes of its own there."""
+"""Symbols beyond are counted with this one: the reach of a rare symbol is coded in bytes of its own there."""
 
 _PREDICTED = 0x80
 """In the method of a piece: its symbols are changes; the rest of the method is the number of its packing."""
 
 _COLUMNS = 6
-"""Numbers of a piece in the table: coded sizes of packed symbols, gaps, low and high bytes; exceptions; gap bytes."""
+"""Numbers of a piece in the table: coded sizes of packed symbols, gaps, low and high bytes; rare symbols; gap bytes."""
 
 TABLE_BYTES = 1 + 4 * _COLUMNS
 """Per piece."""
@@ -41,21 +41,21 @@ TABLE_BYTES = 1 + 4 * _COLUMNS
 
 @dataclass(frozen=True)
 class Packed:
-    """One piece, coded. ``frames``: packed symbols, gaps, low bytes, high bytes; b"" where there are none."""
+    """One piece, coded. ``frames``: packed symbols, gaps, low bytes, high bytes; b"" where nothing is to code."""
 
     predicted: bool
     packing: int
     frames: tuple[bytes, bytes, bytes, bytes]
-    exceptions: int
+    rare: int
     gap_bytes: int
 
 
 def pack(symbols: Symbols, packing: int, predicted: bool) -> Packed:
-    """Code ``symbols`` [n]; overwrites those that are exceptions."""
+    """Code ``symbols`` [n]; overwrites those that are rare."""
     chosen = PACKINGS[packing]
-    exceptions = Exceptions.beyond(symbols, chosen.radius)
-    gaps, low, high = exceptions.streams()
-    symbols[exceptions.places] = 0
+    rare = RareSymbols.beyond(symbols, chosen.radius)
+    gaps, low, high = rare.streams()
+    symbols[rare.places] = 0
     streams = (chosen.pack(symbols), gaps, low, high if high.any() else high[:0])
     a, b, c, d = (squeeze(s) if len(s) else b"" for s in streams)
     return Packed(predicted, packing, (a, b, c, d), len(low), len(gaps))
@@ -64,7 +64,7 @@ def pack(symbols: Symbols, packing: int, predicted: bool) -> Packed:
 def table(pieces: Sequence[Packed]) -> bytes:
     """Methods (uint8 each), then the numbers (uint32, little endian, column by column)."""
     methods = np.array([p.packing | _PREDICTED * p.predicted for p in pieces], dtype=np.uint8)
-    numbers = np.array([[*map(len, p.frames), p.exceptions, p.gap_bytes] for p in pieces], dtype="<u4")
+    numbers = np.array([[*map(len, p.frames), p.rare, p.gap_bytes] for p in pieces], dtype="<u4")
     return methods.tobytes() + np.ascontiguousarray(numbers.T).tobytes()
 
 
@@ -75,7 +75,7 @@ class Coded:
     predicted: bool
     packing: Packing
     frames: tuple[memoryview, memoryview, memoryview, memoryview]
-    exceptions: int
+    rare: int
     gap_bytes: int
     count: int
 
@@ -84,11 +84,11 @@ class Coded:
         CodecCorrupt: sizes that cannot be; nothing was allocated.
         """
         most = self.count if self.packing.radius < PACKINGS[-1].radius else 0
-        # Each gap byte but an exception's last stands for 255 symbols.
-        if self.exceptions > most or self.gap_bytes > self.exceptions + self.count // 255:
-            raise CodecCorrupt(f"A payload announces {self.exceptions} exceptions in a piece of {self.count}.")
-        sizes = (self.packing.size(self.count), self.gap_bytes, self.exceptions)
-        for frame, size in zip(self.frames, (*sizes, self.exceptions if len(self.frames[3]) else 0), strict=True):
+        # Each gap byte but a rare symbol's last stands for 255 symbols.
+        if self.rare > most or self.gap_bytes > self.rare + self.count // 255:
+            raise CodecCorrupt(f"A payload announces {self.rare} rare symbols in a piece of {self.count}.")
+        sizes = (self.packing.size(self.count), self.gap_bytes, self.rare)
+        for frame, size in zip(self.frames, (*sizes, self.rare if len(self.frames[3]) else 0), strict=True):
             if size:
                 check_frame(frame, size, "symbols")
             elif len(frame):
@@ -103,11 +103,11 @@ class Coded:
         packed, gaps, low, high = self.frames
         size = self.packing.size(self.count)
         symbols = self.packing.unpack(expand(packed, size, "symbols") if size else np.empty(0, np.uint8), self.count)
-        if self.exceptions:
-            found = read_exceptions(
+        if self.rare:
+            found = read_rare_symbols(
                 expand(gaps, self.gap_bytes, "gaps"),
-                expand(low, self.exceptions, "exceptions"),
-                expand(high, self.exceptions, "exceptions") if len(high) else None,
+                expand(low, self.rare, "rare symbols"),
+                expand(high, self.rare, "rare symbols") if len(high) else None,
                 self.packing.radius,
                 self.count,
             )
@@ -159,7 +159,7 @@ def cheapest(sample: Symbols, count: int) -> tuple[float, int]:
         bits = _bits(packing, seen, count) if packing.per_byte or not packing.radius else _wide_bits(sample, count)
         best = min(best, (bits, number))
         if packing.radius >= extremes:
-            # Fewer symbols per byte only pay where they spare exceptions, and there are none.
+            # A wider packing only pays where it leaves fewer rare symbols, and this one leaves none.
             break
     return best
 

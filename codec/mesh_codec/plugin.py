@@ -13,6 +13,7 @@ hookimpl = pluggy.HookimplMarker("mesh")
 
 @hookimpl
 def mesh_register_codecs(register: Callable[[Codec], None]) -> None:
+    """All codecs of this package, the exact ones first."""
     from mesh_codec.ans.nvcomp import NvComp
     from mesh_codec.entropy import EntropyCodec
     from mesh_codec.hevc import HevcCodec

@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Estimate, Quality
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
-from mesh_codec.payload import bytes_of, flat_bytes, form_of, read_form, tensor_over
+from mesh_codec.memory import bytes_of, tensor_over
+from mesh_codec.payload import buffers_of, flat_bytes, form_of, read_form
+from mesh_codec.qualities import find
 
 
 class RawCodec(Codec):
@@ -26,6 +28,7 @@ class RawCodec(Codec):
         return {}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
+        find(quality)
         return {}
 
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
@@ -35,7 +38,7 @@ class RawCodec(Codec):
         _no_settings(settings)
         return RawEncoder()
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> RawDecoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> RawDecoder:  # noqa: B008
         _no_settings(settings)
         return RawDecoder(limits)
 
@@ -55,17 +58,15 @@ class RawEncoder(Encoder):
 class RawDecoder(Decoder):
     """Tensors on the CPU are views of the buffer's memory: read them, do not write to them."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: DecodeLimits) -> None:
         self._limits = limits
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         form = read_form(encoded.header, self._limits)
-        expected = 1 if form.elements else 0
-        if len(encoded.buffers) != expected:
-            raise CodecCorrupt(f"A raw tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
-        if not expected:
-            return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
-        view = flat_bytes(encoded.buffers[0], form.nbytes, "raw")
+        buffers = buffers_of(encoded, form, 1)
+        if not buffers:
+            return form.empty(device)
+        view = flat_bytes(buffers[0], form.nbytes, "raw")
         # Any other byte in a bool is undefined behaviour in the kernels that read it.
         if form.dtype.torch is torch.bool and np.frombuffer(view, dtype=np.uint8).max() > 1:
             raise CodecCorrupt("A raw bool tensor holds bytes that are neither 0 nor 1.")

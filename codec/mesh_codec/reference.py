@@ -52,6 +52,7 @@ class Reference:
 
     @property
     def quantiser(self) -> Quantiser:
+        """What turns elements into symbols like these, and back."""
         return Quantiser(self.form.dtype, self.order, self.means, self.step)
 
     def serves(self, form: Form, step: float) -> bool:

@@ -1,6 +1,6 @@
 """How the channels of an activation spread, robustly: what the quantiser step and the order of channels follow from.
 
-Must not know buffers or bitstreams. Only the encoder measures; a decoder is told.
+Must not know buffers or bitstreams. Only encoders measure; decoders read the result in the payload.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ SAMPLES = 128
 """Per channel. The error of one channel's deviation is 6 %, that of the common step far less."""
 
 MEDIAN_EVERY = 2
-"""One sample in so many has a say in what is left out: medians are the dearest part, and need be near only."""
+"""One sample in so many is used for the medians, which say what is left out: they cost most, and need not be exact."""
 
 CHANNELS = 1024
-"""So many at most say what is a typical deviation."""
+"""At most so many channels are used for the typical deviation."""
 
 REACH = 6.0
-"""Deviations from a channel's centre beyond which a sample counts as the centre: massive tokens have no say."""
+"""A sample farther from its channel's centre, in deviations, is replaced by the centre: a few tokens of massive
+activations must not widen the step."""
 
 CAP = 3.0
-"""Median deviations at which a channel's own is capped before it has a say in the step: massive channels have the
-vote of a large one. Of our choosing; the quality of the result is to be judged on the final picture."""
+"""The step follows from the mean of the channels' deviations, each counted as at most so many times the median: a few
+channels of massive activations must not widen it for all. Our choice, to be judged by the final picture."""
 
 DEVIATION_PER_MAD = 1.4826
 """Standard deviation of a Gaussian over its median absolute deviation."""

@@ -47,6 +47,7 @@ class Packing:
 
     @property
     def base(self) -> int:
+        """How many symbols there are, from ``-radius`` to ``radius``."""
         return 2 * self.radius + 1
 
     def size(self, count: int) -> int:

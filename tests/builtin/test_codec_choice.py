@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mesh_codec.base import Codec, CodecChoice, Decoder, Encoder, Estimate, Limits, Quality
+from mesh_codec.base import Codec, CodecChoice, DecodeLimits, Decoder, Encoder, Estimate, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.raw import RawCodec
 from mesh_core.builtin.codec_choice import DefaultCodecChoice
@@ -42,7 +42,7 @@ class Coded(Codec):
     def encoder(self, settings: Mapping[str, Any]) -> Encoder:
         raise NotImplementedError
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:  # noqa: B008
         raise NotImplementedError
 
 

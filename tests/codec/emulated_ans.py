@@ -34,11 +34,11 @@ class EmulatedAns(CoderFactory):
         return torch.device("cpu")
 
     def open(self, device: torch.device) -> ByteCoder:
-        return ChunkCoder(device, _Library(self))
+        return ChunkCoder(device, _EmulatedLibrary(self))
 
 
-class _Library:
-    """Stands in for `mesh_codec.ans.libnvcomp.Library`; ``factory.failing``: "call" or "chunk"."""
+class _EmulatedLibrary:
+    """Stands in for `mesh_codec.ans.libnvcomp.NvCompLibrary`; ``factory.failing``: "call" or "chunk"."""
 
     def __init__(self, factory: EmulatedAns) -> None:
         self._factory = factory

@@ -19,7 +19,7 @@ import torch
 
 from mesh_codec import CodecError, Encoded
 from mesh_codec.hevc import HevcCodec
-from mesh_codec.hevc.encoder import checksum
+from mesh_codec.payload import crc_of
 
 from .structured import activations
 
@@ -81,7 +81,7 @@ def main() -> int:
         parts[0] = sizes.tobytes()
         began = perf_counter()
         try:
-            back = decoder.decode(Encoded(stream[place].header | {"crc": checksum(tuple(parts))}, parts))
+            back = decoder.decode(Encoded(stream[place].header | {"crc": crc_of(tuple(parts))}, parts))
             seen["decoded"] += 1
             assert (back.shape, back.dtype) == (expected.shape, expected.dtype)
         except CodecError as error:

@@ -13,14 +13,15 @@ from mesh_codec import (
     CodecError,
     CodecStateLost,
     CodecUnsupported,
+    DecodeLimits,
     Encoded,
     EntropyCodec,
-    Limits,
     LosslessCodec,
 )
-from mesh_codec.ans.lattice import Lattice, fold, measure
+from mesh_codec.ans.dispatch import checksum
+from mesh_codec.ans.findings import DeviceFindings
+from mesh_codec.ans.lattice import Lattice, measure
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
-from mesh_codec.ans.told import Told
 
 from .emulated_ans import EmulatedAns
 from .structured import activations
@@ -33,7 +34,7 @@ def encoder(step: float = 0.2, *, temporal: bool = True) -> AnsEncoder:
     return AnsEncoder(step, temporal, EmulatedAns())
 
 
-def decoder(limits: Limits = Limits()) -> AnsDecoder:  # noqa: B008
+def decoder(limits: DecodeLimits = DecodeLimits()) -> AnsDecoder:  # noqa: B008
     return AnsDecoder(limits, EmulatedAns())
 
 
@@ -194,20 +195,20 @@ def test_damage_is_an_error_and_the_next_tensor_is_unharmed(place, position, mas
         assert torch.equal(back, [intact.decode(c) for c in (KEY, NEXT)][predicted])
 
 
-def test_the_fold_sees_every_byte_and_the_order():
+def test_the_checksum_sees_every_byte_and_the_order():
     random = np.random.default_rng(0)
     for size in (1, 5, 4096, 4097, 70_000):
         data = torch.from_numpy(random.integers(0, 255, size, dtype=np.uint8))
-        seen = int(fold(data))
+        seen = int(checksum(data))
         for _ in range(30):
             changed = data.clone()
             changed[random.integers(size)] += 1
-            assert int(fold(changed)) != seen
+            assert int(checksum(changed)) != seen
         if size > 2:
             a, b = 0, size - 1
             swapped = data.clone()
             swapped[a], swapped[b] = int(data[b]), int(data[a])
-            assert (int(fold(swapped)) == seen) == bool(data[a] == data[b])
+            assert (int(checksum(swapped)) == seen) == bool(data[a] == data[b])
 
 
 @settings(max_examples=100, deadline=None)
@@ -217,22 +218,22 @@ def test_both_ends_keep_the_same_lattice(tokens, channels, seed):
     first = torch.randn(tokens, channels, generator=generator) * torch.logspace(-2, 3, channels)
     first[0, 0] = torch.nan
     second = first + 0.3 * torch.randn(tokens, channels, generator=generator)
-    told = Told(channels, tokens * channels, CPU)
-    measure(first, 0.2, told)
-    lattice = Lattice.of(told.ranks, told.means, told.step)
+    findings = DeviceFindings(channels, tokens * channels, CPU)
+    measure(first, 0.2, findings)
+    lattice = Lattice.of(findings.ranks, findings.means, findings.step)
     own, other = lattice.empty(tokens), lattice.empty(tokens)
     for tensor in (first, second):
-        symbols = lattice.quantise(tensor, own, told)
-        back = lattice.restore(symbols, other, told.predicted, torch.float32)
+        symbols = lattice.quantise(tensor, own, findings)
+        back = lattice.restore(symbols, other, findings.predicted, torch.float32)
         assert torch.equal(own, other)
-        listed = told.listed[: int(told.count)]
+        listed = findings.listed[: int(findings.count)]
         exact = torch.zeros(tokens * channels, dtype=torch.bool)
         exact[listed >> 32] = True
         error = (back - tensor).abs() / lattice.scales.clamp_min(1e-30)
         assert (error.view(-1)[~exact] <= 0.501).all()
         assert set(lattice.outside(tensor, own).tolist()) <= set(listed.tolist())
-        told = Told(channels, tokens * channels, CPU)
-        told.predicted[:] = torch.arange(channels) % 2 == 0
+        findings = DeviceFindings(channels, tokens * channels, CPU)
+        findings.predicted[:] = torch.arange(channels) % 2 == 0
 
 
 def test_more_outliers_than_are_listed_cross_exactly_too():

@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_codec import CodecCorrupt, CodecError, Encoded, EntropyCodec, Limits
+from mesh_codec import CodecCorrupt, CodecError, DecodeLimits, Encoded, EntropyCodec
 
 from .structured import activations
 
@@ -31,9 +31,9 @@ def squeezed(data: bytes, **options: bool) -> bytes:
     return zstandard.ZstdCompressor(**options).compress(data)
 
 
-def one_piece(method: int, frames: list[bytes], exceptions: int = 0, gap_bytes: int = 0) -> list[bytes]:
+def one_piece(method: int, frames: list[bytes], rare: int = 0, gap_bytes: int = 0) -> list[bytes]:
     """The buffers of a key frame of one piece, by hand."""
-    numbers = [*map(len, frames), exceptions, gap_bytes]
+    numbers = [*map(len, frames), rare, gap_bytes]
     table = bytes([method]) + b"".join(n.to_bytes(4, "little") for n in numbers)
     return [table, BUFFERS[CHANNELS], b"".join(frames), BUFFERS[OUTLIERS]]
 
@@ -96,8 +96,8 @@ def test_a_buffer_that_is_short_long_empty_missing_or_another(place):
 
 def test_pieces_of_our_making_are_read_else():
     symbols = squeezed(bytes([121]) * -(-TENSOR.numel() // 5))
-    exceptions = [squeezed(b"\x07\xff\x03"), squeezed(b"\x00\x05")]
-    buffers = one_piece(1, [symbols, *exceptions, b""], exceptions=2, gap_bytes=3)
+    rare = [squeezed(b"\x07\xff\x03"), squeezed(b"\x00\x05")]
+    buffers = one_piece(1, [symbols, *rare, b""], rare=2, gap_bytes=3)
     back = CODEC.decoder(SETTINGS).decode(Encoded(CODED.header, buffers))
     assert (back.shape, back.dtype) == (TENSOR.shape, TENSOR.dtype)
 
@@ -126,16 +126,16 @@ def test_a_packed_byte_that_stands_for_no_symbols():
         (b"\x01\x02", b"\x00\x00", b"\x00"),
     ],
 )
-def test_exceptions_that_do_not_add_up(gaps, low, high):
+def test_rare_symbols_that_do_not_add_up(gaps, low, high):
     frames = [b"", *(squeezed(data) if data else b"" for data in (gaps, low, high))]
-    assert_refused(CODED.header, one_piece(0, frames, exceptions=len(low), gap_bytes=len(gaps)))
+    assert_refused(CODED.header, one_piece(0, frames, rare=len(low), gap_bytes=len(gaps)))
 
 
-def test_more_exceptions_than_symbols_allocate_nothing():
+def test_more_rare_symbols_than_symbols_allocate_nothing():
     bomb = squeezed(bytes(1 << 28))
     tracemalloc.start()
     try:
-        assert_refused(CODED.header, one_piece(0, [b"", bomb, bomb, bomb], exceptions=1 << 28, gap_bytes=1 << 28))
+        assert_refused(CODED.header, one_piece(0, [b"", bomb, bomb, bomb], rare=1 << 28, gap_bytes=1 << 28))
         assert_refused(CODED.header, one_piece(5, [bomb, b"", b"", b""]))
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
@@ -178,7 +178,11 @@ def test_a_small_payload_that_announces_a_large_tensor_allocates_nothing():
 
 
 def test_limits_hold():
-    for limits in (Limits(max_elements=TENSOR.numel() - 1), Limits(max_bytes=TENSOR.nbytes - 1), Limits(max_dims=1)):
+    for limits in (
+        DecodeLimits(max_elements=TENSOR.numel() - 1),
+        DecodeLimits(max_bytes=TENSOR.nbytes - 1),
+        DecodeLimits(max_dims=1),
+    ):
         with pytest.raises(CodecCorrupt):
             CODEC.decoder(SETTINGS, limits).decode(CODED)
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_codec import CodecCorrupt, CodecError, CodecStateLost, Encoded, Limits
+from mesh_codec import CodecCorrupt, CodecError, CodecStateLost, DecodeLimits, Encoded
 from mesh_codec.hevc import HevcCodec
 from mesh_codec.hevc.bitstream import check_unit
-from mesh_codec.hevc.encoder import checksum
 from mesh_codec.hevc.geometry import Geometry
+from mesh_codec.payload import crc_of
 from mesh_codec.quantiser import Grid
 
 from .structured import activations
@@ -34,10 +34,10 @@ TABLE, CHANNELS, PACKETS, OUTLIERS = range(4)
 
 
 def remade(coded: Encoded, *, header: dict | None = None, **buffers: bytes) -> Encoded:
-    """``coded`` with other buffers and a checksum that matches them, as only a sender can make."""
+    """``coded`` with other buffers and a crc_of that matches them, as only a sender can make."""
     names = ("table", "channels", "packets", "outliers")
     parts = tuple(buffers.get(name, bytes(whole)) for name, whole in zip(names, coded.buffers, strict=True))
-    return Encoded(coded.header | {"crc": checksum(parts)} | (header or {}), parts)
+    return Encoded(coded.header | {"crc": crc_of(parts)} | (header or {}), parts)
 
 
 def with_packet(coded: Encoded, packet: bytes) -> Encoded:
@@ -101,7 +101,7 @@ def test_a_buffer_that_is_short_long_empty_missing_or_another(place, checked):
     whole = BUFFERS[place]
     for data in (whole[:-1], whole[: len(whole) // 2], whole + b"\1", b"", BUFFERS[place - 1], whole + whole):
         buffers = [data if i == place else b for i, b in enumerate(BUFFERS)]
-        header = KEY.header | ({"crc": checksum(tuple(buffers))} if checked else {})
+        header = KEY.header | ({"crc": crc_of(tuple(buffers))} if checked else {})
         assert_refused(Encoded(header, buffers))
     assert_refused(Encoded(KEY.header, BUFFERS[:place] + BUFFERS[place + 1 :]))
 
@@ -123,7 +123,7 @@ def test_payloads_that_are_swapped_or_replayed():
 
 @pytest.mark.parametrize("coded", [KEY, NEXT], ids=["key", "predicted"])
 def test_a_damaged_picture_is_an_error_and_not_a_concealed_one(coded):
-    """Damage inside the slice that a checksum over the payload does not show: made by the sender, that is."""
+    """Damage inside the slice that a crc_of over the payload does not show: made by the sender, that is."""
     packet = bytes(coded.buffers[PACKETS])
     refused = 0
     for place in range(len(packet) * 6 // 10, len(packet) - 60, max(1, len(packet) // 40)):
@@ -246,7 +246,11 @@ def test_packets_that_are_no_video(packet):
 
 
 def test_limits_hold():
-    for limits in (Limits(max_elements=TENSOR.numel() - 1), Limits(max_bytes=TENSOR.nbytes - 1), Limits(max_dims=1)):
+    for limits in (
+        DecodeLimits(max_elements=TENSOR.numel() - 1),
+        DecodeLimits(max_bytes=TENSOR.nbytes - 1),
+        DecodeLimits(max_dims=1),
+    ):
         with pytest.raises(CodecCorrupt):
             CODEC.decoder(SETTINGS, limits).decode(KEY)
 

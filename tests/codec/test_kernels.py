@@ -25,7 +25,7 @@ check_kernels(torch.device("cpu"))
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from mesh_codec.ans import gauges, kernels
+from mesh_codec.ans import measure_kernels, kernels
 
 TYPES = {
     "tokens": "*bf16", "state": "*i16", "symbols": "*i8", "place": "*i64", "inverse": "*fp32", "scales": "*fp32",
@@ -46,8 +46,8 @@ tile = {"ROWS": 32, "COLUMNS": 64}
 for held in (True, False):
     check(kernels._quantise, tile | {"HELD": held, "PERIOD": 65521}, means="*fp32")
 check(kernels._restore, tile, means="*fp32")
-check(kernels._fold, {"PERIOD": 65521, "FOLDED": 4096})
-check(kernels._put, {"WRITTEN": 512}, elements="*i16", count="i32")
+check(kernels._checksum, {"PERIOD": 65521, "SUMMED": 4096})
+check(kernels._write_listed, {"WRITTEN": 512}, elements="*i16", count="i32")
 check(
     kernels._pack, {"PACKERS": 8, "PACKED": 1024, "ADDED": 128},
     rooms="*i64", sizes="*i64", statuses="*i32", words="*i64", table="*i32",
@@ -55,10 +55,10 @@ check(
 )
 check(kernels._tables, {"RANKED": 32, "AMONG": 512}, means="*bf16")
 sampled = {"EVERY": 2, "SAMPLES": 128, "FEW": 64, "COLUMNS": 16}
-check(gauges._describe, sampled, means="*bf16", count="i32")
-check(gauges._describe, sampled | {"stride": 1}, means="*bf16", count="i32")
-check(gauges._settle, {"LANES": 1024, "RANKED": 32, "AMONG": 512}, means="*bf16", count="i32")
-check(gauges._compare, {"ROWS": 64, "COLUMNS": 16}, means="*fp32", count="i32")
+check(measure_kernels._describe, sampled, means="*bf16", count="i32")
+check(measure_kernels._describe, sampled | {"stride": 1}, means="*bf16", count="i32")
+check(measure_kernels._settle, {"LANES": 1024, "RANKED": 32, "AMONG": 512}, means="*bf16", count="i32")
+check(measure_kernels._compare, {"ROWS": 64, "COLUMNS": 16}, means="*fp32", count="i32")
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 from mesh_codec import CodecUnsupported
 from mesh_codec.ans import libnvcomp
 from mesh_codec.ans.chunks import CHUNK, padded
-from mesh_codec.ans.libnvcomp import MAJOR, Library
+from mesh_codec.ans.libnvcomp import MAJOR, NvCompLibrary
 
 pytestmark = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="make test brings the library on Linux"
@@ -18,37 +18,37 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_the_library_is_of_the_version_that_this_is_written_for():
-    assert Library().version[0] == MAJOR
+    assert NvCompLibrary().version[0] == MAJOR
 
 
 def test_every_chunk_has_room_though_nothing_can_be_saved():
-    rooms = [Library().room(size) for size in (1 << 12, CHUNK)]
+    rooms = [NvCompLibrary().room(size) for size in (1 << 12, CHUNK)]
     assert rooms[0] > 1 << 12 and CHUNK < rooms[1] < 2 * CHUNK
     assert padded(rooms[1]) == rooms[1], "rooms side by side begin at multiples of 16"
 
 
 def test_it_needs_no_memory_of_its_own():
     for coding in (True, False):
-        assert Library().scratch(128, CHUNK, 0, coding=coding) < 1 << 20
+        assert NvCompLibrary().scratch(128, CHUNK, 0, coding=coding) < 1 << 20
 
 
 def test_options_that_the_library_does_not_know_are_an_error(monkeypatch):
     # The structures arrive whole: the library sees this field.
     monkeypatch.setattr(libnvcomp, "_COMPRESS", libnvcomp._Compress(data_type=77, states=1))
     with pytest.raises(CodecUnsupported, match="status"):
-        Library().room(CHUNK)
+        NvCompLibrary().room(CHUNK)
 
 
 def test_another_version_is_named(monkeypatch):
     monkeypatch.setattr(libnvcomp, "MAJOR", MAJOR + 1)
     with pytest.raises(CodecUnsupported, match=f"not {MAJOR + 1}"):
-        Library()
+        NvCompLibrary()
 
 
 def test_a_library_that_does_not_load_is_named(monkeypatch):
     monkeypatch.setattr(libnvcomp, "import_module", lambda name: SimpleNamespace(load_library=lambda: None))
     with pytest.raises(CodecUnsupported, match="could not be loaded"):
-        Library()
+        NvCompLibrary()
 
 
 def test_without_the_library_people_are_told_what_to_install(monkeypatch):
@@ -57,4 +57,4 @@ def test_without_the_library_people_are_told_what_to_install(monkeypatch):
 
     monkeypatch.setattr(libnvcomp, "import_module", fail)
     with pytest.raises(CodecUnsupported, match="pip install nvidia-libnvcomp"):
-        Library()
+        NvCompLibrary()

@@ -9,7 +9,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_codec import DTYPES, CodecCorrupt, CodecError, CodecUnsupported, Encoded, Limits, LosslessCodec
+from mesh_codec import DTYPES, CodecCorrupt, CodecError, CodecUnsupported, DecodeLimits, Encoded, LosslessCodec
 
 from .structured import activations
 from .test_raw import carry, random_tensor, same_bits
@@ -116,7 +116,11 @@ def test_a_small_payload_that_announces_a_large_tensor_allocates_nothing():
 
 
 def test_limits_hold():
-    for limits in (Limits(max_elements=TENSOR.numel() - 1), Limits(max_bytes=TENSOR.nbytes - 1), Limits(max_dims=1)):
+    for limits in (
+        DecodeLimits(max_elements=TENSOR.numel() - 1),
+        DecodeLimits(max_bytes=TENSOR.nbytes - 1),
+        DecodeLimits(max_dims=1),
+    ):
         with pytest.raises(CodecCorrupt):
             CODEC.decoder({}, limits).decode(CODED)
 

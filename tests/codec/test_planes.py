@@ -114,5 +114,5 @@ def test_a_gpu_that_gives_other_bits_is_not_offered(monkeypatch, wrong):
     if wrong == "other bits":
         monkeypatch.setattr(planes, "_bytes", lambda tensor: tensor.view(torch.uint8).view(-1, 2).flip(1))
     else:
-        monkeypatch.setattr(planes, "fold", lambda data, total=None: 1 // 0)
+        monkeypatch.setattr(planes, "checksum", lambda data, total=None: 1 // 0)
     assert len(LosslessCodec(EmulatedAns()).capabilities()["formats"]) == 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import types
+import ast
+import inspect
 
 import msgpack
 import pluggy
@@ -12,12 +13,19 @@ from mesh_codec import plugin
 
 
 def test_all_is_exactly_what_is_visible():
-    public = {
-        name
-        for name, value in vars(mesh_codec).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
-    }
-    assert public == set(mesh_codec.__all__)
+    assert dir(mesh_codec) == sorted(mesh_codec.__all__)
+    for name in mesh_codec.__all__:
+        assert getattr(mesh_codec, name) is not None, name
+    with pytest.raises(AttributeError, match="nothing"):
+        mesh_codec.nothing  # noqa: B018
+
+
+def test_the_names_for_type_checkers_are_those_that_are_resolved():
+    tree = ast.parse(inspect.getsource(mesh_codec))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imported = {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    listed = {name: f"mesh_codec.{module}" for module, names in mesh_codec._NAMES.items() for name in names}
+    assert imported == listed and set(listed) == set(mesh_codec.__all__)
 
 
 def registered() -> list[mesh_codec.Codec]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_codec import DTYPES, CodecCorrupt, CodecUnsupported, Encoded, Limits, RawCodec
+from mesh_codec import DTYPES, CodecCorrupt, CodecUnsupported, DecodeLimits, Encoded, RawCodec
 
 CODEC = RawCodec()
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -130,9 +130,9 @@ def test_a_lying_payload_is_refused_and_the_next_is_read(header, buffers):
 def test_limits_hold():
     coded = CODEC.encoder({}).encode(torch.zeros(10))
     with pytest.raises(CodecCorrupt, match="limit of 9 elements"):
-        CODEC.decoder({}, Limits(max_elements=9)).decode(coded)
+        CODEC.decoder({}, DecodeLimits(max_elements=9)).decode(coded)
     with pytest.raises(CodecCorrupt, match="39 bytes"):
-        CODEC.decoder({}, Limits(max_bytes=39)).decode(coded)
+        CODEC.decoder({}, DecodeLimits(max_bytes=39)).decode(coded)
 
 
 def test_what_has_no_bytes_to_send_is_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mesh_codec import EntropyCodec, RawCodec
-from mesh_codec.base import Buffer, CodecChoice, Limits
+from mesh_codec.base import Buffer, CodecChoice, DecodeLimits
 from mesh_codec.errors import CodecCorrupt
 from mesh_core.crossing.streams import Streams, aligned
 from mesh_core.errors import WireMalformed
@@ -24,7 +24,7 @@ def lossy(quality: str) -> CodecChoice:
 
 
 def streams(**choices: CodecChoice) -> Streams:
-    return Streams(choices, CODECS, Limits())
+    return Streams(choices, CODECS, DecodeLimits())
 
 
 def state() -> dict[str, torch.Tensor]:

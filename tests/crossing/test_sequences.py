@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mesh_codec import CodecChoice, CodecStateLost, EntropyCodec, Limits
+from mesh_codec import CodecChoice, CodecStateLost, DecodeLimits, EntropyCodec
 from mesh_core.builtin import load_plugins
 from mesh_core.crossing.sequences import MOST_SEQUENCES, Sequences
 from mesh_core.crossing.streams import Streams
@@ -110,7 +110,7 @@ def test_an_end_that_dropped_its_streams_gets_a_key_frame(opened: Open) -> None:
 
 def streams() -> Streams:
     codec = EntropyCodec()
-    return Streams({"x": CodecChoice("entropy", {"step": 0.1})}, {"entropy": codec}, Limits())
+    return Streams({"x": CodecChoice("entropy", {"step": 0.1})}, {"entropy": codec}, DecodeLimits())
 
 
 def test_streams_are_bounded_at_both_ends() -> None:

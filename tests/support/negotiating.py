@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Estimate, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.raw import RawCodec
 from mesh_core.bench import processes
@@ -66,7 +66,7 @@ class Deflate(Codec):
 
         return Deflating()
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:  # noqa: B008
         class Inflating(Decoder):
             def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
                 sleep(Deflate.takes)

@@ -26,6 +26,7 @@ ALIGNED = 16
 
 
 def chunk_count(symbols: int) -> int:
+    """How many chunks stand for so many symbols."""
     return -(-symbols // CHUNK)
 
 

@@ -14,7 +14,7 @@ LARGEST_SUM = (1 << 62) - 1
 """That a header may announce, see `check`."""
 
 
-class Coding(ABC):
+class PendingBytes(ABC):
     """Bytes that are being coded on a device."""
 
     @abstractmethod
@@ -38,7 +38,7 @@ class ByteCoder(ABC):
     """An order-0 entropy coder for uint8 tensors; one for each end of a stream, not shared between threads."""
 
     @abstractmethod
-    def compress(self, data: Tensor) -> Coding:
+    def compress(self, data: Tensor) -> PendingBytes:
         """Start coding flat contiguous uint8 ``data`` of at least one byte on the coder's device.
 
         Raises:
@@ -48,7 +48,7 @@ class ByteCoder(ABC):
     @abstractmethod
     def expand(self, frame: memoryview, size: int) -> tuple[Tensor, Tensor]:
         """Start the inverse of `compress`: uint8 [``size``] on the coder's device, and what tells whether it is right,
-        int32 [2 + parts]: the `mesh_codec.ans.lattice.fold` of it, 8 bytes, and 0 for each part that could be decoded.
+        int32 [2 + parts]: its `mesh_codec.ans.checksum.checksum`, 8 bytes, and 0 for each part that could be decoded.
         Nothing larger is ever allocated. Whoever waits for either may let go of ``frame``.
 
         Raises:

@@ -39,7 +39,7 @@ def check_headers(frame: memoryview, places: _Numbers, sizes: _Numbers, symbols:
         raise CodecCorrupt("A chunk of symbols in a payload is too short for its header.")
     rows, firsts = np.frombuffer(frame, f"V{_ROW}", frame.nbytes // _ROW), places // _ROW
     parts, span = -(-symbols // PART), rows[firsts].view("<u2").reshape(-1, _ROW // 2)[:, 4]
-    # Nearly always two kinds: all but the last chunk have as many parts, and their symbols are bytes of either sign.
+    # Chunks of like layout are checked together. Nearly always that is all of them, or all but the last.
     kinds = (parts << 16 | span).astype(np.int64)
     found = set(kinds.tolist())
     for kind in found:

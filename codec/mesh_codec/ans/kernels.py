@@ -1,26 +1,22 @@
-"""`Lattice.quantise`, `Lattice.restore`, `fold` and `pack` as Triton kernels: one read and one write of each array.
+"""`Lattice.quantise`, `Lattice.restore`, `checksum` and `pack` as Triton kernels: one read and write of each array.
 
 A program takes a tile of tokens and channels, reads it along channels and writes it along tokens: both are contiguous,
 the transposition happens inside, while elements are small. Same arithmetic as in `mesh_codec.ans.lattice`. Triton looks
-annotations up as it compiles, so that its functions have none but its own.
+annotations up as it compiles, so functions that it compiles are annotated with its own types only.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mesh_codec.ans.findings import DeviceFindings
+from mesh_codec.ans.lattice import Lattice
 from mesh_codec.ans.launch import aligned, launch
 from mesh_codec.channels import widest_rank
 from mesh_codec.exact import as_integers
-
-if TYPE_CHECKING:
-    from mesh_codec.ans.lattice import Lattice
-    from mesh_codec.ans.told import Told
 
 _TOKENS, _CHANNELS = 32, 64
 _ROUNDER = tl.constexpr(12582912.0)
@@ -28,7 +24,7 @@ _ROUNDER = tl.constexpr(12582912.0)
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 
-_FOLDED, _WRITTEN = 4096, 512
+_SUMMED, _WRITTEN = 4096, 512
 RANKED, AMONG = 32, 512
 """Channels that a program finds the places of, and among how many at a time."""
 
@@ -36,15 +32,16 @@ _PACKERS, _PACKED, _ADDED = 8, 1024, 128
 """Programs that share a chunk, the words of 8 bytes that one moves at a time, and the sizes that it adds at a time."""
 
 
-def quantise(lattice: Lattice, tokens: Tensor, state: Tensor | None, told: Told, period: int) -> Tensor:
+def quantise(lattice: Lattice, tokens: Tensor, state: Tensor | None, findings: DeviceFindings, period: int) -> Tensor:
+    """`Lattice.quantise`; ``period`` is that of the checksum's weights."""
     rows, columns = tokens.shape
     symbols = torch.empty(columns, rows, dtype=torch.int8, device=tokens.device)
     held = state is not None
     launch(
         _quantise, _tiles(rows, columns), (rows, columns, tokens.dtype, held, aligned(tokens)),
         tokens, as_integers(tokens), state if held else symbols, symbols,
-        lattice.place, lattice.means, lattice.inverse, lattice.scales, told.predicted, told.listed, told.count,
-        told.total, len(told.listed), rows, columns, held, period, _TOKENS, _CHANNELS,
+        lattice.place, lattice.means, lattice.inverse, lattice.scales, findings.predicted, findings.listed,
+        findings.count, findings.total, len(findings.listed), rows, columns, held, period, _TOKENS, _CHANNELS,
     )  # fmt: skip
     return symbols
 
@@ -68,22 +65,24 @@ def new_tables(channels: int, device: torch.device) -> tuple[Tensor, Tensor, Tab
     return place, floats, (place, means, scales, inverse)
 
 
-def fold(data: Tensor, total: Tensor, period: int) -> None:
+def checksum(data: Tensor, total: Tensor, period: int) -> None:
+    """Add `mesh_codec.ans.checksum.checksum` of flat uint8 ``data`` to ``total``, int64 [1]."""
     size = data.numel()
     key = (size, period, aligned(data, total))
-    launch(_fold, (triton.cdiv(size, _FOLDED), 1), key, data, total, size, period, _FOLDED)
+    launch(_checksum, (triton.cdiv(size, _SUMMED), 1), key, data, total, size, period, _SUMMED)
 
 
-def put(values: Tensor, listed: Tensor) -> None:
+def write_listed(values: Tensor, listed: Tensor) -> None:
+    """`mesh_codec.exact.write_listed`, in place; ``listed`` is not empty."""
     count = len(listed)
     launch(
-        _put, (triton.cdiv(count, _WRITTEN), 1), (count, values.dtype, aligned(listed)),
+        _write_listed, (triton.cdiv(count, _WRITTEN), 1), (count, values.dtype, aligned(listed)),
         as_integers(values), listed, count, _WRITTEN,
     )  # fmt: skip
 
 
 def pack(rooms: Tensor, sizes: Tensor, statuses: Tensor, frame: Tensor, first: int) -> None:
-    """`mesh_codec.ans.chunks.pack`; ``first`` is where chunks begin."""
+    """`mesh_codec.ans.chunks.pack`; ``first`` is the byte of ``frame`` at which chunks begin."""
     count = len(sizes)
     launch(
         _pack, (count, _PACKERS), (count, len(rooms), aligned(sizes, statuses)),
@@ -93,6 +92,7 @@ def pack(rooms: Tensor, sizes: Tensor, statuses: Tensor, frame: Tensor, first: i
 
 
 def restore(lattice: Lattice, symbols: Tensor, state: Tensor, predicted: Tensor, dtype: torch.dtype) -> Tensor:
+    """`Lattice.restore`."""
     columns, rows = symbols.shape
     tokens = torch.empty(rows, columns, dtype=dtype, device=symbols.device)
     launch(
@@ -180,16 +180,16 @@ def _restore(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _fold(data, total, size, PERIOD: tl.constexpr, FOLDED: tl.constexpr):  # type: ignore[no-untyped-def]
-    first = tl.program_id(0).to(tl.int64) * FOLDED
-    number = tl.arange(0, FOLDED)
+def _checksum(data, total, size, PERIOD: tl.constexpr, SUMMED: tl.constexpr):  # type: ignore[no-untyped-def]
+    first = tl.program_id(0).to(tl.int64) * SUMMED
+    number = tl.arange(0, SUMMED)
     byte = tl.load(data + first + number, first + number < size, other=0).to(tl.int64)
     weight = ((first % PERIOD).to(tl.int32) + number) % PERIOD + 1
     tl.atomic_add(total, tl.sum(byte * weight, 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _put(elements, listed, count, WRITTEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _write_listed(elements, listed, count, WRITTEN: tl.constexpr):  # type: ignore[no-untyped-def]
     number = tl.program_id(0) * WRITTEN + tl.arange(0, WRITTEN)
     entry = tl.load(listed + number, number < count, other=0)
     tl.store(elements + (entry >> 32), entry.to(elements.dtype.element_ty), number < count)

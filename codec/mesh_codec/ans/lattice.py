@@ -5,7 +5,8 @@ Elements become whole numbers, the lattice, of steps around their channel's mean
 lattice as whole numbers, so that it never drifts, whatever device rounds how. Elements that no symbol stands for keep
 the lattice of before and cross exactly beside it.
 
-Triton kernels on CUDA; the same arithmetic in plain torch elsewhere. Must not know coders or payloads.
+Plain torch, which says what is right; `mesh_codec.ans.kernels` is the same arithmetic for CUDA, and
+`mesh_codec.ans.dispatch` chooses. Must not know coders or payloads.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mesh_codec.ans.told import Told
+from mesh_codec.ans.checksum import checksum
+from mesh_codec.ans.findings import DeviceFindings
 from mesh_codec.channels import still, widened
-from mesh_codec.exact import bits_at, write_listed
+from mesh_codec.exact import bits_at
 from mesh_codec.spread import describe, settle
 
 RADIUS = 127
@@ -25,24 +27,6 @@ RADIUS = 127
 
 _FARTHEST = 32767
 """The lattice is int16."""
-
-PERIOD = 65521
-"""Of the weights in `fold`: prime, and no size of a chunk that a byte coder cuts, so that exchanged chunks show."""
-
-
-def measure(tokens: Tensor, relative_step: float, told: Told) -> Lattice:
-    """Write ranks, means and step of contiguous ``tokens`` [tokens, channels] into ``told``; see `mesh_codec.spread`.
-    Waits for no device."""
-    if tokens.is_cuda and tokens.shape[1] > 1:
-        from mesh_codec.ans import gauges
-
-        return Lattice(*gauges.settle(gauges.describe(tokens, told.means), relative_step, told, RADIUS))
-    deviations, means = describe(tokens.t())
-    ranks, step = settle(deviations, relative_step)
-    told.means.copy_(means)
-    told.ranks.copy_(ranks)
-    told.step.copy_(step)
-    return Lattice.of(told.ranks, told.means, told.step)
 
 
 @dataclass(frozen=True)
@@ -61,10 +45,6 @@ class Lattice:
     @classmethod
     def of(cls, ranks: Tensor, means: Tensor, step: Tensor) -> Lattice:
         """From what both ends know: uint8, bfloat16 and float32 [channels], [channels] and [1], on one device."""
-        if ranks.is_cuda:
-            from mesh_codec.ans.kernels import tables
-
-            return cls(*tables(ranks, means, step, RADIUS))
         order = ranks.sort(stable=True).indices
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         scales = torch.where(still(ranks, step), 0, widened(ranks, step, RADIUS))
@@ -74,20 +54,19 @@ class Lattice:
         """Room for the lattice [channels, tokens] of a chain's first tensor, of which nothing is predicted."""
         return torch.empty(len(self.place), tokens, dtype=torch.int16, device=self.place.device)
 
-    def quantise(self, tokens: Tensor, state: Tensor | None, told: Told) -> Tensor:
-        """Contiguous ``tokens`` [tokens, channels] -> symbols int8 [channels, tokens]. Channels that ``told`` has as
-        predicted are coded as changes from ``state``, which becomes that of this tensor; without one, the symbols are
-        the lattice. Told are then the elements that no symbol stands for, and the `fold` of the symbols."""
-        if tokens.is_cuda:
-            from mesh_codec.ans.kernels import quantise
+    def quantise(self, tokens: Tensor, state: Tensor | None, findings: DeviceFindings) -> Tensor:
+        """Contiguous ``tokens`` [tokens, channels] -> symbols int8 [channels, tokens].
 
-            return quantise(self, tokens, state, told, PERIOD)
+        Channels that are ``predicted`` by the ``findings`` are coded as changes from ``state``, which becomes that of
+        this tensor; without a state the symbols are the lattice. Writes into ``findings`` the elements that no symbol
+        stands for, and the `checksum` of the symbols.
+        """
         offset = self._offset(tokens).t()
         inside = offset.abs() < _FARTHEST + 0.5
         lattice = torch.where(inside, offset, 0).round().to(torch.int32)
         base = torch.zeros_like(lattice)
         if state is not None:
-            base += state[self.place] * told.predicted[:, None]
+            base += state[self.place] * findings.predicted[:, None]
         symbols = lattice - base
         inside &= symbols.abs() <= RADIUS
         symbols = torch.where(inside, symbols, 0)
@@ -96,10 +75,10 @@ class Lattice:
         coded = torch.empty(symbols.shape, dtype=torch.int8, device=symbols.device)
         coded[self.place] = symbols.to(torch.int8)
         places = (~inside).t().reshape(-1).nonzero().view(-1)
-        told.count.fill_(len(places))
-        entries = listing(places, bits_at(tokens.view(-1), places))[: len(told.listed)]
-        told.listed[: len(entries)] = entries
-        told.total.copy_(fold(coded.view(torch.uint8).view(-1)))
+        findings.count.fill_(len(places))
+        entries = listing(places, bits_at(tokens.view(-1), places))[: len(findings.listed)]
+        findings.listed[: len(entries)] = entries
+        findings.total.copy_(checksum(coded.view(torch.uint8).view(-1)))
         return coded
 
     def outside(self, tokens: Tensor, state: Tensor) -> Tensor:
@@ -116,10 +95,6 @@ class Lattice:
 
     def restore(self, symbols: Tensor, state: Tensor, predicted: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse: [tokens, channels] of ``dtype``; ``state`` becomes that of this tensor."""
-        if symbols.is_cuda:
-            from mesh_codec.ans.kernels import restore
-
-            return restore(self, symbols, state, predicted, dtype)
         rows = self.place
         base = state[rows].to(torch.int32) * predicted[:, None]
         lattice = base + symbols[rows]
@@ -132,27 +107,11 @@ class Lattice:
     def compare(self, tokens: Tensor, state: Tensor, every: int) -> Tensor:
         """float32 [2, channels], judged by one token in ``every``: the mean sizes of the lattice, and of its change
         from ``state``. Prediction is worth it where the second is smaller."""
-        if tokens.is_cuda:
-            from mesh_codec.ans import gauges
-
-            return gauges.compare(tokens, state, self.place, self.means, self.inverse, every)
         sample = self._offset(tokens[::every])
-        # What will cross exactly has no say.
+        # Elements that will cross exactly are left out.
         sample = sample.masked_fill_(~(sample.abs() <= _FARTHEST), 0)
         before = state[:, ::every][self.place].t()
         return torch.stack([sample.abs().mean(0), (sample - before).abs_().mean(0)])
-
-
-def put(values: Tensor, listed: Tensor) -> Tensor:
-    """``values``, contiguous, with the elements of a `listing` written into it."""
-    if not len(listed):
-        return values
-    if values.is_cuda:
-        from mesh_codec.ans import kernels
-
-        kernels.put(values, listed)
-        return values
-    return write_listed(values, listed)
 
 
 def listing(places: Tensor, bits: Tensor) -> Tensor:
@@ -160,19 +119,11 @@ def listing(places: Tensor, bits: Tensor) -> Tensor:
     return (places << 32) | (bits.to(torch.int64) & 0xFFFFFFFF)
 
 
-def fold(data: Tensor, total: Tensor | None = None) -> Tensor:
-    """A number, int64 [1], that damage to flat uint8 ``data`` changes, order included: computed where the data is, so
-    that it costs one read of it; added to ``total``, if given. Not a signature: it is no help against who means to
-    deceive."""
-    total = torch.zeros(1, dtype=torch.int64, device=data.device) if total is None else total
-    if data.is_cuda:
-        from mesh_codec.ans import kernels
-
-        kernels.fold(data, total, PERIOD)
-        return total
-    # Sums of at most 2**31 products of less than 2**24: nothing wraps.
-    weights = torch.arange(1, PERIOD + 1, device=data.device)
-    whole = data[: data.numel() // PERIOD * PERIOD].view(-1, PERIOD)
-    rest = data[whole.numel() :]
-    total += (whole.sum(0, dtype=torch.int64) * weights).sum() + (rest.to(torch.int64) * weights[: len(rest)]).sum()
-    return total
+def measure(tokens: Tensor, relative_step: float, findings: DeviceFindings) -> None:
+    """Write ranks, means and step of contiguous ``tokens`` [tokens, channels] into ``findings``; see
+    `mesh_codec.spread`. Waits for no device."""
+    deviations, means = describe(tokens.t())
+    ranks, step = settle(deviations, relative_step)
+    findings.means.copy_(means)
+    findings.ranks.copy_(ranks)
+    findings.step.copy_(step)

@@ -14,17 +14,20 @@ import triton
 from torch import Tensor
 
 _DIRECT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
-"""Before, what a compiled kernel takes was other than what it was compiled with."""
+"""Earlier versions start a compiled kernel with other arguments than it was compiled with."""
 
 _MOST = 4096
-"""Kernels that are known; more are shapes that do not come back."""
+"""Compiled kernels that are kept; a program that has more of them sees shapes that do not come back."""
 
 _known: dict[Hashable, Any] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, int], key: Hashable, *arguments: Any, **options: int) -> None:
-    """Start ``kernel`` on the current device and stream. Whoever passes the same ``key`` passes arguments of the same
-    types, the same integers, and tensors that either all begin at multiples of 16 bytes or do not one by one alike."""
+    """Start ``kernel`` on the current device and stream.
+
+    Equal keys promise arguments of equal types, equal integers, and tensors of which each begins at a multiple of 16
+    bytes in all such calls or in none.
+    """
     # Without CUDA it is Triton's interpreter that runs.
     known_as = (kernel, torch.cuda.current_device() if torch.cuda.is_available() else None, key)
     compiled = _known.get(known_as)
@@ -38,5 +41,5 @@ def launch(kernel: Any, grid: tuple[int, int], key: Hashable, *arguments: Any, *
 
 
 def aligned(*tensors: Tensor) -> tuple[bool, ...]:
-    """Of the key, for tensors that may begin anywhere."""
+    """The part of a `launch` key that tells which ``tensors`` begin at multiples of 16 bytes."""
     return tuple(tensor.data_ptr() % 16 == 0 for tensor in tensors)

@@ -24,7 +24,8 @@ MAJOR = 6
 """Of the interface: structures of another one are laid out otherwise."""
 
 SLACK = 1 << 15
-"""Bytes. The most that a part may ask for, were all its symbols as rare as can be: a damaged one reads on."""
+"""Bytes of memory after the last chunk: as many as a part would have if all its symbols were as rare as can be, which
+is how far a damaged one makes the decoder read on."""
 
 _Numbers = NDArray[np.int64]
 _UCHAR = 1
@@ -80,7 +81,7 @@ class Batch:
         done_sizes: decoding: of what was made; at most ``plain_sizes``, beyond which nothing is ever written.
         count: chunks.
         largest: bytes of the largest plain chunk.
-        scratch, scratch_size: see `Library.scratch`.
+        scratch, scratch_size: see `NvCompLibrary.scratch`.
     """
 
     coded: int
@@ -95,7 +96,7 @@ class Batch:
     scratch_size: int = 0
 
 
-class Library:
+class NvCompLibrary:
     """The loaded library.
 
     Raises:
@@ -119,6 +120,7 @@ class Library:
 
     @cached_property
     def version(self) -> tuple[int, int, int]:
+        """Major, minor and patch."""
         properties = _Properties()
         _check(self._library.nvcompGetProperties(ctypes.byref(properties)))
         return properties.version // 1000, properties.version // 100 % 10, properties.version % 100

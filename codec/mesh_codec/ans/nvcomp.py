@@ -1,7 +1,7 @@
 """rANS on NVIDIA GPUs through nvCOMP's C interface; extra ``cuda``. Chunks are coded side by side.
 
-All work is put on the caller's current stream and nothing waits but `Coding.read`. The coded chunks go straight into
-page-locked memory of the host, written by a kernel: how many bytes they are, only the device knows by then.
+All work is put on the caller's current stream and nothing waits but `PendingBytes.read`. The coded chunks go straight
+into page-locked memory of the host, written by a kernel: how many bytes they are, only the device knows by then.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesh_codec.ans.chunks import CHUNK, frame_size, pack, padded, plain_chunks, read_table, table_size
-from mesh_codec.ans.coder import ByteCoder, CoderFactory, Coding
-from mesh_codec.ans.lattice import fold
-from mesh_codec.ans.libnvcomp import SLACK, Batch, Library
+from mesh_codec.ans.coder import ByteCoder, CoderFactory, PendingBytes
+from mesh_codec.ans.dispatch import checksum
+from mesh_codec.ans.libnvcomp import SLACK, Batch, NvCompLibrary
 from mesh_codec.errors import CodecError, CodecUnsupported
 from mesh_codec.foreign import named
-from mesh_codec.payload import tensor_over
+from mesh_codec.memory import tensor_over
 
 _log = logging.getLogger(__name__)
 
 
 class NvComp(CoderFactory):
+    """Coders on the CUDA devices of this machine, if nvCOMP and Triton work there."""
+
     format: ClassVar[str] = "ans-2"
     engine: ClassVar[str] = "nvcomp"
 
@@ -48,8 +50,8 @@ class NvComp(CoderFactory):
         return ChunkCoder(device, self._library)
 
     @cached_property
-    def _library(self) -> Library:
-        return Library()
+    def _library(self) -> NvCompLibrary:
+        return NvCompLibrary()
 
     @cached_property
     def _found(self) -> str:
@@ -67,7 +69,7 @@ class NvComp(CoderFactory):
         with torch.cuda.device(device), named(CodecUnsupported, "Triton's kernels do not run here"):
             data = torch.arange(3 * CHUNK // 2, device=device).remainder_(7).to(torch.uint8)
             # Twice: the second time a kernel is started otherwise than the first (`mesh_codec.ans.launch`).
-            seen, expected = {int(fold(data)) for _ in range(2)}, {int(fold(data.cpu()))}
+            seen, expected = {int(checksum(data)) for _ in range(2)}, {int(checksum(data.cpu()))}
         if seen != expected:
             raise CodecUnsupported("Triton's kernels sum up to something else than plain torch.")
         coder = self.open(device)
@@ -80,13 +82,13 @@ class NvComp(CoderFactory):
 class ChunkCoder(ByteCoder):
     """``library`` takes addresses of ``device``'s memory; with one that codes on the CPU, this does too."""
 
-    def __init__(self, device: torch.device, library: Library) -> None:
+    def __init__(self, device: torch.device, library: NvCompLibrary) -> None:
         self._device, self._library, self._cuda = device, library, device.type == "cuda"
         self._room = padded(library.room(CHUNK))
         self._arrays, self._known = torch.empty(0), (0, 0, 0)
         self._scratch_sizes: dict[tuple[int, bool], int] = {}
 
-    def compress(self, data: Tensor) -> Coding:
+    def compress(self, data: Tensor) -> PendingBytes:
         (places, sizes), stream = plain_chunks(len(data)), self._stream()
         count = len(sizes)
         # What the library leaves out between its parts would tell others what was in this memory.
@@ -98,7 +100,7 @@ class ChunkCoder(ByteCoder):
             self._arrays, self._known = self._to_device(coded, sizes, data.data_ptr() + places, sizes), known
         coded_sizes, statuses = self._arrays[count : 2 * count], _checks(self._arrays, count)[2:]
         self._library.compress(self._batch(self._arrays, count, self._scratch(count, stream, coding=True)), stream)
-        return _Coding(rooms, coded_sizes, statuses)
+        return _PendingChunks(rooms, coded_sizes, statuses)
 
     def expand(self, frame: memoryview, size: int) -> tuple[Tensor, Tensor]:
         coded_places, coded_sizes = read_table(frame, size, self._room)
@@ -110,7 +112,7 @@ class ChunkCoder(ByteCoder):
         self._library.check(frame, coded_places, coded_sizes, sizes)
         arrays = self._to_device(coded.data_ptr() + coded_places, coded_sizes, data.data_ptr() + places, sizes)
         self._library.decompress(self._batch(arrays, count, self._scratch(count, stream, coding=False)), stream)
-        fold(data, arrays[5 * count : 5 * count + 1])
+        checksum(data, arrays[5 * count : 5 * count + 1])
         return data, _checks(arrays, count)
 
     def _to_device(self, *columns: NDArray[np.int64]) -> Tensor:
@@ -120,7 +122,7 @@ class ChunkCoder(ByteCoder):
         host = torch.empty(5 * count + 1 + -(-count // 2), dtype=torch.int64, pin_memory=self._cuda)
         array = host.numpy()
         array[: 4 * count].reshape(4, count)[:] = columns
-        # A status that nobody writes is none of success.
+        # A status of -1, left where the library writes nothing, counts as a failure.
         array[4 * count :], array[5 * count] = -1, 0
         return host.to(self._device, non_blocking=True)
 
@@ -152,7 +154,7 @@ def _checks(arrays: Tensor, count: int) -> Tensor:
     return arrays[5 * count :].view(torch.int32)[: 2 + count]
 
 
-class _Coding(Coding):
+class _PendingChunks(PendingBytes):
     def __init__(self, rooms: Tensor, sizes: Tensor, statuses: Tensor) -> None:
         self._rooms, self._sizes, self._statuses = rooms, sizes, statuses
         self._frame: Tensor | None = None

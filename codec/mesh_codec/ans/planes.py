@@ -4,9 +4,9 @@ The sign is moved behind the mantissa, as in `mesh_codec.lossless`: the high byt
 and the exponent and the first three bits after it of a float16. Mantissas are noise; no coder is asked to try.
 
 Buffers: 0 the high bytes as the byte coder made them, 1 the low bytes. Header: ``dtype``, ``shape``, ``high`` and
-``low`` (sums over the bytes, see `fold`). Stateless. What is no such float, or has no elements, crosses as the portable
-engine codes it; its header has no ``high``. Must not know which device or coder it works with, nor the portable
-bitstream.
+``low`` (sums over the bytes, see `mesh_codec.ans.checksum`). Stateless. Tensors of other types, and empty ones, cross
+as the portable engine codes them; their header has no ``high``. Must not know which device or coder it works with, nor
+the portable bitstream.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from mesh_codec.ans.coder import LARGEST_SUM, ByteCoder, CoderFactory, check
-from mesh_codec.ans.lattice import fold
-from mesh_codec.ans.opened import Opened, current
-from mesh_codec.base import Decoder, Encoded, Encoder, Limits
+from mesh_codec.ans.dispatch import checksum
+from mesh_codec.ans.stream_coder import StreamCoder, current_device
+from mesh_codec.base import DecodeLimits, Decoder, Encoded, Encoder
 from mesh_codec.errors import CodecCorrupt
-from mesh_codec.outliers import MAX_ELEMENTS
-from mesh_codec.payload import Form, byte_view, flat_bytes, form_of, read_form, tensor_over, whole_number
+from mesh_codec.lossy import MAX_ELEMENTS
+from mesh_codec.memory import tensor_over, uint8_view
+from mesh_codec.payload import Form, flat_bytes, form_of, read_form, whole_number
 
 
 def _carried(form: Form) -> bool:
@@ -32,14 +33,14 @@ class PlanesEncoder(Encoder):
     """``portable`` encodes all else."""
 
     def __init__(self, factory: CoderFactory, portable: Encoder) -> None:
-        self._opened, self._portable = Opened(factory), portable
+        self._coder, self._portable = StreamCoder(factory), portable
 
     def encode(self, tensor: Tensor) -> Encoded:
         form = form_of(tensor)
         if not _carried(form):
             return self._portable.encode(tensor)
-        tensor, coder = self._opened.here(tensor.detach().resolve_neg())
-        with current(tensor.device):
+        tensor, coder = self._coder.for_encoding(tensor.detach().resolve_neg())
+        with current_device(tensor.device):
             return _coded(tensor.contiguous(), form, coder)
 
 
@@ -49,25 +50,25 @@ def _coded(tensor: Tensor, form: Form, coder: ByteCoder) -> Encoded:
     high = (above << 1) | (below >> 7)
     low = (below << 1) | (above >> 7)
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
-    fold(high, sums[:1])
-    fold(low, sums[1:])
-    coding = coder.compress(high)
+    checksum(high, sums[:1])
+    checksum(low, sums[1:])
+    pending = coder.compress(high)
     on_host = [
         torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True) for t in (low, sums)
     ]
     # What waits for the coded bytes waits for what was begun before them.
-    coding.fetch()
-    frame = coding.read()
-    told = on_host[1].tolist()
-    header = form.header() | {"high": told[0], "low": told[1]}
+    pending.fetch()
+    frame = pending.read()
+    high_sum, low_sum = on_host[1].tolist()
+    header = form.header() | {"high": high_sum, "low": low_sum}
     return Encoded(header, (frame, on_host[0].numpy().data), on_host)
 
 
 class PlanesDecoder(Decoder):
     """``portable`` decodes all else."""
 
-    def __init__(self, limits: Limits, factory: CoderFactory, portable: Decoder) -> None:
-        self._limits, self._opened, self._portable = limits, Opened(factory), portable
+    def __init__(self, limits: DecodeLimits, factory: CoderFactory, portable: Decoder) -> None:
+        self._limits, self._coder, self._portable = limits, StreamCoder(factory), portable
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         if "high" not in encoded.header:
@@ -77,8 +78,8 @@ class PlanesDecoder(Decoder):
             raise CodecCorrupt(
                 f"A payload of {len(encoded.buffers)} buffers announces {form.elements} exponents of {form.dtype.name}."
             )
-        place, coder = self._opened.there(device)
-        with current(place):
+        place, coder = self._coder.for_decoding(device)
+        with current_device(place):
             return _restored(encoded, form, coder, place).view(form.shape).to(device)
 
 
@@ -87,7 +88,7 @@ def _restored(encoded: Encoded, form: Form, coder: ByteCoder, place: torch.devic
     totals = [whole_number(encoded.header, name, LARGEST_SUM) for name in ("high", "low")]
     low = tensor_over(flat_bytes(below, form.elements, "mantissas"), torch.uint8).to(place, non_blocking=True)
     high, checks = coder.expand(frame, form.elements)
-    result, seen = torch.empty(form.elements, dtype=form.dtype.torch, device=place), fold(low)
+    result, seen = torch.empty(form.elements, dtype=form.dtype.torch, device=place), checksum(low)
     columns = _bytes(result)
     columns[:, 0] = (low >> 1) | (high << 7)
     columns[:, 1] = (high >> 1) | (low << 7)
@@ -99,4 +100,4 @@ def _restored(encoded: Encoded, form: Form, coder: ByteCoder, place: torch.devic
 
 def _bytes(tensor: Tensor) -> Tensor:
     """uint8 [elements, 2], the lower byte first; the tensor's own memory."""
-    return byte_view(tensor).view(-1, 2)
+    return uint8_view(tensor).view(-1, 2)

@@ -2,7 +2,7 @@
 
 Buffers: 0 the channels (ranks as uint8, means as bfloat16: a zstandard frame; empty but in key tensors), 1 which
 channels are predicted (a bit each; empty in key tensors), 2 the symbols as the byte coder made them, 3 the outliers.
-Header: ``dtype``, ``shape``, ``step``, ``outliers`` (their number), ``sum`` (of the symbols, see `fold`),
+Header: ``dtype``, ``shape``, ``step``, ``outliers`` (their number), ``sum`` (of the symbols, see `checksum`),
 ``chain`` and ``index`` (see `mesh_codec.chains`). An empty tensor has no buffers.
 
 Must not know which device or coder it works with.
@@ -20,16 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesh_codec.ans.coder import LARGEST_SUM, ByteCoder, CoderFactory, check
-from mesh_codec.ans.lattice import Lattice, measure, put
-from mesh_codec.ans.opened import Opened, current
-from mesh_codec.ans.told import Facts, Told, on_device
-from mesh_codec.base import Decoder, Encoded, Encoder, Limits
-from mesh_codec.chains import Link, positive_number
+from mesh_codec.ans.dispatch import compare, lattice_of, measure, quantise, restore, write_outside
+from mesh_codec.ans.findings import DeviceFindings, Findings, in_one_copy
+from mesh_codec.ans.lattice import Lattice
+from mesh_codec.ans.stream_coder import StreamCoder, current_device
+from mesh_codec.base import DecodeLimits, Decoder, Encoded, Encoder
+from mesh_codec.chains import ChainPosition, positive_number
 from mesh_codec.channels import pack_channels, read_channels
-from mesh_codec.errors import CodecCorrupt, CodecStateLost, CodecUnsupported
+from mesh_codec.errors import CodecCorrupt, CodecStateLost
 from mesh_codec.exact import listed, outliers_of
-from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
-from mesh_codec.payload import Form, flat_bytes, form_of, read_form, whole_number
+from mesh_codec.lossy import check_lossy_form, read_lossy_form
+from mesh_codec.outliers import read_outliers
+from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, whole_number
 from mesh_codec.quantiser import Grid
 
 _EVERY = 17
@@ -40,10 +42,10 @@ _DRIFT = 1.5
 
 
 @dataclass
-class _Chain:
+class _LatticeChain:
     grid: Grid
     lattice: Lattice
-    link: Link
+    position: ChainPosition
     state: Tensor | None = None
     """The lattice of the last tensor, or room for that of the first; None where nothing is held."""
 
@@ -54,123 +56,129 @@ class _Chain:
 
 
 class AnsEncoder(Encoder):
+    """``relative_step`` is in standard deviations; ``factory`` makes the byte coder."""
+
     def __init__(self, relative_step: float, temporal: bool, factory: CoderFactory) -> None:
-        self._relative_step, self._temporal, self._opened = relative_step, temporal, Opened(factory)
-        self._chain: _Chain | None = None
-        self._kept: tuple[tuple[Grid, torch.device], Told] | None = None
+        self._relative_step, self._temporal, self._coder = relative_step, temporal, StreamCoder(factory)
+        self._chain: _LatticeChain | None = None
+        self._kept: tuple[tuple[Grid, torch.device], DeviceFindings] | None = None
 
     def encode(self, tensor: Tensor) -> Encoded:
         form = form_of(tensor)
-        if not form.dtype.lossy or form.elements > MAX_ELEMENTS:
-            raise CodecUnsupported(
-                f"The entropy codec does not carry {form.elements} elements of {form.dtype.name}.", hint="the raw codec"
-            )
+        check_lossy_form(form, "entropy")
         if not form.elements:
             return Encoded(form.header() | {"step": 0.0, "outliers": 0, "sum": 0}, ())
         grid = Grid.of(form)
-        tensor, coder = self._opened.here(tensor.detach())
+        tensor, coder = self._coder.for_encoding(tensor.detach())
         tokens = tensor.reshape(grid.tokens, grid.channels).contiguous()
-        with current(tokens.device):
+        with current_device(tokens.device):
             return self._coded(tokens, form, grid, coder)
 
     def _coded(self, tokens: Tensor, form: Form, grid: Grid, coder: ByteCoder) -> Encoded:
-        told = self._told(grid, tokens.device)
-        chain = self._continued(tokens, grid, told) or self._begun(tokens, grid, told)
+        findings = self._findings(grid, tokens.device)
+        chain = self._continued(tokens, grid, findings) or self._begun(tokens, grid, findings)
         # Whatever fails from here leaves a state that the decoder does not have.
         self._chain = None
-        symbols = chain.lattice.quantise(tokens, chain.state, told)
-        if chain.link.key and chain.state is not None:
-            told.size.copy_(chain.lattice.compare(tokens, chain.state, _EVERY)[0].mean())
-        coding = coder.compress(symbols.view(torch.uint8).view(-1))
-        told.fetch()
-        coding.fetch()
-        facts = told.read()
-        if not chain.link.key and not chain.size / _DRIFT <= facts.size <= chain.size * _DRIFT:
+        symbols = quantise(chain.lattice, tokens, chain.state, findings)
+        if chain.position.key and chain.state is not None:
+            findings.size.copy_(compare(chain.lattice, tokens, chain.state, _EVERY)[0].mean())
+        pending = coder.compress(symbols.view(torch.uint8).view(-1))
+        findings.fetch()
+        pending.fetch()
+        facts = findings.read()
+        if not chain.position.key and not chain.size / _DRIFT <= facts.size <= chain.size * _DRIFT:
             return self._coded(tokens, form, grid, coder)
         # While the coded symbols are on their way, the rest is packed.
         exact = outliers_of(self._listed(facts, chain, tokens, symbols), form.dtype.itemsize)
         sides = flags = b""
-        if chain.link.key:
+        if chain.position.key:
             chain.step, chain.size, sides = facts.step, facts.size, pack_channels(facts.ranks, facts.means)
         else:
             flags = np.packbits(facts.predicted).tobytes()
         header = form.header() | {"step": chain.step, "outliers": len(exact.positions), "sum": facts.total}
-        header |= chain.link.header()
-        chain.link = chain.link.next
+        header |= chain.position.header()
+        chain.position = chain.position.next
         packed = exact.to_bytes()
-        told.clear()
-        self._kept = (grid, tokens.device), told
-        frame = coding.read()
+        findings.clear()
+        self._kept = (grid, tokens.device), findings
+        frame = pending.read()
         self._chain = chain if self._temporal else None
         return Encoded(header, (sides, flags, frame, packed), frame)
 
     def reset(self) -> None:
         self._chain = None
 
-    def _continued(self, tokens: Tensor, grid: Grid, told: Told) -> _Chain | None:
-        """The chain that ``tokens`` continue, if they do; then ``told`` has what is predicted."""
+    def _continued(self, tokens: Tensor, grid: Grid, findings: DeviceFindings) -> _LatticeChain | None:
+        """The chain that ``tokens`` continue, if they do; then ``findings`` has what is predicted."""
         chain = self._chain
         if not chain or chain.state is None or chain.grid != grid or chain.state.device != tokens.device:
             return None
-        own, change = chain.lattice.compare(tokens, chain.state, _EVERY)
-        torch.lt(change, own, out=told.predicted)
+        own, change = compare(chain.lattice, tokens, chain.state, _EVERY)
+        torch.lt(change, own, out=findings.predicted)
         # Whether the elements have grown too much for this chain is found with everything else, not waited for.
-        told.size.copy_(own.mean())
+        findings.size.copy_(own.mean())
         return chain
 
-    def _begun(self, tokens: Tensor, grid: Grid, told: Told) -> _Chain:
-        lattice = measure(tokens, self._relative_step, told)
-        return _Chain(grid, lattice, Link.first(), lattice.empty(grid.tokens) if self._temporal else None)
+    def _begun(self, tokens: Tensor, grid: Grid, findings: DeviceFindings) -> _LatticeChain:
+        lattice = measure(tokens, self._relative_step, findings)
+        return _LatticeChain(
+            grid, lattice, ChainPosition.first(), lattice.empty(grid.tokens) if self._temporal else None
+        )
 
-    def _told(self, grid: Grid, device: torch.device) -> Told:
+    def _findings(self, grid: Grid, device: torch.device) -> DeviceFindings:
         kept, self._kept = self._kept, None
         if kept and kept[0] == (grid, device):
             return kept[1]
-        return Told(grid.channels, grid.channels * grid.tokens, device)
+        return DeviceFindings(grid.channels, grid.channels * grid.tokens, device)
 
-    def _listed(self, facts: Facts, chain: _Chain, tokens: Tensor, symbols: Tensor) -> NDArray[np.int64]:
+    def _listed(self, facts: Findings, chain: _LatticeChain, tokens: Tensor, symbols: Tensor) -> NDArray[np.int64]:
         if facts.listed is not None:
             return facts.listed
         return chain.lattice.outside(tokens, symbols if chain.state is None else chain.state).cpu().numpy()
 
 
 class AnsDecoder(Decoder):
-    def __init__(self, limits: Limits, factory: CoderFactory) -> None:
-        self._limits, self._opened = limits, Opened(factory)
-        self._chain: _Chain | None = None
+    """The other end of `AnsEncoder`; whether tensors are predicted, each payload says itself."""
+
+    def __init__(self, limits: DecodeLimits, factory: CoderFactory) -> None:
+        self._limits, self._coder = limits, StreamCoder(factory)
+        self._chain: _LatticeChain | None = None
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
-        form = read_form(encoded.header, self._limits)
-        if not form.dtype.lossy or form.elements > MAX_ELEMENTS:
-            raise CodecCorrupt(f"A payload announces {form.elements} elements of {form.dtype.name}: not entropy coded.")
-        expected = 4 if form.elements else 0
-        if len(encoded.buffers) != expected:
-            raise CodecCorrupt(f"A coded tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
-        if not expected:
-            return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
-        place, coder = self._opened.there(device)
-        with current(place):
-            return self._decoded(encoded, form, coder, place).view(form.shape).to(device)
+        form = read_lossy_form(encoded.header, self._limits, "entropy")
+        buffers = buffers_of(encoded, form, 4)
+        if not buffers:
+            return form.empty(device)
+        place, coder = self._coder.for_decoding(device)
+        with current_device(place):
+            return self._decoded(encoded.header, buffers, form, coder, place).view(form.shape).to(device)
 
-    def _decoded(self, encoded: Encoded, form: Form, coder: ByteCoder, place: torch.device) -> Tensor:
-        header = encoded.header
-        sides, flags, frame, exact = (flat_bytes(b, None, "payload") for b in encoded.buffers)
+    def _decoded(
+        self,
+        header: Mapping[str, Any],
+        buffers: tuple[memoryview, ...],
+        form: Form,
+        coder: ByteCoder,
+        place: torch.device,
+    ) -> Tensor:
+        sides, flags, frame, exact = buffers
         data, checks = coder.expand(frame, form.elements)
         # While the device works, the rest is read.
         total = whole_number(header, "sum", LARGEST_SUM)
         count = whole_number(header, "outliers", form.elements)
         outliers = listed(read_outliers(exact, count, form.dtype.itemsize, form.elements), place)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
-        if not chain.link.key:
+        if not chain.position.key:
             # What follows changes the state of the last tensor.
             check(checks, total)
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
         if chain.state is None:
             chain.state = chain.lattice.empty(chain.grid.tokens)
-        values = put(chain.lattice.restore(symbols, chain.state, predicted, form.dtype.torch), outliers)
-        if chain.link.key:
+        values = restore(chain.lattice, symbols, chain.state, predicted, form.dtype.torch)
+        write_outside(values, outliers)
+        if chain.position.key:
             check(checks, total)
-        chain.link = chain.link.next
+        chain.position = chain.position.next
         self._chain = chain
         return values
 
@@ -179,17 +187,17 @@ class AnsDecoder(Decoder):
 
     def _prepared(
         self, header: Mapping[str, Any], grid: Grid, sides: memoryview, flags: memoryview, place: torch.device
-    ) -> tuple[_Chain, Tensor]:
-        link, step = Link.read(header), positive_number(header, "step")
-        if link.key:
+    ) -> tuple[_LatticeChain, Tensor]:
+        position, step = ChainPosition.read(header), positive_number(header, "step")
+        if position.key:
             flat_bytes(flags, 0, "prediction")
             ranks, means = read_channels(sides, grid.channels)
-            there, ranks, means, nothing = on_device(ranks, means, step, place)
-            return _Chain(grid, Lattice.of(ranks, means, there), link, step=step), nothing
+            there, ranks, means, nothing = in_one_copy(ranks, means, step, place)
+            return _LatticeChain(grid, lattice_of(ranks, means, there), position, step=step), nothing
         flat_bytes(sides, 0, "channels")
         chosen = np.unpackbits(np.frombuffer(flat_bytes(flags, -(-grid.channels // 8), "prediction"), np.uint8))
         held = self._chain
-        if not held or held.link != link:
+        if not held or held.position != position:
             raise CodecStateLost("A payload was predicted from a tensor that this decoder does not have.")
         if held.grid != grid or held.step != step:
             raise CodecCorrupt("A payload was predicted from a tensor of another shape.")

@@ -137,5 +137,5 @@ class _Bits:
         while not self.take(1):
             zeros += 1
             if zeros > 31:
-                raise CodecCorrupt("A video packet's sequence parameters hold a number that is none.")
+                raise CodecCorrupt("A video packet's sequence parameters hold a number of more than 32 bits.")
         return (1 << zeros) - 1 + self.take(zeros)

@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from mesh_codec.base import Codec, Estimate, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Estimate, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.hevc.decoder import HevcDecoder
 from mesh_codec.hevc.encoder import HevcEncoder
 from mesh_codec.hevc.engines import Engines
-from mesh_codec.hevc.settings import DEFAULTS, MOST_STRIPS, QUALITIES, Settings
+from mesh_codec.hevc.settings import DEFAULTS, MOST_STRIPS, HevcSettings, settings_for
+from mesh_codec.qualities import find
 
 FORMAT = "hevc-444-1"
 
@@ -48,7 +49,8 @@ class HevcCodec(Codec):
         return {"formats": formats, "encoders": list(encodes), "decoders": list(decodes), "engines": engines}
 
     def settings(self, quality: Quality, peer: Mapping[str, Any]) -> dict[str, Any]:
-        if quality not in QUALITIES:
+        level = find(quality)
+        if level.exact:
             raise CodecUnsupported(f"The hevc codec has no quality {quality!r}.", hint="the raw codec is lossless")
         own = self.capabilities()
         for whose, formats in (("This end", own["formats"]), ("The other end", peer.get("formats"))):
@@ -59,17 +61,17 @@ class HevcCodec(Codec):
                 )
         engines = [count for count in (own["engines"], peer.get("engines")) if type(count) is int]
         strips = min(MOST_STRIPS, max(DEFAULTS["strips"], *engines))
-        return {**DEFAULTS, "strips": strips, **QUALITIES[quality]}
+        return {**DEFAULTS, "strips": strips, **settings_for(level)}
 
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
         encodes, decodes = self._engines.names()
         return Estimate(engine=f"{encodes[0]}+{decodes[0]}" if encodes and decodes else "")
 
     def encoder(self, settings: Mapping[str, Any]) -> HevcEncoder:
-        return HevcEncoder(Settings.read(settings), self._engines, self._pool)
+        return HevcEncoder(HevcSettings.read(settings), self._engines, self._pool)
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> HevcDecoder:  # noqa: B008
-        return HevcDecoder(Settings.read(settings), limits, self._engines, self._pool)
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> HevcDecoder:  # noqa: B008
+        return HevcDecoder(HevcSettings.read(settings), limits, self._engines, self._pool)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -1,7 +1,7 @@
 """torch's CUDA context of a device, for a library that wants its handle and leaves others current. Must not know video.
 
-torch works in the primary context of each device. A library that is told none makes one of its own on a thread that has
-none yet, and then neither sees the other's memory; one that pops a context too many makes torch's next call fail.
+torch works in the primary context of each device. A library that is given no context makes its own on a thread without
+one, and then neither sees the other's memory; one that pops a context too many makes torch's next call fail.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mesh_codec.errors import CodecUnsupported
 
 class PrimaryContext:
     """Attributes:
-    handle: of the context; 0 on a device that is not CUDA, where nothing else does anything.
+    handle: of the context; 0 on a device that is not CUDA, where `current` changes nothing.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,6 +51,11 @@ class PrimaryContext:
 
 @lru_cache(maxsize=64)
 def context_of(device: torch.device) -> PrimaryContext:
+    """That of ``device``, retained once per process.
+
+    Raises:
+        CodecUnsupported: the driver is missing or refuses.
+    """
     return PrimaryContext(device)
 
 

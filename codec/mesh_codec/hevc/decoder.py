@@ -10,65 +10,64 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesh_codec.base import Decoder, Encoded, Limits
-from mesh_codec.chains import Link, positive_number
+from mesh_codec.base import DecodeLimits, Decoder, Encoded
+from mesh_codec.chains import ChainPosition, positive_number
 from mesh_codec.channels import read_channels
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost
 from mesh_codec.exact import write_outliers
 from mesh_codec.hevc.bitstream import check_unit, is_key
-from mesh_codec.hevc.encoder import checksum
 from mesh_codec.hevc.engine import FrameDecoder
 from mesh_codec.hevc.engines import Engines
 from mesh_codec.hevc.geometry import Geometry
 from mesh_codec.hevc.pixels import Calibration
-from mesh_codec.hevc.settings import Settings
-from mesh_codec.outliers import MAX_ELEMENTS, read_outliers
-from mesh_codec.payload import flat_bytes, read_form, whole_number
+from mesh_codec.hevc.settings import HevcSettings
+from mesh_codec.lossy import read_lossy_form
+from mesh_codec.outliers import read_outliers
+from mesh_codec.payload import buffers_of, crc_of, flat_bytes, whole_number
 from mesh_codec.quantiser import Grid
 
 
 @dataclass
-class _Chain:
+class _DecodingChain:
     """The chain whose pictures the open sessions hold, and the place of the next tensor in it."""
 
     geometry: Geometry
     sessions: list[FrameDecoder]
     calibration: Calibration
-    link: Link
+    position: ChainPosition
 
 
 class HevcDecoder(Decoder):
-    def __init__(self, settings: Settings, limits: Limits, engines: Engines, pool: ThreadPoolExecutor) -> None:
+    """The other end of `HevcEncoder`; engine sessions stay open while tensors keep their shape."""
+
+    def __init__(
+        self, settings: HevcSettings, limits: DecodeLimits, engines: Engines, pool: ThreadPoolExecutor
+    ) -> None:
         self._settings, self._limits, self._engines, self._pool = settings, limits, engines, pool
-        self._chain: _Chain | None = None
+        self._chain: _DecodingChain | None = None
 
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         device = torch.device(device)
-        header, form = encoded.header, read_form(encoded.header, self._limits)
-        if not form.dtype.lossy or form.elements > MAX_ELEMENTS:
-            raise CodecCorrupt(f"A payload announces {form.elements} elements of {form.dtype.name}: not coded by hevc.")
-        expected = 4 if form.elements else 0
-        if len(encoded.buffers) != expected:
-            raise CodecCorrupt(f"A coded tensor came in {len(encoded.buffers)} buffers where {expected} belong.")
-        if not expected:
-            return torch.empty(form.shape, dtype=form.dtype.torch, device=device)
-        buffers = tuple(flat_bytes(b, None, "payload") for b in encoded.buffers)
-        if whole_number(header, "crc", (1 << 32) - 1) != checksum(buffers):
+        header, form = encoded.header, read_lossy_form(encoded.header, self._limits, "hevc")
+        buffers = buffers_of(encoded, form, 4)
+        if not buffers:
+            return form.empty(device)
+        if whole_number(header, "crc", (1 << 32) - 1) != crc_of(buffers):
             raise CodecCorrupt("A payload was damaged: its checksum does not match.")
-        link, step = Link.read(header), positive_number(header, "step")
+        position, step = ChainPosition.read(header), positive_number(header, "step")
         table, sides, packets, exact = buffers
         grid = Grid.of(form)
         geometry = self._geometry(grid)
-        units = _split(geometry, table, packets, key=link.key)
+        units = _split(geometry, table, packets, key=position.key)
         outliers = read_outliers(
             exact, whole_number(header, "outliers", form.elements), form.dtype.itemsize, form.elements
         )
-        if link.key:
+        if position.key:
             ranks, means = read_channels(sides, grid.channels)
-            chain = self._begun(link, geometry, Calibration(means, ranks, step, geometry.bits), device)
+            chain = self._begun(position, geometry, Calibration(means, ranks, step, geometry.bits), device)
         else:
             flat_bytes(sides, 0, "channels")
-            chain = self._continued(link, geometry, step)
+            chain = self._continued(position, geometry, step)
         planes = self._decoded(chain, units)
         values = chain.calibration.to_values(geometry.unpack(planes).to(device), form.dtype.torch)
         return write_outliers(values.t().contiguous().view(form.shape), outliers)
@@ -83,32 +82,34 @@ class HevcDecoder(Decoder):
         settings = self._settings
         return Geometry.of(grid, bits=settings.bits, tile=settings.tile, strips=settings.strips)
 
-    def _continued(self, link: Link, geometry: Geometry, step: float) -> _Chain:
+    def _continued(self, position: ChainPosition, geometry: Geometry, step: float) -> _DecodingChain:
         chain = self._chain
-        if not chain or chain.link != link:
+        if not chain or chain.position != position:
             raise CodecStateLost("A payload was predicted from a tensor that this decoder does not have.")
         if chain.geometry != geometry or chain.calibration.step != step:
             raise CodecCorrupt("A payload was predicted from a tensor of another shape.")
         return chain
 
-    def _begun(self, link: Link, geometry: Geometry, calibration: Calibration, device: torch.device) -> _Chain:
+    def _begun(
+        self, position: ChainPosition, geometry: Geometry, calibration: Calibration, device: torch.device
+    ) -> _DecodingChain:
         """A new chain, in the open sessions if they are of its geometry."""
         if self._chain and self._chain.geometry == geometry:
             sessions = self._chain.sessions
         else:
             self.reset()
             sessions = self._engines.decoders(geometry, device)
-        self._chain = _Chain(geometry, sessions, calibration, link)
+        self._chain = _DecodingChain(geometry, sessions, calibration, position)
         return self._chain
 
-    def _decoded(self, chain: _Chain, units: list[list[memoryview]]) -> Tensor:
+    def _decoded(self, chain: _DecodingChain, units: list[list[memoryview]]) -> Tensor:
         """[strips, frames, 3, height, width]. What a failure leaves in the sessions is forgotten with them."""
         try:
             strips = list(self._pool.map(lambda pair: pair[0].decode(pair[1]), zip(chain.sessions, units, strict=True)))
         except CodecError:
             self.reset()
             raise
-        chain.link = chain.link.next
+        chain.position = chain.position.next
         return torch.stack(strips) if len(strips) > 1 else strips[0][None]
 
 

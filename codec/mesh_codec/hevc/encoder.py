@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from zlib import crc32
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mesh_codec.base import Encoded, Encoder
-from mesh_codec.chains import Link
+from mesh_codec.chains import ChainPosition
 from mesh_codec.channels import pack_channels
 from mesh_codec.errors import CodecError, CodecUnsupported
 from mesh_codec.exact import outliers_at
@@ -20,9 +19,9 @@ from mesh_codec.hevc.engine import FrameEncoder
 from mesh_codec.hevc.engines import Engines
 from mesh_codec.hevc.geometry import Geometry
 from mesh_codec.hevc.pixels import Calibration
-from mesh_codec.hevc.settings import Settings
-from mesh_codec.outliers import MAX_ELEMENTS
-from mesh_codec.payload import Form, form_of
+from mesh_codec.hevc.settings import HevcSettings
+from mesh_codec.lossy import check_lossy_form
+from mesh_codec.payload import crc_of, form_of
 from mesh_codec.quantiser import Grid
 
 _MOST_OUTLIERS = 1 / 64
@@ -30,30 +29,32 @@ _MOST_OUTLIERS = 1 / 64
 
 
 @dataclass
-class _Chain:
+class _EncodingChain:
     """Open sessions and what their next frames may be predicted from."""
 
     geometry: Geometry
     calibration: Calibration
     sessions: list[FrameEncoder]
-    link: Link = field(default_factory=Link.first)
+    position: ChainPosition = field(default_factory=ChainPosition.first)
 
 
 class HevcEncoder(Encoder):
-    def __init__(self, settings: Settings, engines: Engines, pool: ThreadPoolExecutor) -> None:
+    """Engine sessions stay open while tensors keep their shape; strips are coded side by side in ``pool``."""
+
+    def __init__(self, settings: HevcSettings, engines: Engines, pool: ThreadPoolExecutor) -> None:
         self._settings, self._engines, self._pool = settings, engines, pool
-        self._chain: _Chain | None = None
+        self._chain: _EncodingChain | None = None
         self._fresh = True
 
     def encode(self, tensor: Tensor) -> Encoded:
         form = form_of(tensor)
-        _check_form(form)
+        check_lossy_form(form, "hevc")
         if not form.elements:
             return Encoded(form.header() | {"step": 0.0, "outliers": 0, "crc": 0}, ())
         grid = Grid.of(form)
         flat = tensor.detach().reshape(grid.tokens, grid.channels)
         chain, pixels, outside = self._quantised(flat.t(), grid)
-        key = chain.link.key
+        key = chain.position.key
         frames = chain.geometry.pack(pixels)
         try:
             units = self._coded(chain, frames, key=key)
@@ -71,10 +72,10 @@ class HevcEncoder(Encoder):
         header = form.header() | {
             "step": chain.calibration.step,
             "outliers": len(exact.positions),
-            "crc": checksum(buffers),
+            "crc": crc_of(buffers),
         }
-        header |= chain.link.header()
-        chain.link = chain.link.next
+        header |= chain.position.header()
+        chain.position = chain.position.next
         return Encoded(header, buffers)
 
     def reset(self) -> None:
@@ -87,7 +88,7 @@ class HevcEncoder(Encoder):
                 session.close()
         self._chain = None
 
-    def _quantised(self, channels: Tensor, grid: Grid) -> tuple[_Chain, Tensor, Tensor]:
+    def _quantised(self, channels: Tensor, grid: Grid) -> tuple[_EncodingChain, Tensor, Tensor]:
         """The chain that these ``channels`` [channels, tokens] belong to, new if need be; pixels; those outside."""
         settings = self._settings
         geometry = Geometry.of(grid, bits=settings.bits, tile=settings.tile, strips=settings.strips)
@@ -101,17 +102,17 @@ class HevcEncoder(Encoder):
         chain = self._opened(geometry, measured, channels.device)
         return chain, *measured.to_pixels(channels)
 
-    def _opened(self, geometry: Geometry, calibration: Calibration, device: torch.device) -> _Chain:
+    def _opened(self, geometry: Geometry, calibration: Calibration, device: torch.device) -> _EncodingChain:
         """A new chain, in the open sessions if they are of its geometry: their next frame is an IDR picture."""
         if self._chain and self._chain.geometry == geometry:
             sessions = self._chain.sessions
         else:
             self.close()
-            sessions = self._engines.encoders(geometry, self._settings.coding, device)
-        self._chain, self._fresh = _Chain(geometry, calibration, sessions), False
+            sessions = self._engines.encoders(geometry, self._settings.rate_control, device)
+        self._chain, self._fresh = _EncodingChain(geometry, calibration, sessions), False
         return self._chain
 
-    def _coded(self, chain: _Chain, frames: Tensor, *, key: bool) -> list[bytes]:
+    def _coded(self, chain: _EncodingChain, frames: Tensor, *, key: bool) -> list[bytes]:
         """The access units of all strips, each looked at as the decoder will."""
         strips = self._pool.map(lambda pair: pair[0].encode(pair[1], key=key), zip(chain.sessions, frames, strict=True))
         units: list[bytes] = []
@@ -122,18 +123,3 @@ class HevcEncoder(Encoder):
                 raise CodecUnsupported(f"An HEVC engine made {len(strip)} packets of {chain.geometry.frames} frames.")
             units += strip
         return units
-
-
-def checksum(buffers: tuple[bytes | memoryview, ...]) -> int:
-    """CRC-32 of ``buffers`` one after the other."""
-    value = 0
-    for buffer in buffers:
-        value = crc32(buffer, value)
-    return value
-
-
-def _check_form(form: Form) -> None:
-    if not form.dtype.lossy:
-        raise CodecUnsupported(f"The hevc codec does not carry {form.dtype.name}.", hint="the raw codec")
-    if form.elements > MAX_ELEMENTS:
-        raise CodecUnsupported(f"A tensor of {form.elements} elements is too large to code.", hint="the raw codec")

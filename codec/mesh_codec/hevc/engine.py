@@ -18,11 +18,13 @@ from mesh_codec.hevc.geometry import Geometry
 
 
 @dataclass(frozen=True)
-class Coding:
-    """Attributes:
-    qp: HEVC's quantisation parameter, 0 to 51; the quantiser step doubles every 6. Of 8-bit pixels: engines coding
-        10 bits keep the same error relative to the range.
-    lossless: pixels come back as they were; ``qp`` is not used.
+class RateControl:
+    """How an encoder chooses how many bits a picture gets.
+
+    Attributes:
+        qp: HEVC's quantisation parameter, 0 to 51; the quantiser step doubles every 6. Of 8-bit pixels: engines coding
+            10 bits keep the same error relative to the range.
+        lossless: pixels come back as they were; ``qp`` is not used.
     """
 
     qp: int
@@ -78,13 +80,17 @@ class Engine(ABC):
         return 0
 
     @abstractmethod
-    def encoder(self, geometry: Geometry, coding: Coding, device: torch.device) -> FrameEncoder:
-        """Raises:
-        CodecUnsupported: no session can be opened.
+    def encoder(self, geometry: Geometry, control: RateControl, device: torch.device) -> FrameEncoder:
+        """A session that codes frames of ``geometry`` from ``device``.
+
+        Raises:
+            CodecUnsupported: no session can be opened.
         """
 
     @abstractmethod
     def decoder(self, geometry: Geometry, device: torch.device) -> FrameDecoder:
-        """Raises:
-        CodecUnsupported: no session can be opened.
+        """A session that decodes frames of ``geometry``, on ``device`` where it can.
+
+        Raises:
+            CodecUnsupported: no session can be opened.
         """

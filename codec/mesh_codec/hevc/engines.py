@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 
 from mesh_codec.errors import CodecUnsupported
-from mesh_codec.hevc.engine import Coding, Engine, FrameDecoder, FrameEncoder
+from mesh_codec.hevc.engine import Engine, FrameDecoder, FrameEncoder, RateControl
 from mesh_codec.hevc.geometry import Geometry
 
 
@@ -38,14 +38,14 @@ class Engines:
         decodes = tuple(engine.decodes_with for engine in self.engines if engine.probe()[1])
         return encodes, decodes
 
-    def encoders(self, geometry: Geometry, coding: Coding, device: torch.device) -> list[FrameEncoder]:
+    def encoders(self, geometry: Geometry, control: RateControl, device: torch.device) -> list[FrameEncoder]:
         """A session for each strip, of the first engine that opens them all.
 
         Raises:
             CodecUnsupported: none does.
         """
         able = [engine for engine in self.engines if engine.probe()[0]]
-        return _opened(able, lambda engine: engine.encoder(geometry, coding, device), geometry.strips)
+        return _opened(able, lambda engine: engine.encoder(geometry, control, device), geometry.strips)
 
     def decoders(self, geometry: Geometry, device: torch.device) -> list[FrameDecoder]:
         """As `encoders`."""
@@ -53,13 +53,13 @@ class Engines:
         return _opened(able, lambda engine: engine.decoder(geometry, device), geometry.strips)
 
 
-Session = TypeVar("Session", FrameEncoder, FrameDecoder)
+StripSession = TypeVar("StripSession", FrameEncoder, FrameDecoder)
 
 
-def _opened(engines: Sequence[Engine], open_one: Callable[[Engine], Session], count: int) -> list[Session]:
+def _opened(engines: Sequence[Engine], open_one: Callable[[Engine], StripSession], count: int) -> list[StripSession]:
     failed: CodecUnsupported | None = None
     for engine in engines:
-        sessions: list[Session] = []
+        sessions: list[StripSession] = []
         try:
             while len(sessions) < count:
                 sessions.append(open_one(engine))

@@ -71,10 +71,12 @@ class Geometry:
 
     @property
     def height(self) -> int:
+        """Of a frame, in pixels."""
         return _side(self.mosaic[0] * self.image[0])
 
     @property
     def width(self) -> int:
+        """Of a frame, in pixels."""
         return _side(self.mosaic[1] * self.image[1])
 
     @property

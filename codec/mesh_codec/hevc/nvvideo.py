@@ -27,7 +27,7 @@ from mesh_codec.errors import CodecCorrupt, CodecError, CodecUnsupported
 from mesh_codec.foreign import named
 from mesh_codec.hevc.bitstream import check_unit, is_key
 from mesh_codec.hevc.cuda_context import context_of
-from mesh_codec.hevc.engine import Coding, Engine, FrameDecoder, FrameEncoder
+from mesh_codec.hevc.engine import Engine, FrameDecoder, FrameEncoder, RateControl
 from mesh_codec.hevc.geometry import SHORTEST_SIDE, Geometry
 from mesh_codec.quantiser import Grid
 
@@ -94,11 +94,11 @@ class NvVideoEngine(Engine):
     def _gpu(self) -> int:
         return self._place.index or 0
 
-    def encoder(self, geometry: Geometry, coding: Coding, device: torch.device) -> FrameEncoder:
-        return _Encoder(self._module, geometry, coding, self._place)
+    def encoder(self, geometry: Geometry, control: RateControl, device: torch.device) -> FrameEncoder:
+        return _NvencEncoder(self._module, geometry, control, self._place)
 
     def decoder(self, geometry: Geometry, device: torch.device) -> FrameDecoder:
-        return _Decoder(self._module, geometry, self._place, self._shift)
+        return _NvdecDecoder(self._module, geometry, self._place, self._shift)
 
     @cached_property
     def _module(self) -> Any:
@@ -130,7 +130,7 @@ class NvVideoEngine(Engine):
     def _try_encoding(self) -> None:
         """Three frames, each drained: that each comes out by itself, and that a drained encoder goes on."""
         frames = torch.full((1, 3, _PROBE.height, _PROBE.width), _PROBE.middle, dtype=_PROBE.dtype)
-        session = self.encoder(_PROBE, Coding(qp=30, lossless=False), self._place)
+        session = self.encoder(_PROBE, RateControl(qp=30, lossless=False), self._place)
         try:
             for key in (True, False, True):
                 (unit,) = session.encode(frames, key=key)
@@ -145,7 +145,7 @@ class NvVideoEngine(Engine):
     @cached_property
     def _shift(self) -> int:
         """Bits by which decoded 10-bit pixels are to be shifted down."""
-        session = _Decoder(self._module, _PROBE, self._place, 0)
+        session = _NvdecDecoder(self._module, _PROBE, self._place, 0)
         try:
             pixels = session.decode([memoryview(_GREY)]).to(torch.int32) & 0xFFFF
         finally:
@@ -158,7 +158,7 @@ class NvVideoEngine(Engine):
 
 
 class _Session:
-    """What is open in the hardware: opened, used and closed in torch's context, also where it is only forgotten."""
+    """An open session of the hardware: opened, used and closed in torch's context, also where nobody closes it."""
 
     _session: Any = None
 
@@ -175,16 +175,16 @@ class _Session:
             self.close()
 
 
-class _Encoder(_Session, FrameEncoder):
-    def __init__(self, nvc: Any, geometry: Geometry, coding: Coding, device: torch.device) -> None:
+class _NvencEncoder(_Session, FrameEncoder):
+    def __init__(self, nvc: Any, geometry: Geometry, control: RateControl, device: torch.device) -> None:
         super().__init__(nvc, geometry, device)
         # An endless group of pictures, the default, has no B frames and no key frame unasked.
         options = {"codec": "hevc", "preset": "P1", "repeatspspps": 1, "gpu_id": device.index or 0}
         options |= {"cudacontext": self._context.handle}
-        if coding.lossless:
+        if control.lossless:
             options |= {"tuning_info": "lossless"}
         else:
-            options |= {"tuning_info": "ultra_low_latency", "rc": "constqp", "constqp": coding.qp}
+            options |= {"tuning_info": "ultra_low_latency", "rc": "constqp", "constqp": control.qp}
         with named(CodecUnsupported, "NVENC opens no session"), self._context.current():
             self._session = nvc.CreateEncoder(
                 geometry.width, geometry.height, _FORMATS[geometry.bits], False, **options
@@ -213,7 +213,7 @@ class _Encoder(_Session, FrameEncoder):
         return [bytes(unit["data"]) for unit in units]
 
 
-class _Decoder(_Session, FrameDecoder):
+class _NvdecDecoder(_Session, FrameDecoder):
     def __init__(self, nvc: Any, geometry: Geometry, device: torch.device, shift: int) -> None:
         super().__init__(nvc, geometry, device)
         self._shift = shift

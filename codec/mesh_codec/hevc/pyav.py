@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesh_codec.errors import CodecCorrupt, CodecUnsupported
-from mesh_codec.hevc.engine import Coding, Engine, FrameDecoder, FrameEncoder
+from mesh_codec.hevc.engine import Engine, FrameDecoder, FrameEncoder, RateControl
 from mesh_codec.hevc.geometry import LONGEST_SIDE, Geometry
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ _DECODER = {
 
 
 class PyAvEngine(Engine):
+    """libx265 encodes, FFmpeg decodes; each is there if the installed PyAV was built with it."""
+
     encodes_with: ClassVar[str] = "libx265"
     decodes_with: ClassVar[str] = "ffmpeg"
 
@@ -65,15 +67,15 @@ class PyAvEngine(Engine):
             _log.info("this build of FFmpeg has libx265: %s, an HEVC decoder: %s", encodes, decodes)
         return encodes, decodes
 
-    def encoder(self, geometry: Geometry, coding: Coding, device: torch.device) -> FrameEncoder:
-        return _Encoder(geometry, coding)
+    def encoder(self, geometry: Geometry, control: RateControl, device: torch.device) -> FrameEncoder:
+        return _X265Encoder(geometry, control)
 
     def decoder(self, geometry: Geometry, device: torch.device) -> FrameDecoder:
-        return _Decoder(geometry)
+        return _FfmpegDecoder(geometry)
 
 
-class _Encoder(FrameEncoder):
-    def __init__(self, geometry: Geometry, coding: Coding) -> None:
+class _X265Encoder(FrameEncoder):
+    def __init__(self, geometry: Geometry, control: RateControl) -> None:
         import av
 
         self._geometry, self._count = geometry, 0
@@ -81,7 +83,7 @@ class _Encoder(FrameEncoder):
         context.width, context.height = geometry.width, geometry.height
         context.pix_fmt = _FORMATS[geometry.bits]
         context.time_base = Fraction(1, 25)
-        rate = "lossless=1" if coding.lossless else f"qp={coding.qp}"
+        rate = "lossless=1" if control.lossless else f"qp={control.qp}"
         context.options = {
             "preset": "ultrafast",
             "tune": "zerolatency",
@@ -119,7 +121,7 @@ class _Encoder(FrameEncoder):
         return frame
 
 
-class _Decoder(FrameDecoder):
+class _FfmpegDecoder(FrameDecoder):
     def __init__(self, geometry: Geometry) -> None:
         import av
 

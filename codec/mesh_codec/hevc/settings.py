@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from types import MappingProxyType
 from typing import Any
 
-from mesh_codec.base import Quality
 from mesh_codec.errors import CodecUnsupported
-from mesh_codec.hevc.engine import Coding
+from mesh_codec.hevc.engine import RateControl
+from mesh_codec.qualities import QualityLevel
 
 MOST_STRIPS = 8
 
@@ -17,7 +16,7 @@ _LARGEST = {"qp": 51, "tile": 64, "strips": MOST_STRIPS}
 
 
 @dataclass(frozen=True)
-class Settings:
+class HevcSettings:
     """As in the docstring of `mesh_codec.hevc.codec`."""
 
     qp: int = 18
@@ -28,7 +27,7 @@ class Settings:
     temporal: bool = True
 
     @classmethod
-    def read(cls, settings: Mapping[str, Any]) -> Settings:
+    def read(cls, settings: Mapping[str, Any]) -> HevcSettings:
         """Raises:
         CodecUnsupported: a setting that does not exist or is out of range.
         """
@@ -49,17 +48,26 @@ class Settings:
         return cls(**values)
 
     @property
-    def coding(self) -> Coding:
-        return Coding(self.qp, self.lossless)
+    def rate_control(self) -> RateControl:
+        """What an engine is told of these settings."""
+        return RateControl(self.qp, self.lossless)
 
 
-DEFAULTS: dict[str, Any] = asdict(Settings())
+DEFAULTS: dict[str, Any] = asdict(HevcSettings())
 
-QUALITIES: Mapping[Quality, Mapping[str, Any]] = MappingProxyType(
-    {
-        "transparent": {"qp": 1, "bits": 10},
-        "balanced": {"qp": 6, "bits": 10},
-        "fast": {"qp": 11},
-    }
-)
-"""For the latest cuts, where an error shows most: see ``benchmarks/video_settings.py``."""
+_BEST_QP, _BEST_PSNR = 1, 40.0
+"""QP at which the least PSNR stays over so many dB at the latest cuts, where an error shows most: see
+``benchmarks/video_settings.py``."""
+
+_PSNR_OF_8_BITS = 30.0
+"""Up to which rounding to 8-bit pixels does not show."""
+
+
+def settings_for(level: QualityLevel) -> dict[str, Any]:
+    """Those of a lossy ``level`` that are not the defaults.
+
+    A QP more makes the quantiser step 2**(1/6) times as large, which costs a decibel.
+    """
+    assert level.psnr is not None
+    qp = min(max(round(_BEST_QP + _BEST_PSNR - level.psnr), 0), _LARGEST["qp"])
+    return {"qp": qp, "bits": 8 if level.psnr <= _PSNR_OF_8_BITS else 10}

@@ -17,12 +17,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mesh_codec.ans.checksum import PERIOD
 from mesh_codec.ans.chunks import frame_size, pack, table_size
-from mesh_codec.ans.lattice import PERIOD, RADIUS, Lattice, measure, put
+from mesh_codec.ans.dispatch import write_outside
+from mesh_codec.ans.findings import DeviceFindings
+from mesh_codec.ans.lattice import RADIUS, Lattice, measure
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
-from mesh_codec.ans.told import Told
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Limits
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder
 from mesh_codec.entropy import EntropyCodec
 from mesh_codec.hevc.codec import HevcCodec
 from mesh_codec.hevc.engines import Engines
@@ -112,21 +114,21 @@ def check_kernels(device: torch.device) -> None:
     Raises:
         ConfigError: a kernel does something else.
     """
-    from mesh_codec.ans import gauges, kernels
+    from mesh_codec.ans import kernels, measure_kernels
 
     # Neither size fills its last tile.
     first, second = (t.cpu() for t in states((200, 72), device, 2))
     first[3, 4], first[5, 6], first[:, 7] = torch.nan, torch.inf, 0.3
-    told, there = (Told(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
-    measure(first, _STEP, told)
-    settled = gauges.settle(gauges.describe(first.to(device), there.means), _STEP, there, RADIUS)
+    findings, there = (DeviceFindings(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
+    measure(first, _STEP, findings)
+    settled = measure_kernels.settle(measure_kernels.describe(first.to(device), there.means), _STEP, there, RADIUS)
     # Encoder and decoder get at the same tables in two ways.
     for one, other in zip(settled, kernels.tables(there.ranks, there.means, there.step, RADIUS), strict=True):
         _same(one, other, 0)
     for name in ("ranks", "means", "step"):
-        _same(getattr(told, name).double(), getattr(there, name).cpu().double(), 2e-2)
-    plain = Lattice.of(told.ranks, told.means, told.step)
-    tables = kernels.tables(told.ranks.to(device), told.means.to(device), told.step.to(device), RADIUS)
+        _same(getattr(findings, name).double(), getattr(there, name).cpu().double(), 2e-2)
+    plain = Lattice.of(findings.ranks, findings.means, findings.step)
+    tables = kernels.tables(findings.ranks.to(device), findings.means.to(device), findings.step.to(device), RADIUS)
     _same(plain.place, tables[0].cpu(), 0)
     _same(plain.scales, tables[2].cpu(), 1e-6)
     # What a device rounds last stays on it: here both must quantise alike.
@@ -134,28 +136,28 @@ def check_kernels(device: torch.device) -> None:
     held, kept = (lattice.empty(len(first)).zero_() for lattice in (plain, fused))
     for tensor in (first, second):
         tokens = tensor.to(device)
-        sizes = gauges.compare(tokens, kept, fused.place, fused.means, fused.inverse, 17)
+        sizes = measure_kernels.compare(tokens, kept, fused.place, fused.means, fused.inverse, 17)
         _same(plain.compare(tensor, held, 17), sizes.cpu(), 1e-3)
         before, restored = held.clone(), kept.clone()
-        symbols, coded = plain.quantise(tensor, held, told), kernels.quantise(fused, tokens, kept, there, PERIOD)
-        number, flat = int(told.count), coded.view(torch.uint8).view(-1)
-        values = plain.restore(symbols, before, told.predicted, tensor.dtype)
+        symbols, coded = plain.quantise(tensor, held, findings), kernels.quantise(fused, tokens, kept, there, PERIOD)
+        number, flat = int(findings.count), coded.view(torch.uint8).view(-1)
+        values = plain.restore(symbols, before, findings.predicted, tensor.dtype)
         back = kernels.restore(fused, coded, restored, there.predicted, tensor.dtype)
-        wanted: list[Tensor] = [symbols, held, told.count, told.listed[:number], told.total, told.total]
-        listed, folded = there.listed[:number].sort().values, torch.zeros_like(there.total)
-        kernels.fold(flat, folded, PERIOD)
-        put(values, told.listed[:number])
-        kernels.put(back, there.listed[:number])
-        got: list[Tensor] = [coded, kept, there.count, listed, there.total, folded]
-        if not told.predicted.any():
-            fresh = Told(first.shape[1], first.numel(), device)
+        wanted: list[Tensor] = [symbols, held, findings.count, findings.listed[:number], findings.total, findings.total]
+        listed, summed = there.listed[:number].sort().values, torch.zeros_like(there.total)
+        kernels.checksum(flat, summed, PERIOD)
+        write_outside(values, findings.listed[:number])
+        kernels.write_listed(back, there.listed[:number])
+        got: list[Tensor] = [coded, kept, there.count, listed, there.total, summed]
+        if not findings.predicted.any():
+            fresh = DeviceFindings(first.shape[1], first.numel(), device)
             wanted.append(symbols)
             got.append(kernels.quantise(fused, tokens, None, fresh, PERIOD))
         for one, other in zip(wanted, got, strict=True):
             _same(one, other.cpu(), 0)
         _same(values.float(), back.cpu().float(), torch.finfo(tensor.dtype).eps)
-        told, there = (Told(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
-        for end in (told, there):
+        findings, there = (DeviceFindings(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
+        for end in (findings, there):
             end.predicted[:] = torch.arange(first.shape[1]) % 3 != 0
     _check_packing(device)
 
@@ -194,9 +196,15 @@ def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.d
             exact.decoder(chosen), tensors, _TIMED, note,
         )  # fmt: skip
         for name, temporal in (("entropy, nvCOMP ANS", False), ("entropy + temporal, nvCOMP ANS", True)):
-            note = _memory(AnsEncoder(_STEP, temporal, engine), AnsDecoder(Limits(), engine), tensors[0])
+            note = _memory(AnsEncoder(_STEP, temporal, engine), AnsDecoder(DecodeLimits(), engine), tensors[0])
             yield _timed(
-                shape, name, AnsEncoder(_STEP, temporal, engine), AnsDecoder(Limits(), engine), tensors, _TIMED, note
+                shape,
+                name,
+                AnsEncoder(_STEP, temporal, engine),
+                AnsDecoder(DecodeLimits(), engine),
+                tensors,
+                _TIMED,
+                note,
             )
     else:
         yield Row(shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-libnvcomp-cu13")

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from mesh_codec.qualities import lossy, names
 from mesh_core.bench.networks import Network, shaped
 from mesh_core.bench.processes import Child, plugins
 from mesh_core.bench.through import ThroughModel
@@ -28,7 +29,6 @@ LARGE = (1, 4608, 4096)
 SMALL = (1, 512, 2048)
 
 LOSSY = "entropy"
-QUALITIES = ("transparent", "balanced", "fast")
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Workload:
 def rows(codecs: Sequence[str]) -> list[dict[str, Any]]:
     """What is compared: codecs by name at the quality that they give, then each quality with the codec left open."""
     fixed = [("raw", "lossless", "raw"), *(("lossless", "lossless", c) for c in ("lossless",) if c in codecs)]
-    coded = [(quality, quality, LOSSY) for quality in QUALITIES]
-    chosen = [(f"auto {quality}", quality, None) for quality in ("lossless", *QUALITIES)]
+    coded = [(quality, quality, LOSSY) for quality in lossy()]
+    chosen = [(f"auto {quality}", quality, None) for quality in names()]
     return [{"name": n, "quality": q, "codec": c} for n, q, c in (*fixed, *coded, *chosen)]
 
 

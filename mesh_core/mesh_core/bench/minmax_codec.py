@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesh_codec.base import Codec, Decoder, Encoded, Encoder, Limits, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Quality
 from mesh_codec.errors import CodecUnsupported
-from mesh_codec.hevc.engine import Coding, FrameDecoder, FrameEncoder
+from mesh_codec.hevc.engine import FrameDecoder, FrameEncoder, RateControl
 from mesh_codec.hevc.geometry import Geometry
 from mesh_codec.hevc.pyav import PyAvEngine
 from mesh_codec.payload import form_of, read_form
@@ -30,7 +30,7 @@ _CPU = torch.device("cpu")
 
 
 class MinMaxCodec(Codec):
-    """Settings: ``qp``, and ``tile``, 8 unless given. For finite tensors of at least one element."""
+    """HevcSettings: ``qp``, and ``tile``, 8 unless given. For finite tensors of at least one element."""
 
     name: ClassVar[str] = "minmax"
 
@@ -43,13 +43,13 @@ class MinMaxCodec(Codec):
     def encoder(self, settings: Mapping[str, Any]) -> Encoder:
         return _Encoder(int(settings["qp"]), int(settings.get("tile", 8)))
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:  # noqa: B008
         return _Decoder(int(settings.get("tile", 8)), limits)
 
 
 class _Encoder(Encoder):
     def __init__(self, qp: int, tile: int) -> None:
-        self._coding, self._tile = Coding(qp, lossless=False), tile
+        self._coding, self._tile = RateControl(qp, lossless=False), tile
         self._session: tuple[Geometry, FrameEncoder] | None = None
 
     def encode(self, tensor: Tensor) -> Encoded:
@@ -69,7 +69,7 @@ class _Encoder(Encoder):
 
 
 class _Decoder(Decoder):
-    def __init__(self, tile: int, limits: Limits) -> None:
+    def __init__(self, tile: int, limits: DecodeLimits) -> None:
         self._tile, self._limits = tile, limits
         self._session: tuple[Geometry, FrameDecoder] | None = None
 

@@ -28,8 +28,8 @@ _PLAIN = "raw"
 
 
 class DefaultCodecChoice:
-    """Hidden state at the quality asked for, a fine one no worse than ``transparent``, the model's input and output
-    exact, small tensors as they are."""
+    """Hidden state at the quality asked for, a fine one no coarser than `mesh_codec.qualities.FINE`, the model's input
+    and output exact, small tensors as they are."""
 
     @hookimpl(trylast=True)
     def mesh_choose_codec(
@@ -60,9 +60,11 @@ class DefaultCodecChoice:
 
 
 def _wanted(role: Role, quality: Quality) -> Quality:
-    if role == "hidden" or quality == "lossless":
+    from mesh_codec.qualities import EXACT, FINE, finer_of
+
+    if role == "hidden":
         return quality
-    return "transparent" if role == "fine" else "lossless"
+    return finer_of(quality, FINE) if role == "fine" else EXACT
 
 
 _Candidate = tuple[str, dict[str, Any], "Cost"]
@@ -80,9 +82,12 @@ def _able(quality: Quality, codecs: Sequence[Codec], peer: dict[str, Any]) -> It
 
 def _costs(quality: Quality, able: Sequence[tuple[Codec, dict[str, Any]]], crossing: Crossing) -> Iterator[_Candidate]:
     """What they cost, as far as it is known."""
+    from mesh_codec.qualities import find
+
+    exact = find(quality).exact
     for codec, settings in able:
         cost = crossing.cost(codec, settings)
-        if cost is not None and (cost.exact or quality != "lossless"):
+        if cost is not None and (cost.exact or not exact):
             yield codec.name, settings, cost
 
 

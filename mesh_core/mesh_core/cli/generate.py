@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-_QUALITIES = ("lossless", "transparent", "balanced", "fast")
+from mesh_codec.qualities import EXACT, names
 
 
 @click.command()
@@ -29,8 +29,8 @@ _QUALITIES = ("lossless", "transparent", "balanced", "fast")
 )
 @click.option(
     "--quality",
-    type=click.Choice(_QUALITIES),
-    default="lossless",
+    type=click.Choice(names()),
+    default=EXACT,
     show_default=True,
     help="How exact the state crosses; lossless is bit for bit.",
 )

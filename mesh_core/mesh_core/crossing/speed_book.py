@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 import torch
 
-from mesh_codec.base import Codec, Quality
+from mesh_codec.base import Codec
 from mesh_codec.errors import CodecError
+from mesh_codec.qualities import EXACT, TYPICAL
 from mesh_codec.raw import RawCodec
 from mesh_core import __version__
 from mesh_core.crossing.codec_speed import COPYING, CodecSpeed, read_speed
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 _KEPT, _KEPT_IF_BUSY = 30 * 86400, 600
 """Seconds after which a measurement is made again; sooner if the machine had more to do than processors."""
 
-_REPRESENTATIVE: tuple[Quality, ...] = ("balanced", "lossless")
+_REPRESENTATIVE = (TYPICAL, EXACT)
 _DTYPE = torch.bfloat16
 """Qualities and element type at which a machine tells others its speeds."""
 

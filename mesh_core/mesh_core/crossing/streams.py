@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from mesh_codec.base import Buffer, Codec, CodecChoice, Decoder, Encoded, Encoder, Limits
+from mesh_codec.base import Buffer, Codec, CodecChoice, DecodeLimits, Decoder, Encoded, Encoder
 from mesh_core.crossing.sequences import MOST_SEQUENCES, pass_of
 from mesh_core.errors import WireMalformed
 from mesh_core.model.spec import State
@@ -56,7 +56,7 @@ class Streams:
         WireMalformed: a choice names a codec that this end does not have.
     """
 
-    def __init__(self, choices: Mapping[str, CodecChoice], codecs: Mapping[str, Codec], limits: Limits) -> None:
+    def __init__(self, choices: Mapping[str, CodecChoice], codecs: Mapping[str, Codec], limits: DecodeLimits) -> None:
         missing = {c.codec for c in choices.values()} - codecs.keys()
         if missing:
             raise WireMalformed(f"Codec {min(missing)!r} was agreed on but is not installed here.", hint="mesh plugins")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from itertools import pairwise
 
-from mesh_codec.base import Limits
+from mesh_codec.base import DecodeLimits
 from mesh_codec.dtypes import from_torch
 from mesh_core import wire
 from mesh_core.crossing.bandwidth import read_link
@@ -81,7 +81,7 @@ class Opener:
     def _arrange(self) -> list[Leg]:
         starts = [0, *sorted(i for i in self._relayed if 0 < i < len(self._hops))] if self._hops else []
         groups = [list(self._hops[a:b]) for a, b in zip(starts, [*starts[1:], len(self._hops)], strict=True)]
-        codecs, limits = self._plugins.codecs(), Limits()
+        codecs, limits = self._plugins.codecs(), DecodeLimits()
         legs = []
         for group in groups:
             ends = [None, *(hop.remote for hop in group), None]

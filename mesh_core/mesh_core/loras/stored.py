@@ -15,7 +15,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from mesh_codec.dtypes import from_safetensors
-from mesh_codec.payload import bytes_of
+from mesh_codec.memory import bytes_of
 from mesh_core.errors import LoraError
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.safetensors import TensorInfo

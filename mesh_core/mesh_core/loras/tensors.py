@@ -9,7 +9,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from mesh_codec.dtypes import from_torch
-from mesh_codec.payload import bytes_of
+from mesh_codec.memory import bytes_of
 from mesh_core.errors import LoraError
 
 

@@ -16,7 +16,7 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_torch
-from mesh_codec.payload import bytes_of
+from mesh_codec.memory import bytes_of
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.spec import ModelSpec, ParameterSpec
 from mesh_core.model.weights import read_into

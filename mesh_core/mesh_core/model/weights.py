@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_safetensors
-from mesh_codec.payload import bytes_of
+from mesh_codec.memory import bytes_of
 from mesh_core.errors import CheckpointCorrupt, CheckpointError
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.pool import ParameterPool

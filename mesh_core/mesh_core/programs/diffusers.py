@@ -61,7 +61,7 @@ def load_pipeline(
         local: the host's span, for example ``":12"``, ``":0"`` (nothing) or ``":"`` (everything); None to have the
             cut proposed from what the machines have free.
         workers: addresses in execution order; ``(address, span)`` to say what one runs.
-        quality: ``lossless`` (bit-exact), ``transparent``, ``balanced`` or ``fast``.
+        quality: a name of `mesh_codec.qualities`; ``lossless`` is bit-exact.
         codec: by name, for the state between machines; None for the one that is fastest at that quality.
         loras: files or names, or pairs of one and a strength; see `set_loras`.
         device: for the whole pipeline; by default CUDA where there is one.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mesh_codec.base import CodecChoice, Limits
+from mesh_codec.base import CodecChoice, DecodeLimits
 from mesh_codec.dtypes import from_name
 from mesh_core.crossing.streams import Streams
 from mesh_core.errors import PlanError, WireMalformed
@@ -53,7 +53,7 @@ def streams_of(choices: Mapping[str, Any], plugins: Plugins) -> Streams:
         chosen = {name: CodecChoice(c["codec"], c["settings"]) for name, c in choices.items()}
     except (KeyError, TypeError) as error:
         raise WireMalformed("A codec choice is a map with 'codec' and 'settings'.") from error
-    return Streams(chosen, plugins.codecs(), Limits())
+    return Streams(chosen, plugins.codecs(), DecodeLimits())
 
 
 def check_crossing(checkpoint: Checkpoint, cut: int, streams: Streams) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from mesh_codec.payload import bytes_of
+from mesh_codec.memory import bytes_of
 from mesh_core.errors import LoraError
 from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.stored import StoredTensor

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import click
 
-from mesh_codec.base import Codec, CodecChoice, Decoder, Encoder, Limits, Quality
+from mesh_codec.base import Codec, CodecChoice, DecodeLimits, Decoder, Encoder, Quality
 from mesh_core import hookimpl
 from mesh_core.hookspecs import Hop, Link, StepStats, WorkerInfo
 from mesh_core.model import BlockSpan, Conditioning, ModelAdapter, ModelSpec, Stage, State
@@ -47,7 +47,7 @@ class Wavelets(Codec):
     def encoder(self, settings: Mapping[str, Any]) -> Encoder:
         raise NotImplementedError
 
-    def decoder(self, settings: Mapping[str, Any], limits: Limits = Limits()) -> Decoder:  # noqa: B008
+    def decoder(self, settings: Mapping[str, Any], limits: DecodeLimits = DecodeLimits()) -> Decoder:  # noqa: B008
         raise NotImplementedError
 
 

@@ -6,21 +6,17 @@ which tell decoders what they chose, may measure with these. Must not know buffe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mesh_codec import spread
+from mesh_codec.ans.findings import DeviceFindings
 from mesh_codec.ans.kernels import AMONG, RANKED, Tables, earlier, new_tables, tabulate
 from mesh_codec.ans.launch import aligned, launch
 from mesh_codec.channels import widest_rank
 from mesh_codec.spread import MEDIAN_EVERY, SAMPLES, stride_of
-
-if TYPE_CHECKING:
-    from mesh_codec.ans.told import Told
 
 _FEW = SAMPLES // MEDIAN_EVERY
 _CHANNELS = 16
@@ -41,15 +37,16 @@ def describe(tokens: Tensor, means: Tensor) -> Tensor:
     return deviations
 
 
-def settle(deviations: Tensor, relative_step: float, told: Told, radius: int) -> Tables:
-    """`mesh_codec.spread.settle`, into ``told``; what `mesh_codec.ans.kernels.tables` makes of it and the means."""
+def settle(deviations: Tensor, relative_step: float, findings: DeviceFindings, radius: int) -> Tables:
+    """`mesh_codec.spread.settle`, into ``findings``; returns what `mesh_codec.ans.kernels.tables` makes of them."""
     channels = len(deviations)
     every = -(-channels // spread.CHANNELS)
     place, floats, found = new_tables(channels, deviations.device)
     launch(
-        _settle, (triton.cdiv(channels, RANKED), 1), (channels, radius, aligned(told.ranks, told.means)), deviations,
-        told.ranks, told.means, told.step, place, floats, float(relative_step), spread.CAP, *spread.STEP_RANGE,
-        channels, every, widest_rank(radius), spread.CHANNELS, RANKED, AMONG, num_warps=8,
+        _settle, (triton.cdiv(channels, RANKED), 1), (channels, radius, aligned(findings.ranks, findings.means)),
+        deviations, findings.ranks, findings.means, findings.step, place, floats,
+        float(relative_step), spread.CAP, *spread.STEP_RANGE, channels, every, widest_rank(radius),
+        spread.CHANNELS, RANKED, AMONG, num_warps=8,
     )  # fmt: skip
     return found
 
@@ -94,10 +91,10 @@ def _describe(  # type: ignore[no-untyped-def]
     mean = tl.sum(tl.where(there, sample, 0.0), 1)[:, None] / count
     apart = tl.where(there, sample - mean, 0.0)
     deviation = tl.sqrt(tl.sum(apart * apart, 1)[:, None] / count)
-    told = mean.to(tl.float32).to(tl.bfloat16)
-    told = tl.where(tl.abs(told.to(tl.float32)) < float("inf"), told, 0.0)
+    coded = mean.to(tl.float32).to(tl.bfloat16)
+    coded = tl.where(tl.abs(coded.to(tl.float32)) < float("inf"), coded, 0.0)
     tl.store(deviations + column, deviation, column < columns)
-    tl.store(means + column, told, column < columns)
+    tl.store(means + column, coded, column < columns)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -165,7 +162,7 @@ def _compare(  # type: ignore[no-untyped-def]
         there = (number < count) & known
         value = tl.load(tokens + row * columns + column, there, other=0.0).to(tl.float32)
         offset = (value - mean) * steps
-        # What will cross exactly has no say, nor have channels that do not vary.
+        # Elements that will cross exactly are left out, and channels that do not vary.
         offset = tl.where(there & (tl.abs(offset) <= 32767.0), offset, 0.0)
         before = tl.load(state + line + row, there, other=0).to(tl.float32)
         own += tl.abs(offset)

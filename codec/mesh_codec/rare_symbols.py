@@ -19,7 +19,7 @@ _ON = 255
 
 
 @dataclass(frozen=True)
-class Exceptions:
+class RareSymbols:
     """``places`` (int64, ascending) in the piece, and the ``symbols`` there, all beyond ``radius``."""
 
     places: NDArray[np.int64]
@@ -27,7 +27,7 @@ class Exceptions:
     radius: int
 
     @classmethod
-    def beyond(cls, symbols: Symbols, radius: int) -> Exceptions:
+    def beyond(cls, symbols: Symbols, radius: int) -> RareSymbols:
         """Those of ``symbols`` [n]."""
         if radius >= RADIUS:
             return cls(np.empty(0, np.int64), symbols[:0], radius)
@@ -52,24 +52,24 @@ def reaches(symbols: Symbols, radius: int) -> NDArray[np.uint16]:
     return ((np.abs(wide) - radius - 1) * 2 + (wide < 0)).astype(np.uint16)
 
 
-def read_exceptions(
+def read_rare_symbols(
     gaps: NDArray[np.uint8], low: NDArray[np.uint8], high: NDArray[np.uint8] | None, radius: int, count: int
-) -> Exceptions:
-    """The inverse of `Exceptions.streams`, of a piece of ``count`` symbols; without high bytes they are 0.
+) -> RareSymbols:
+    """The inverse of `RareSymbols.streams`, of a piece of ``count`` symbols; without high bytes they are 0.
 
     Raises:
-        CodecCorrupt: gaps that are not as many as reaches, places outside the piece, or no symbols.
+        CodecCorrupt: not as many gaps as reaches, places outside the piece, or symbols out of range.
     """
     ends = np.flatnonzero(gaps != _ON)
     if len(ends) != len(low) or (len(gaps) and gaps[-1] == _ON):
-        raise CodecCorrupt(f"A payload has {len(ends)} gaps for {len(low)} exceptions.")
+        raise CodecCorrupt(f"A payload has {len(ends)} gaps for {len(low)} rare symbols.")
     places = np.cumsum(gaps, dtype=np.int64)[ends] + np.arange(len(ends))
     if len(places) and places[-1] >= count:
-        raise CodecCorrupt("The exceptions of a payload lie outside their piece.")
+        raise CodecCorrupt("The rare symbols of a payload lie outside their piece.")
     reach = low.astype(np.int32)
     if high is not None:
         reach |= high.astype(np.int32) << 8
     size = (reach >> 1) + radius + 1
     if len(size) and size.max() > RADIUS:
-        raise CodecCorrupt("The exceptions of a payload are no symbols.")
-    return Exceptions(places, np.where(reach & 1, -size, size).astype(np.int16), radius)
+        raise CodecCorrupt("The rare symbols of a payload are out of range.")
+    return RareSymbols(places, np.where(reach & 1, -size, size).astype(np.int16), radius)

@@ -11,23 +11,32 @@ from mesh_codec.ans.coder import ByteCoder, CoderFactory
 from mesh_codec.errors import CodecUnsupported
 
 
-class Opened:
-    """Opened with the first tensor, and anew by an encoder for one on another device."""
+class StreamCoder:
+    """Opens a byte coder with the first tensor; an encoder opens another one for a tensor on another device."""
 
     def __init__(self, factory: CoderFactory) -> None:
         self._factory = factory
         self._coder: tuple[torch.device, ByteCoder] | None = None
 
-    def here(self, tensor: Tensor) -> tuple[Tensor, ByteCoder]:
-        """For an encoder: ``tensor`` where coders work, which is where it is if they do there."""
+    def for_encoding(self, tensor: Tensor) -> tuple[Tensor, ByteCoder]:
+        """A coder, and ``tensor`` on its device: where the tensor is if coders work there, else where they do.
+
+        Raises:
+            CodecUnsupported: no coder can be opened.
+        """
         try:
             return tensor, self._at(tensor.device)
         except CodecUnsupported:
             tensor = tensor.to(self._factory.device())
             return tensor, self._at(tensor.device)
 
-    def there(self, wanted: torch.device | str) -> tuple[torch.device, ByteCoder]:
-        """For a decoder: where its first tensor is ``wanted``, if coders work there, and so for all that follow."""
+    def for_decoding(self, wanted: torch.device | str) -> tuple[torch.device, ByteCoder]:
+        """The device to decode on, and a coder there: what the first call ``wanted`` if coders work on that, else where
+        they do; the same for all later calls.
+
+        Raises:
+            CodecUnsupported: no coder can be opened.
+        """
         if not self._coder:
             place = torch.empty(0, device=wanted).device
             self._at(place if place.type == self._factory.device().type else self._factory.device())
@@ -40,6 +49,6 @@ class Opened:
         return self._coder[1]
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
+def current_device(device: torch.device) -> AbstractContextManager[object]:
     """``device`` is the thread's current one, which is where Triton starts its kernels."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,4 +1,4 @@
-"""What an encoder learns of a tensor on its device, in one memory, so that one copy brings all of it to the host.
+"""What an encoder finds out of a tensor on its device, in one piece of memory, so that one copy brings all to the host.
 
 Must not know how any of it is found out, nor the payload's format.
 """
@@ -24,12 +24,12 @@ _SHARE_LISTED = 256
 _ALIGNED = 16
 
 
-class Told:
+class DeviceFindings:
     """Attributes, all on the device, 0 at first and after `clear`:
     count: int64 [1], of the elements that no symbol stands for.
     listed: int64 [room], in any order: the place of such an element in its upper half, its bits in the lower. What
         finds no room is counted only.
-    total: int64 [1], see `mesh_codec.ans.lattice.fold`.
+    total: int64 [1], the `mesh_codec.ans.checksum.checksum` of the symbols.
     step, size: float32 [1]; the common step, and the mean size of the lattice.
     ranks, means, predicted: uint8, bfloat16 and bool [channels]; see `mesh_codec.ans.lattice`.
     """
@@ -49,6 +49,7 @@ class Told:
             self._there = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
+        """Set everything to 0, for the next tensor of the same size."""
         self._memory.zero_()
 
     def fetch(self) -> None:
@@ -57,7 +58,7 @@ class Told:
             self._host.copy_(self._memory[: self._fetched], non_blocking=True)
             self._there.record(torch.cuda.current_stream(self._memory.device))
 
-    def read(self) -> Facts:
+    def read(self) -> Findings:
         """What was fetched; waits until it is there."""
         if self._there is not None:
             self._there.synchronize()
@@ -68,7 +69,7 @@ class Told:
         number, entries = int(count.view(np.int64)[0]), listed.view(np.int64)
         if number > len(entries) and number <= len(self.listed):
             entries = self.listed[:number].cpu().numpy()
-        return Facts(
+        return Findings(
             int(total.view(np.int64)[0]),
             float(step.view(np.float32)[0]),
             float(size.view(np.float32)[0]),
@@ -79,8 +80,8 @@ class Told:
         )
 
 
-def on_device(ranks: Tensor, means: Tensor, step: float, device: torch.device) -> list[Tensor]:
-    """In one copy: float32 [1] step, ``ranks``, ``means``, and bool [channels], all False."""
+def in_one_copy(ranks: Tensor, means: Tensor, step: float, device: torch.device) -> list[Tensor]:
+    """On ``device``, brought in one copy: float32 [1] step, ``ranks``, ``means``, and bool [channels], all False."""
     places = _layout(len(ranks), 0)
     host = np.zeros(places[-1][0], np.uint8)
     for place, value in ((2, np.float32(step)), (4, ranks.numpy()), (5, bits_of(means))):
@@ -96,7 +97,7 @@ def _parts(memory: Tensor, places: list[tuple[int, int, torch.dtype]]) -> list[T
 
 @lru_cache(maxsize=256)
 def _layout(channels: int, room: int) -> list[tuple[int, int, torch.dtype]]:
-    """Where each of the attributes of `Told` begins, its bytes and its type."""
+    """Where each of the attributes of `DeviceFindings` begins, its bytes and its type."""
     places, start = [], 0
     for dtype, count in (
         (torch.int64, 1), (torch.int64, 1), (torch.float32, 1), (torch.float32, 1), (torch.uint8, channels),
@@ -109,9 +110,9 @@ def _layout(channels: int, room: int) -> list[tuple[int, int, torch.dtype]]:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """`Told` on the host, good until the next `Told.clear` or `Told.fetch`; ``listed`` is None where there was no room
-    for all."""
+class Findings:
+    """`DeviceFindings` on the host, valid until they are next cleared or fetched; ``listed`` is None where there was no
+    room for all."""
 
     total: int
     step: float
