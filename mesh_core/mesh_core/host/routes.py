@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from mesh_codec.base import Codec, CodecChoice
 from mesh_core.host.remote import Remote
@@ -21,10 +21,10 @@ ASSUMED: Mapping[Role, int] = {
 """Elements of a picture of 1024x1024 in a model 4096 wide, and of the sound of 5 seconds in one half as wide: what is
 expected until the first step."""
 
-Place = Remote | None
+Place: TypeAlias = "Remote | None"
 """An end of a route: a worker, or None for this host."""
 
-Ends = tuple[Place, Place]
+Ends: TypeAlias = "tuple[Place, Place]"
 """Where a route starts and where it ends."""
 
 

@@ -18,9 +18,9 @@ from mesh_core.testing.listeners import Answer, ListenerThread, TransportRig, as
 from mesh_core.testing.workers import wait_until
 from mesh_core.transport.base import Address, Channel, Listener, Peer, Transport
 from mesh_core.wire.framing import Frame
-from mesh_core.wire.limits import LIMITS, Limits
+from mesh_core.wire.limits import LIMITS, MessageLimits
 
-MakeTransport = Callable[[Limits], Transport]
+MakeTransport = Callable[[MessageLimits], Transport]
 """A new transport that keeps to these limits."""
 
 _MIB = 1 << 20

@@ -30,7 +30,7 @@ from mesh_core.transport.zmq_listener import ZmqListener
 from mesh_core.transport.zmq_process import ZmqProcess
 from mesh_core.transport.zmq_refusals import WorkerEnded
 from mesh_core.transport.zmq_socket import Socket, Wire, milliseconds
-from mesh_core.wire.limits import LIMITS, Limits
+from mesh_core.wire.limits import LIMITS, MessageLimits
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class ZeroMqTransport(Transport):
 
     scheme: ClassVar[str] = "mesh"
 
-    def __init__(self, keys: KeyStore | None = None, limits: Limits = LIMITS) -> None:
+    def __init__(self, keys: KeyStore | None = None, limits: MessageLimits = LIMITS) -> None:
         self._keys, self._limits = keys, limits
         self._running: ZmqProcess | None = None
         self._lock = Lock()
