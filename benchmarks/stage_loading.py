@@ -100,7 +100,7 @@ def load_span(path: Path, span: str) -> dict[str, Any]:
     from mesh_core.builtin import load_plugins
     from mesh_core.model.checkpoint import read_header
     from mesh_core.model.library import recognise
-    from mesh_core.model.plan import span_bytes
+    from mesh_core.model.sizes import span_bytes
     from mesh_core.model.weights import WeightReader
 
     checkpoint = recognise(read_header(path), load_plugins())

@@ -175,7 +175,8 @@ def builder(checkpoint: Any, device: Any) -> Callable[[Any], Any]:
     """Makes stages of spans that share their parameters."""
     import torch
 
-    from mesh_core.model.weights import ParameterPool, WeightReader
+    from mesh_core.model.pool import ParameterPool
+    from mesh_core.model.weights import WeightReader
 
     pool = ParameterPool()
 

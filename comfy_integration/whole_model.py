@@ -9,7 +9,7 @@ import comfy.model_management
 import torch
 
 from mesh_core.errors import MeshError, PlanDoesNotFit
-from mesh_core.model.plan import span_bytes
+from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ModelSpec
 

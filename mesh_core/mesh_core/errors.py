@@ -63,94 +63,124 @@ class MeshError(Exception):
         return f"{self.message} Try: {self.hint}" if self.hint else self.message
 
 
-class ConfigError(MeshError): ...
+class ConfigError(MeshError):
+    """Raised before anything runs: a setting, option, address or call argument that cannot be meant."""
 
 
-class PluginError(MeshError): ...
+class PluginError(MeshError):
+    """Base of what goes wrong with an installed package; raised when something of it is first asked for."""
 
 
-class PluginNotFound(PluginError): ...
+class PluginNotFound(PluginError):
+    """Raised when nothing installed and enabled has the wanted adapter, codec or transport."""
 
 
-class PluginConflict(PluginError): ...
+class PluginConflict(PluginError):
+    """Raised for a name that two distributions claim; neither of theirs is used."""
 
 
-class PluginIncompatible(PluginError): ...
+class PluginIncompatible(PluginError):
+    """Raised for a plugin whose entry point is of another API major; it was not imported."""
 
 
-class PluginBroken(PluginError): ...
+class PluginBroken(PluginError):
+    """Raised for a plugin that failed when it was imported, registered or called."""
 
 
-class CheckpointError(MeshError): ...
+class CheckpointError(MeshError):
+    """Base of what goes wrong with model files; itself raised when one cannot be read at all."""
 
 
-class CheckpointUnrecognised(CheckpointError): ...
+class CheckpointUnrecognised(CheckpointError):
+    """Raised where there is no checkpoint, or none that an installed adapter computes with."""
 
 
-class CheckpointMismatch(CheckpointError): ...
+class CheckpointMismatch(CheckpointError):
+    """Raised by a worker that holds no checkpoint with the host's fingerprint; says what it holds."""
 
 
-class CheckpointCorrupt(CheckpointError): ...
+class CheckpointCorrupt(CheckpointError):
+    """Raised when a file breaks its format, ends early, or lacks what its family must have."""
 
 
-class PlanError(MeshError): ...
+class PlanError(MeshError):
+    """Raised for spans that leave gaps, overlap, or lie outside of the model."""
 
 
-class PlanDoesNotFit(PlanError): ...
+class PlanDoesNotFit(PlanError):
+    """Raised when a span's weights do not fit into what its worker, or this machine, has free."""
 
 
-class UnsupportedInput(MeshError): ...
+class UnsupportedInput(MeshError):
+    """Raised before a step, for an argument that an adapter cannot carry to workers; names it."""
 
 
-class WireError(MeshError): ...
+class WireError(MeshError):
+    """Base of what is refused of a message; the sender is at fault, and nothing of it was used."""
 
 
-class WireMalformed(WireError): ...
+class WireMalformed(WireError):
+    """Raised for a message with missing, unknown, ill-typed or contradicting fields."""
 
 
-class WireTooLarge(WireError): ...
+class WireTooLarge(WireError):
+    """Raised for a message or frame over a limit, before it is sent or before it is unpacked."""
 
 
-class WireUnsupportedVersion(WireError): ...
+class WireUnsupportedVersion(WireError):
+    """Raised for a message of another version of the wire format."""
 
 
-class TransportError(MeshError): ...
+class TransportError(MeshError):
+    """Base of what goes wrong with connections; itself raised when an address cannot be listened at."""
 
 
-class Unreachable(TransportError): ...
+class Unreachable(TransportError):
+    """Raised when connecting: the name does not resolve, nobody listens, or what answers is no worker."""
 
 
-class TransportTimeout(TransportError): ...
+class TransportTimeout(TransportError):
+    """Raised when the other end is there, but did not answer or get to it within the deadline."""
 
 
-class PeerLost(TransportError): ...
+class PeerLost(TransportError):
+    """Raised when a connection broke, or a worker stopped answering pings."""
 
 
-class NotAuthorised(TransportError): ...
+class NotAuthorised(TransportError):
+    """Raised on the end that is refused: unknown or revoked key, used invite, or a worker with another key."""
 
 
-class SessionError(MeshError): ...
+class SessionError(MeshError):
+    """Base of what a worker answers about a session or a step of it; only its kinds are raised."""
 
 
-class SessionUnknown(SessionError): ...
+class SessionUnknown(SessionError):
+    """Raised when a worker was restarted or forgot the session; the host opens it again."""
 
 
-class ConstantsMissing(SessionError): ...
+class ConstantsMissing(SessionError):
+    """Raised for a step whose constants the worker does not hold; the host sends them with the next attempt."""
 
 
-class Cancelled(SessionError): ...
+class Cancelled(SessionError):
+    """Raised out of a step that was asked to stop, between two blocks."""
 
 
-class LoraError(MeshError): ...
+class LoraError(MeshError):
+    """Base of what goes wrong with LoRAs; itself raised for tensors that fit neither algorithm nor weight."""
 
 
-class LoraUnmatched(LoraError): ...
+class LoraUnmatched(LoraError):
+    """Raised for a LoRA of which nothing names a parameter of the model: it was made for another."""
 
 
-class LoraTooLarge(LoraError): ...
+class LoraTooLarge(LoraError):
+    """Raised instead of sending more than the user's settings, or a worker's library, allow."""
 
 
-class LoraMissing(LoraError): ...
+class LoraMissing(LoraError):
+    """Raised for a name that no LoRA has, or more than one; or for one that may not be sent and is not there."""
 
 
 class RemoteError(MeshError):

@@ -24,18 +24,11 @@ from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny
 from tests.support import loras
 from tests.support.inbox import STEP, Inbox, flipped
-from tests.support.splitting import checkpoint_at, split
+from tests.support.splitting import split
 from tests.support.workers import mesh_home, thread_workers
 
 PIECE = 64
 """Bytes of a piece in these tests: what may cross in vain where one begins that is there."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, load_plugins())
 
 
 @pytest.fixture
@@ -87,7 +80,7 @@ def test_a_part_that_grows_is_sent_what_it_lacks(inbox: Inbox) -> None:
     lacking = sum(n for digest, n in tensors(large).items() if digest not in tensors(small))
     assert 0 < lacking <= counted.nbytes < lacking + 4 * PIECE < sum(tensors(large).values())
     assert inbox.kept() == sorted([small.id, large.id])
-    assert read_part(inbox.shelf.path_of(large.id), inbox.model.spec).id == large.id
+    assert read_part(inbox.library.received.path_of(large.id), inbox.model.spec).id == large.id
     counted.nbytes = 0
     counted.send(blocks(lora, inbox.model, "1:3"))
     assert counted.nbytes == 0, "all of it is in the larger one"
@@ -110,7 +103,7 @@ def test_a_damaged_part_gives_nothing_to_a_larger_one(inbox: Inbox, caplog: pyte
     lora = make(inbox.model)
     small, large = blocks(lora, inbox.model, "2:4"), blocks(lora, inbox.model, ":5")
     inbox.send(small)
-    path = inbox.shelf.path_of(small.id)
+    path = inbox.library.received.path_of(small.id)
     found = path.stat()
     path.write_bytes(flipped(path.read_bytes()))
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
@@ -149,7 +142,7 @@ def test_a_head_that_lies_about_hashes_gains_nothing(inbox: Inbox, lie: Callable
     assert failed or large.id in inbox.kept()
     assert inbox.drafts() == [] and small.id in inbox.kept()
     inbox.send(large)
-    assert read_part(inbox.shelf.path_of(large.id), inbox.model.spec).id == large.id
+    assert read_part(inbox.library.received.path_of(large.id), inbox.model.spec).id == large.id
 
 
 @pytest.mark.parametrize("scheme", ["inproc", "mesh"])

@@ -29,15 +29,8 @@ from tests.adapters import tiny
 from tests.faults.processes import FastWorker
 from tests.support import loras
 from tests.support.inbox import STEP, Inbox, flipped
-from tests.support.splitting import checkpoint_at, split
+from tests.support.splitting import split
 from tests.support.workers import mesh_home, thread_workers
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, load_plugins())
 
 
 def make(model: Checkpoint, seed: int = 0, rank: int = 3) -> Lora:
@@ -56,7 +49,7 @@ def test_what_arrives_is_what_was_sent(inbox: Inbox) -> None:
     lora = make(inbox.model)
     inbox.send(lora)
     assert inbox.kept() == [lora.id] and inbox.drafts() == []
-    again = read_part(inbox.shelf.path_of(lora.id), inbox.model.spec)
+    again = read_part(inbox.library.received.path_of(lora.id), inbox.model.spec)
     assert again.id == lora.id
     assert inbox.offer(lora) == Part(lora).nbytes, "it is not sent twice"
 
@@ -160,28 +153,28 @@ def test_a_full_disk(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_least_recently_used_make_room_and_those_in_use_stay(inbox: Inbox) -> None:
     made = [make(inbox.model, seed=i) for i in range(4)]
     size = Part(made[0]).nbytes
-    inbox.shelf.limit = 2 * size + 100
+    inbox.library.received.limit = 2 * size + 100
     inbox.send(made[0])
     inbox.send(made[1])
     parameters = inbox.model.spec.parameters
-    found = inbox.shelf.find(made[0].id, made[0].outline, inbox.model, parameters)
+    found = inbox.library.find(made[0].id, made[0].outline, inbox.model, parameters)
     assert found is not None, "it counts as used now"
     inbox.send(made[2])
     assert inbox.kept() == sorted([made[0].id, made[2].id])
-    second = inbox.shelf.find(made[2].id, made[2].outline, inbox.model, parameters)
+    second = inbox.library.find(made[2].id, made[2].outline, inbox.model, parameters)
     assert second is not None
-    inbox.shelf.hold([found, second])
+    inbox.library.received.hold([found, second])
     with pytest.raises(LoraTooLarge, match="in use"):
         inbox.send(made[3])
     with pytest.raises(LoraError, match="in use"):
-        inbox.shelf.remove(made[0].id)
-    inbox.shelf.let_go([found, second])
+        inbox.library.received.remove(made[0].id)
+    inbox.library.received.let_go([found, second])
     inbox.send(made[3])
     assert made[3].id in inbox.kept()
 
 
 def test_a_lora_that_is_larger_than_the_library(inbox: Inbox) -> None:
-    inbox.shelf.limit = 100
+    inbox.library.received.limit = 100
     with pytest.raises(LoraTooLarge, match=r"library") as caught:
         inbox.offer(make(inbox.model))
     assert "config.toml" in caught.value.hint and inbox.drafts() == []
@@ -192,16 +185,16 @@ def test_a_hash_that_is_none_is_no_path(inbox: Inbox, id_: str) -> None:
     with pytest.raises(LoraError, match="not the hash"):
         inbox.offer(make(inbox.model), lora=id_)
     with pytest.raises(LoraError, match="not the hash"):
-        inbox.shelf.remove(id_)
+        inbox.library.received.remove(id_)
 
 
 def test_names_lead_nowhere(inbox: Inbox) -> None:
     lora = replace(make(inbox.model), name="../../evil\0\n<b>")
     inbox.send(lora)
-    inside = {p.name for p in inbox.shelf.folder.rglob("*")}
+    inside = {p.name for p in inbox.library.received.folder.rglob("*")}
     assert inside == {f"{lora.id}.safetensors", f"{lora.id}.json", "incoming"}
     with pytest.raises(LoraMissing):
-        inbox.shelf.named("../library/" + lora.id, inbox.model, inbox.model.spec.parameters)
+        inbox.library.named("../library/" + lora.id, inbox.model, inbox.model.spec.parameters)
 
 
 def test_a_file_that_changes_while_it_is_sent(inbox: Inbox, tmp_path: Path) -> None:
@@ -302,7 +295,7 @@ def test_what_is_large_is_refused_with_the_two_ways_out_and_sent_when_asked(mode
             with pytest.raises(LoraTooLarge, match="more than the 0 MB") as caught:
                 run.set_loras([Applied(lora)])
             assert "--loras" in caught.value.hint and "largest_sent" in caught.value.hint
-            assert w0.worker.hosting.shelf.listing() == []
+            assert w0.worker.loras.lora_library.listing() == []
             run.set_loras([Applied(lora, send=True)])
             assert [p["action"] for p in run.stats.loras] == ["send"]
             run.set_loras([Applied(lora, 0.5)])

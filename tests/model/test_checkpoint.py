@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
-from mesh_core.model.checkpoint import find_checkpoints, read_header
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.folders import find_checkpoints
 from tests.adapters import tiny
 
 TWO = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from mesh_core.builtin.split import DefaultSplit
 from mesh_core.errors import PlanDoesNotFit, PlanError
-from mesh_core.model.plan import RESERVE, Hop, Plan, WorkerInfo, check, divide, fitting, make, span_bytes
+from mesh_core.model.plan import Hop, Plan, WorkerInfo, check, make
+from mesh_core.model.sizes import RESERVE, divide, fitting, span_bytes
 from mesh_core.model.spans import BlockSpan
 from tests.support.specs import spec
 

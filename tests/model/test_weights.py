@@ -11,9 +11,10 @@ from torch import nn
 
 from mesh_core.errors import CheckpointCorrupt
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.pool import ParameterPool
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ModelSpec, ParameterSpec, Piece
-from mesh_core.model.weights import ParameterPool, WeightReader
+from mesh_core.model.weights import WeightReader
 from mesh_klein import KleinAdapter
 from tests.adapters import tiny
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mesh_core import wire
-from mesh_core.loras.library import Shelf
+from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.part import Part
 from mesh_core.loras.patch import Lora
+from mesh_core.loras.received import ReceivedLoras
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
 from mesh_core.worker.lora_upload import Receiver
@@ -22,17 +23,17 @@ STEP = 1000
 class Inbox:
     """A receiver, and a host that sends to it piece by piece."""
 
-    shelf: Shelf
+    library: LoraLibrary
     receiver: Receiver
     model: Checkpoint
 
     @classmethod
     def at(cls, folder: Path, model: Checkpoint) -> Inbox:
-        shelf = Shelf(folder, 10**6)
-        return cls(shelf, Receiver(shelf, lambda family, structure: model), model)
+        library = LoraLibrary(ReceivedLoras(folder, 10**6))
+        return cls(library, Receiver(library, lambda family, structure: model), model)
 
     def restarted(self) -> Inbox:
-        return Inbox(self.shelf, Receiver(self.shelf, lambda family, structure: self.model), self.model)
+        return Inbox(self.library, Receiver(self.library, lambda family, structure: self.model), self.model)
 
     def offer(self, what: Lora, owner: str = "host", **changes: Any) -> int:
         part, lora = Part(what), what
@@ -50,10 +51,10 @@ class Inbox:
             have = self.chunk(lora, have, owner=owner)
 
     def kept(self) -> list[str]:
-        return sorted(p.stem for p in self.shelf.folder.glob("*.safetensors"))
+        return sorted(p.stem for p in self.library.received.folder.glob("*.safetensors"))
 
     def drafts(self) -> list[Path]:
-        return list((self.shelf.folder / "incoming").glob("*"))
+        return list((self.library.received.folder / "incoming").glob("*"))
 
 
 def flipped(data: bytes) -> bytes:

@@ -25,11 +25,18 @@ from mesh_core.model import (
     State,
     TensorInfo,
 )
-from mesh_core.model.adapting import describe_parameters, full_config, unusual_strides
-from mesh_flux2.layout import find_mark, layouts, pieces_of
+from mesh_core.model.adapting import (
+    describe_parameters,
+    diffusers_class,
+    full_config,
+    refuse_attention_arguments,
+    scope_in_stacks,
+    unusual_strides,
+)
+from mesh_flux2.layout import find_layout, layouts, pieces_of
 from mesh_flux2.stage import Flux2Stage
 
-MODEL_CLASS = "Flux2Transformer2DModel"
+_MODEL_CLASS = "Flux2Transformer2DModel"
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,6 @@ class Variant:
     double_blocks: int
     single_blocks: int
     heads: int
-    text_width: int
     defaults: Mapping[str, Any]
 
 
@@ -51,16 +57,16 @@ class Flux2Adapter(ModelAdapter):
     hosts: ClassVar[Mapping[str, str]] = {"comfy": "mesh_flux2.comfy:Flux2Comfy"}
     guidance: ClassVar[bool] = True
     variants: ClassVar[tuple[Variant, ...]] = (
-        Variant("dev", 8, 48, 48, 15360, {"num_inference_steps": 28, "guidance_scale": 4.0}),
+        Variant("dev", 8, 48, 48, {"num_inference_steps": 28, "guidance_scale": 4.0}),
     )
     fallback: ClassVar[Mapping[str, Any]] = {"num_inference_steps": 28, "guidance_scale": 4.0}
 
     def recognise(self, header: CheckpointHeader) -> ModelSpec | None:
-        mark = find_mark(header.tensors)
+        found = find_layout(header.tensors)
         named = header.config.get("_class_name")
-        if mark is None or named not in (None, MODEL_CLASS):
+        if found is None or named not in (None, _MODEL_CLASS):
             return None
-        prefix, bfl = mark
+        prefix, bfl = found
         config = _config(header) if named else _config_from_shapes(header.tensors, prefix, bfl)
         if bool(config["guidance_embeds"]) != self.guidance:
             return None
@@ -112,12 +118,7 @@ class Flux2Adapter(ModelAdapter):
 
 
 def _refuse_what_cannot_cross(inputs: Mapping[str, Any]) -> None:
-    attention = {k: v for k, v in (inputs.get("joint_attention_kwargs") or {}).items() if (k, v) != ("scale", 1.0)}
-    if attention:
-        raise UnsupportedInput(
-            f"joint_attention_kwargs {sorted(attention)} cannot cross a cut.",
-            hint="the call without them, or unsplit",
-        )
+    refuse_attention_arguments(inputs, "joint_attention_kwargs")
     if inputs.get("kv_cache_mode") is not None:
         raise UnsupportedInput(
             "Caching the keys and values of reference images (kv_cache_mode) is not carried across a cut.",
@@ -136,10 +137,7 @@ def _states(doubles: int, singles: int, guidance: bool) -> tuple[Mapping[str, Ro
 
 
 def _model(config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import Flux2Transformer2DModel
-
-    model: nn.Module = Flux2Transformer2DModel(**config)
-    return model
+    return diffusers_class(_MODEL_CLASS)(**config)
 
 
 def _parameters(
@@ -155,13 +153,10 @@ def _parameters(
 
 def _scope(name: str, config: Mapping[str, Any]) -> BlockSpan:
     doubles, blocks = config["num_layers"], config["num_layers"] + config["num_single_layers"]
-    kind, _, rest = name.partition(".")
-    if kind == "transformer_blocks":
-        index = int(rest.partition(".")[0])
-        return BlockSpan(index, index + 1)
-    if kind == "single_transformer_blocks":
-        index = doubles + int(rest.partition(".")[0])
-        return BlockSpan(index, index + 1)
+    own = scope_in_stacks(name, {"transformer_blocks": 0, "single_transformer_blocks": doubles})
+    if own is not None:
+        return own
+    kind = name.partition(".")[0]
     if kind.startswith("double_stream_modulation"):
         return BlockSpan(0, doubles)
     if kind == "single_stream_modulation":
@@ -170,9 +165,7 @@ def _scope(name: str, config: Mapping[str, Any]) -> BlockSpan:
 
 
 def _config(header: CheckpointHeader) -> dict[str, Any]:
-    from diffusers import Flux2Transformer2DModel
-
-    return full_config(Flux2Transformer2DModel, header.config)
+    return full_config(diffusers_class(_MODEL_CLASS), header.config)
 
 
 def _config_from_shapes(tensors: Mapping[str, TensorInfo], prefix: str, bfl: bool) -> dict[str, Any]:

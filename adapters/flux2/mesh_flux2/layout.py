@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from mesh_core.model import Piece, TensorInfo
+from mesh_core.model import Piece
+from mesh_core.model.adapting import find_naming
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
-MARK_DIFFUSERS = "single_stream_modulation.linear.weight"
-MARK_BFL = "single_stream_modulation.lin.weight"
+_MARKS = {"diffusers": "single_stream_modulation.linear.weight", "bfl": "single_stream_modulation.lin.weight"}
 
 _TOP = {
     "x_embedder": "img_in",
@@ -57,14 +56,10 @@ _SINGLE = {
 }
 
 
-def find_mark(tensors: Mapping[str, TensorInfo]) -> tuple[str, bool] | None:
+def find_layout(tensors: Container[str]) -> tuple[str, bool] | None:
     """(prefix, whether the naming is that of Black Forest Labs), or None if this is no FLUX.2 transformer."""
-    for prefix in PREFIXES:
-        if prefix + MARK_DIFFUSERS in tensors:
-            return prefix, False
-        if prefix + MARK_BFL in tensors:
-            return prefix, True
-    return None
+    found = find_naming(tensors, _MARKS)
+    return None if found is None else (found[0], found[1] == "bfl")
 
 
 def pieces_of(parameter: str, rows: int, tensors: Container[str], prefix: str, bfl: bool) -> tuple[Piece, ...]:

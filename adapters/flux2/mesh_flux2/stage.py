@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mesh_core.model import Conditioning, Stage, State
-from mesh_core.model.adapting import as_it_was
+from mesh_core.model.adapting import restore_strides
 
 
 class Flux2Stage(Stage):
@@ -41,7 +41,7 @@ class Flux2Stage(Stage):
         start, stop, doubles = self.span.start, self.span.stop, len(model.transformer_blocks)
         constants = conditioning.constants
         if start == 0:
-            latents = as_it_was(state["hidden_states"], "hidden_states", conditioning.options)
+            latents = restore_strides(state["hidden_states"], "hidden_states", conditioning.options)
             hidden, text, temb = self._enter(latents, state, constants["encoder_hidden_states"])
         else:
             hidden, text, temb = state["hidden_states"], state.get("encoder_hidden_states"), state["temb"]

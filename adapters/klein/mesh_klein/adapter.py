@@ -21,8 +21,8 @@ class KleinAdapter(Flux2Adapter):
     family: ClassVar[str] = "klein"
     guidance: ClassVar[bool] = False
     variants: ClassVar[tuple[Variant, ...]] = (
-        Variant("klein-4b", 5, 20, 24, 7680, _DISTILLED),
-        Variant("klein-9b", 8, 24, 32, 12288, _DISTILLED),
+        Variant("klein-4b", 5, 20, 24, _DISTILLED),
+        Variant("klein-9b", 8, 24, 32, _DISTILLED),
     )
     fallback: ClassVar[Mapping[str, Any]] = _DISTILLED
 

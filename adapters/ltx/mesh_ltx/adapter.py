@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from mesh_core.errors import CheckpointCorrupt, ConfigError
 from mesh_core.model import BlockSpan, CheckpointHeader, Conditioning, ModelAdapter, ModelSpec, Piece, Role, State
-from mesh_core.model.adapting import describe_parameters, full_config
+from mesh_core.model.adapting import describe_parameters, diffusers_class, full_config, scope_in_stacks
 from mesh_ltx.inputs import CONSTANTS, begin
 from mesh_ltx.layout import config_from_metadata, find_layout, pieces_of, refuse_video_only
 from mesh_ltx.stage import LtxStage
 
-MODEL_CLASS = "LTX2VideoTransformer3DModel"
+_MODEL_CLASS = "LTX2VideoTransformer3DModel"
 _STATES: tuple[Mapping[str, Role], ...] = (
     {"hidden_states": "latent", "audio_hidden_states": "latent", "times": "exact"},
     {"hidden_states": "hidden", "audio_hidden_states": "fine", "times": "exact"},
@@ -60,7 +60,7 @@ class LtxAdapter(ModelAdapter):
     def recognise(self, header: CheckpointHeader) -> ModelSpec | None:
         found = find_layout(header.tensors)
         named = header.config.get("_class_name")
-        if found is None or named not in (None, MODEL_CLASS):
+        if found is None or named not in (None, _MODEL_CLASS):
             refuse_video_only(header)
             return None
         prefix, original = found
@@ -124,9 +124,7 @@ class LtxAdapter(ModelAdapter):
 
 def _config(header: CheckpointHeader, prefix: str) -> dict[str, Any]:
     given = header.config or config_from_metadata(header, prefix)
-    from diffusers import LTX2VideoTransformer3DModel
-
-    config = full_config(LTX2VideoTransformer3DModel, given)
+    config = full_config(diffusers_class(_MODEL_CLASS), given)
     sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "audio_num_attention_heads")
     for name in sizes:
         if not isinstance(config[name], int) or not 0 < config[name] <= 1 << 16:
@@ -158,17 +156,14 @@ def _defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model(config: Mapping[str, Any]) -> nn.Module:
-    from diffusers import LTX2VideoTransformer3DModel
-
-    model: nn.Module = LTX2VideoTransformer3DModel(**config)
-    return model
+    return diffusers_class(_MODEL_CLASS)(**config)
 
 
 def _scope(name: str, blocks: int) -> BlockSpan:
-    top, _, rest = name.partition(".")
-    if top == "transformer_blocks":
-        index = int(rest.partition(".")[0])
-        return BlockSpan(index, index + 1)
+    own = scope_in_stacks(name, {"transformer_blocks": 0})
+    if own is not None:
+        return own
+    top = name.partition(".")[0]
     if top in _OUTPUT:
         return BlockSpan(blocks - 1, blocks)
     return BlockSpan(0, 1) if top in _INPUT else BlockSpan(0, blocks)

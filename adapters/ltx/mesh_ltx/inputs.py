@@ -10,7 +10,7 @@ from typing import Any
 
 from mesh_core.errors import UnsupportedInput
 from mesh_core.model import Conditioning, ModelSpec, State
-from mesh_core.model.adapting import unusual_strides
+from mesh_core.model.adapting import refuse_attention_arguments, unusual_strides
 from mesh_ltx.times import SUFFIX, compact
 
 CONSTANTS: Mapping[str, bool] = {
@@ -95,11 +95,7 @@ def _refuse_what_cannot_cross(spec: ModelSpec, given: Mapping[str, Any]) -> None
         raise UnsupportedInput(
             f"{unknown[0]} is an argument that this version does not carry across a cut.", hint="unsplit()"
         )
-    attention = {k: v for k, v in given.get("attention_kwargs", {}).items() if (k, v) != ("scale", 1.0)}
-    if attention:
-        raise UnsupportedInput(
-            f"attention_kwargs {sorted(attention)} cannot cross a cut.", hint="the call without them, or unsplit()"
-        )
+    refuse_attention_arguments(given, "attention_kwargs")
     needed = [
         "hidden_states",
         "audio_hidden_states",

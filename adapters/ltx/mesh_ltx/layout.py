@@ -8,13 +8,13 @@ JSON. Follows diffusers ``convert_ltx2_transformer_to_diffusers`` and its LoRA c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container
 from typing import Any
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
-from mesh_core.model import CheckpointHeader, Piece, TensorInfo
+from mesh_core.model import CheckpointHeader, Piece
+from mesh_core.model.adapting import PREFIXES, find_naming
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 _MARKS = {
     "diffusers": "av_cross_attn_video_scale_shift.linear.weight",
     "original": "av_ca_video_scale_shift_adaln_single.linear.weight",
@@ -69,13 +69,10 @@ _FIXED = {"use_middle_indices_grid": True, "causal_temporal_positioning": True}
 """What the model class always does; a file that asks for another thing is refused."""
 
 
-def find_layout(tensors: Mapping[str, TensorInfo]) -> tuple[str, bool] | None:
+def find_layout(tensors: Container[str]) -> tuple[str, bool] | None:
     """(prefix, whether the naming is that of Lightricks), or None if this is no LTX transformer with two streams."""
-    for prefix in PREFIXES:
-        for naming, mark in _MARKS.items():
-            if prefix + mark in tensors:
-                return prefix, naming == "original"
-    return None
+    found = find_naming(tensors, _MARKS)
+    return None if found is None else (found[0], found[1] == "original")
 
 
 def refuse_video_only(header: CheckpointHeader) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mesh_core.errors import UnsupportedInput
 from mesh_core.model import Conditioning, Stage, State
-from mesh_core.model.adapting import as_it_was
+from mesh_core.model.adapting import restore_strides
 from mesh_ltx.times import SUFFIX, spread
 
 
@@ -60,8 +60,8 @@ class LtxStage(Stage):
         masks = _masks(video.dtype, audio.dtype, constants)
         rotary = self._rotary(video, audio, constants, options)
         if self.span.start == 0:
-            video = as_it_was(video, "hidden_states", options)
-            audio = as_it_was(audio, "audio_hidden_states", options)
+            video = restore_strides(video, "hidden_states", options)
+            audio = restore_strides(audio, "audio_hidden_states", options)
             video, audio = self._enter(video, audio, constants)
         modulation, embedded, audio_embedded = self._modulation(video, audio, times, options)
         text, audio_text = self._text(video, audio, constants)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from mesh_core.errors import PlanDoesNotFit
 from mesh_core.hookspecs import hookimpl
-from mesh_core.model.plan import HOST, Hop, WorkerInfo, divide, file_itemsize, fitting, span_bytes
+from mesh_core.model.plan import HOST_INDEX, Hop, WorkerInfo
+from mesh_core.model.sizes import divide, file_itemsize, fitting, span_bytes
 from mesh_core.model.spans import BlockSpan
 
 if TYPE_CHECKING:
@@ -24,14 +25,14 @@ class DefaultSplit:
     ) -> Sequence[Hop] | None:
         host, others = workers[0], workers[1:]
         if not others:
-            return [Hop(BlockSpan(0, model.blocks), HOST)]
+            return [Hop(BlockSpan(0, model.blocks), HOST_INDEX)]
         itemsize = file_itemsize(model)
         local = fitting(model, host.free, itemsize) if host.free is not None else model.blocks // len(workers)
         rest = BlockSpan(local, model.blocks)
         spans = divide(model, rest, [float(w.free or 1) for w in others])
         if not all(_fits(model, span, w, itemsize) for span, w in zip(spans, others, strict=True)):
             spans = _packed(model, rest, others, itemsize)
-        return [Hop(BlockSpan(0, local), HOST), *(Hop(s, i + 1) for i, s in enumerate(spans))]
+        return [Hop(BlockSpan(0, local), HOST_INDEX), *(Hop(s, i + 1) for i, s in enumerate(spans))]
 
 
 def _fits(model: ModelSpec, span: BlockSpan, worker: WorkerInfo, itemsize: int) -> bool:

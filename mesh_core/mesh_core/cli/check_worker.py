@@ -150,7 +150,7 @@ def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings:
     from mesh_core.host.session import Session, SessionOptions
     from mesh_core.model.checkpoint import read_header
     from mesh_core.model.library import recognise
-    from mesh_core.model.plan import span_bytes
+    from mesh_core.model.sizes import span_bytes
     from mesh_core.model.spans import BlockSpan
     from mesh_core.programs.identity import file_dtype, identify
 

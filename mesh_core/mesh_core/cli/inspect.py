@@ -38,7 +38,7 @@ def inspect(path: Path, memory: str, with_fingerprint: bool, as_json: bool) -> N
 def _facts(checkpoint: Checkpoint, memory: int | None, with_fingerprint: bool) -> dict[str, Any]:
     from mesh_codec.dtypes import from_safetensors
     from mesh_core.model import fingerprint
-    from mesh_core.model.plan import RESERVE, fitting, span_bytes
+    from mesh_core.model.sizes import RESERVE, fitting, span_bytes
     from mesh_core.model.spans import BlockSpan
 
     spec = checkpoint.spec

@@ -26,10 +26,10 @@ def lora() -> None:
 def list_loras(address: str | None, as_json: bool) -> None:
     """Show the LoRAs of the worker at ADDRESS; of this machine without one."""
     if address is None:
-        from mesh_core.loras.library import own_shelf
+        from mesh_core.loras.library import own_library
         from mesh_core.system.config import Settings
 
-        found = own_shelf(Settings.load()).listing()
+        found = own_library(Settings.load()).listing()
     else:
         from mesh_core import wire
 
@@ -99,13 +99,13 @@ def rm(address: str, which: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(file: Path, model: Path | None, as_json: bool) -> None:
     """Show what the LoRA in FILE is; with --model, also which weights it changes, and which keys match none."""
-    from mesh_core.loras.library import describe
+    from mesh_core.loras.facts import facts_for_people
     from mesh_core.model.checkpoint import read_header
 
     header = read_header(file)
     size = sum(t.nbytes for t in header.tensors.values())
     facts: dict[str, Any] = {"file": str(file), "tensors": len(header.tensors), "bytes": size}
-    facts |= {k: v for k, v in describe(header.metadata).items() if v}
+    facts |= {k: v for k, v in facts_for_people(header.metadata).items() if v}
     if model is not None:
         facts |= _effect(file, model)
     click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))

@@ -14,12 +14,12 @@ from typing import Any
 
 from blake3 import blake3
 
+from mesh_codec.payload import bytes_of
 from mesh_core.errors import LoraError
 from mesh_core.loras.patch import Lora, Patch, Rows
 from mesh_core.loras.tensors import Source, TensorFile
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.spec import ModelSpec
-from mesh_core.model.weights import bytes_of
 
 MARK = "mesh-lora-1"
 _MOST_PATCHES = 100_000

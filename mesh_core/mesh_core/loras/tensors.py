@@ -15,9 +15,11 @@ from blake3 import blake3
 from torch import Tensor
 
 from mesh_codec.dtypes import from_safetensors, from_torch
+from mesh_codec.payload import bytes_of
 from mesh_core.errors import LoraError
-from mesh_core.model.checkpoint import CheckpointHeader, Progress, TensorInfo
-from mesh_core.model.weights import bytes_of, read_into
+from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
+from mesh_core.model.safetensors import TensorInfo
+from mesh_core.model.weights import read_into
 from mesh_core.system.remembered import Remembered
 
 
@@ -100,7 +102,7 @@ class TensorFile:
     def source(self, name: str) -> StoredTensor:
         return StoredTensor(self, self.header.tensors[name])
 
-    def digests(self, progress: Progress | None = None) -> Mapping[str, str]:
+    def digests(self, progress: ReadingProgress | None = None) -> Mapping[str, str]:
         """The digest of every tensor. Read once per file and content; then remembered."""
         with self._lock:
             if self._digests is None:
@@ -123,7 +125,7 @@ class TensorFile:
         )
         return value if right else None
 
-    def _compute(self, progress: Progress | None) -> dict[str, str]:
+    def _compute(self, progress: ReadingProgress | None) -> dict[str, str]:
         total, done, found = sum(t.nbytes for t in self.header.tensors.values()), 0, {}
         for name, info in sorted(self.header.tensors.items(), key=lambda item: item[1].offset):
             found[name] = blake3(bytes_of(self.source(name).load()), max_threads=blake3.AUTO).hexdigest()

@@ -9,7 +9,8 @@ import typing
 
 if typing.TYPE_CHECKING:
     from mesh_core.model.adapter import ModelAdapter, Stage
-    from mesh_core.model.checkpoint import CheckpointHeader, TensorInfo, read_header
+    from mesh_core.model.checkpoint import CheckpointHeader, read_header
+    from mesh_core.model.safetensors import TensorInfo
     from mesh_core.model.spans import BlockSpan
     from mesh_core.model.spec import Conditioning, ModelSpec, ParameterSpec, Piece, Role, State
     from mesh_core.model.weights import WeightReader
@@ -25,7 +26,7 @@ _HOMES = {
     "Role": "spec",
     "Stage": "adapter",
     "State": "spec",
-    "TensorInfo": "checkpoint",
+    "TensorInfo": "safetensors",
     "WeightReader": "weights",
     "read_header": "checkpoint",
 }

@@ -1,44 +1,22 @@
-"""Checkpoints on disk: what a file or folder holds, found from headers alone, and reading exactly some of it.
+"""Checkpoints on disk: what a file or folder holds, found from headers alone.
 
-Knows safetensors and the folder layout of diffusers. Knows no model family: adapters say what the names mean.
-The safetensors format is specified at https://github.com/huggingface/safetensors#format.
+Knows the folder layout of diffusers. Knows no model family: adapters say what the names mean.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from mesh_codec.dtypes import from_safetensors
-from mesh_codec.errors import CodecUnsupported
-from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.model.safetensors import TensorInfo, read_safetensors_header
 
-log = logging.getLogger(__name__)
-
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors format."""
-
-MAX_DEPTH = 4
-"""How deep below its folder a worker looks for checkpoints."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a checkpoint: where its bytes are."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
+ReadingProgress = Callable[[int, int], None]
+"""Called with bytes done and bytes in total, while weights are read or hashed."""
 
 
 @dataclass(frozen=True)
@@ -89,39 +67,6 @@ def read_header(path: str | os.PathLike[str]) -> CheckpointHeader:
     return _of_files(path, _weight_files(folder), config=_json(folder / "config.json"), pipeline=pipeline)
 
 
-def find_checkpoints(root: str | os.PathLike[str]) -> Iterator[Path]:
-    """Files and folders under ``root`` (itself included) that `read_header` may understand, in sorted order.
-
-    Pipeline and model folders are given once, as folders. Links are followed, each real folder once.
-    """
-    root = Path(root)
-    if root.is_file():
-        yield root
-        return
-    yield from _find(root, 0, set())
-
-
-def _find(folder: Path, depth: int, seen: set[Path]) -> Iterator[Path]:
-    real = folder.resolve()
-    if real in seen or depth > MAX_DEPTH:
-        return
-    seen.add(real)
-    try:
-        entries = sorted(folder.iterdir())
-    except OSError as error:
-        log.warning("%s is left out: %s", folder, error.strerror or error)
-        return
-    names = {e.name for e in entries}
-    weights = [e for e in entries if e.suffix == ".safetensors" and e.is_file()]
-    if "model_index.json" in names or ("config.json" in names and weights):
-        yield folder
-        return
-    yield from weights
-    for entry in entries:
-        if entry.is_dir() and not entry.name.startswith("."):
-            yield from _find(entry, depth + 1, seen)
-
-
 def _weight_files(folder: Path) -> list[Path]:
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
@@ -167,71 +112,10 @@ def _of_files(path: Path, files: list[Path], **parts: Any) -> CheckpointHeader:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        found, extra = _read_safetensors_header(file)
+        found, extra = read_safetensors_header(file)
         metadata |= extra
         doubles = tensors.keys() & found.keys()
         if doubles:
             raise CheckpointCorrupt(f"{file} repeats the tensor {min(doubles)} of another shard.")
         tensors |= found
     return CheckpointHeader(path=path, tensors=tensors, metadata=metadata, **parts)
-
-
-def _read_safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
-            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointUnrecognised(f"{file} is not a safetensors file, or its start is damaged.")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointUnrecognised(f"{file} is not a safetensors file: its header is not JSON ({error}).") from error
-    if not isinstance(header, dict):
-        raise CheckpointUnrecognised(f"{file} is not a safetensors file: its header is no JSON object.")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointCorrupt(f"{file}: the metadata in its header is not text.")
-    start = 8 + length
-    tensors = {name: _tensor_info(file, name, entry, start) for name, entry in header.items()}
-    _check_layout(file, tensors, start, size)
-    return tensors, metadata
-
-
-def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and type(dtype) is str
-    except (TypeError, KeyError, ValueError) as error:
-        raise CheckpointCorrupt(f"{file}: the header's entry for {name!r} is damaged.") from error
-    expected = _nbytes(dtype, shape) if whole else None
-    if not whole or end < begin or expected not in (None, end - begin):
-        raise CheckpointCorrupt(f"{file}: {name!r} does not have the size that its shape and dtype ask for.")
-    return TensorInfo(name, dtype, shape, file, start + begin, end - begin)
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int | None:
-    """Bytes of a tensor; None for a type that we do not compute with, which is the adapter's to refuse."""
-    try:
-        return prod(shape) * from_safetensors(dtype).itemsize
-    except CodecUnsupported:
-        return None
-
-
-def _check_layout(file: Path, tensors: Mapping[str, TensorInfo], start: int, size: int) -> None:
-    position = start
-    for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
-        if info.offset != position:
-            raise CheckpointCorrupt(f"{file}: {info.name!r} overlaps its neighbour or leaves a gap.")
-        position += info.nbytes
-    if position > size:
-        raise CheckpointCorrupt(
-            f"{file} is truncated: it has {size} bytes, its header promises {position}.", hint="copy it again"
-        )
-    if position < size:
-        raise CheckpointCorrupt(f"{file} has {size - position} bytes more than its header promises.")
-
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in total."""

@@ -16,9 +16,10 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_torch
-from mesh_core.model.checkpoint import CheckpointHeader, Progress
+from mesh_codec.payload import bytes_of
+from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.spec import ModelSpec, ParameterSpec
-from mesh_core.model.weights import bytes_of, read_into
+from mesh_core.model.weights import read_into
 from mesh_core.system.remembered import Remembered
 
 _VERSION = b"mesh-fingerprint-1"
@@ -36,7 +37,7 @@ def structure(spec: ModelSpec) -> str:
     return digest.hexdigest()
 
 
-def of_checkpoint(header: CheckpointHeader, spec: ModelSpec, progress: Progress | None = None) -> str:
+def of_checkpoint(header: CheckpointHeader, spec: ModelSpec, progress: ReadingProgress | None = None) -> str:
     """The fingerprint of a checkpoint; remembered, so that only the first call reads the weights.
 
     Raises:
@@ -92,7 +93,7 @@ def _combine(parts: Iterable[tuple[str, str, tuple[int, ...], bytes]]) -> str:
 
 
 def _hash_files(
-    header: CheckpointHeader, parameters: Mapping[str, ParameterSpec], progress: Progress | None
+    header: CheckpointHeader, parameters: Mapping[str, ParameterSpec], progress: ReadingProgress | None
 ) -> Iterable[tuple[str, ParameterSpec, bytes]]:
     buffer = memoryview(bytearray(_CHUNK))
     infos = header.tensors

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 from mesh_core.errors import CheckpointError, CheckpointMismatch, CheckpointUnrecognised
 from mesh_core.model import fingerprint
 from mesh_core.model.adapter import ModelAdapter
-from mesh_core.model.checkpoint import CheckpointHeader, Progress, find_checkpoints, read_header
+from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress, read_header
+from mesh_core.model.folders import find_checkpoints
 from mesh_core.model.spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def recognise(header: CheckpointHeader, adapters: Adapters) -> Checkpoint:
     )
 
 
-class Library:
+class CheckpointLibrary:
     """Checkpoints under ``roots``. Folders are read anew whenever a checkpoint is not found at once."""
 
     def __init__(self, roots: Sequence[Path], adapters: Adapters) -> None:
@@ -101,7 +102,7 @@ class Library:
             for c in self.scan()
         ]
 
-    def find(self, family: str, structure: str, wanted: str, progress: Progress | None = None) -> Checkpoint:
+    def find(self, family: str, structure: str, wanted: str, progress: ReadingProgress | None = None) -> Checkpoint:
         """The checkpoint whose weights have the fingerprint ``wanted``.
 
         Raises:

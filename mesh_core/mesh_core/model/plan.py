@@ -1,7 +1,4 @@
-"""A plan: which span of blocks runs where. Turns what a user writes into one, and proposes one where they do not.
-
-Bytes are those of the weights in the dtype that stages compute in.
-"""
+"""A plan: which span of blocks runs where, made of what a user writes and checked against the model."""
 
 from __future__ import annotations
 
@@ -10,16 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mesh_core.errors import PlanError
+from mesh_core.model.sizes import divide
 from mesh_core.model.spans import BlockSpan
 
 if TYPE_CHECKING:
     from mesh_core.model.spec import ModelSpec
 
-HOST = 0
+HOST_INDEX = 0
 """Index of the host among the workers of a plan."""
-
-RESERVE = 2 << 30
-"""Bytes of a device that a proposed cut leaves to activations, text encoder and autoencoder."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +41,13 @@ class Plan:
 
     @property
     def local(self) -> BlockSpan:
+        """The host's span; may be empty."""
         return self.hops[0].span
 
     @property
     def remote(self) -> tuple[Hop, ...]:
         """The hops that are not empty and not the host's."""
         return tuple(h for h in self.hops[1:] if len(h.span))
-
-
-def span_bytes(model: ModelSpec, span: BlockSpan, itemsize: int = 2) -> int:
-    """Bytes of weights that a stage of ``span`` holds."""
-    return sum(p.elements for p in model.parameters_of(span).values()) * itemsize
-
-
-def file_itemsize(model: ModelSpec) -> int:
-    """Bytes per weight in the checkpoint, the widest type of it: what a stage needs unless it is told to cast."""
-    from mesh_codec.dtypes import from_safetensors
-
-    return max(from_safetensors(dtype).itemsize for dtype in model.dtypes)
 
 
 def check(model: ModelSpec, hops: Sequence[Hop], workers: int) -> Plan:
@@ -80,7 +64,7 @@ def check(model: ModelSpec, hops: Sequence[Hop], workers: int) -> Plan:
                 f"{hop.span} starts at {hop.span.start}.",
                 hint="spans such as :4, 4:8 and 8:",
             )
-        if (hop.worker == HOST) != (i == 0) or not 0 <= hop.worker <= workers:
+        if (hop.worker == HOST_INDEX) != (i == 0) or not 0 <= hop.worker <= workers:
             raise PlanError("The host runs the first span, and only that one.", hint="local=':4'")
         position = hop.span.stop
     if position != model.blocks:
@@ -97,7 +81,7 @@ def make(model: ModelSpec, local: str, spans: Sequence[str | None]) -> Plan:
     Raises:
         PlanError: see `check`.
     """
-    hops = [Hop(model.span(local), HOST)]
+    hops = [Hop(model.span(local), HOST_INDEX)]
     given = [None if text is None else model.span(text) for text in spans]
     for i, span in enumerate(given):
         start = hops[-1].span.stop
@@ -109,25 +93,3 @@ def make(model: ModelSpec, local: str, spans: Sequence[str | None]) -> Plan:
             span = shares[0]
         hops.append(Hop(span, i + 1))
     return check(model, hops, len(spans))
-
-
-def divide(model: ModelSpec, span: BlockSpan, weights: Sequence[float]) -> list[BlockSpan]:
-    """``span`` cut into ``len(weights)`` spans whose bytes are as near to those proportions as blocks allow."""
-    sizes = [span_bytes(model, BlockSpan(i, i + 1)) for i in range(span.start, span.stop)]
-    total, shares, start = sum(sizes), [], span.start
-    filled, wanted = 0.0, 0.0
-    for weight in weights[:-1]:
-        wanted += total * weight / (sum(weights) or 1)
-        stop = start
-        while stop < span.stop and filled + sizes[stop - span.start] / 2 <= wanted:
-            filled += sizes[stop - span.start]
-            stop += 1
-        shares.append(BlockSpan(start, stop))
-        start = stop
-    return [*shares, BlockSpan(start, span.stop)]
-
-
-def fitting(model: ModelSpec, memory: int, itemsize: int = 2, reserve: int = RESERVE) -> int:
-    """The largest k for which blocks ``:k`` fit into ``memory`` bytes beside ``reserve``; 0 if none does."""
-    fits = [k for k in range(model.blocks + 1) if span_bytes(model, BlockSpan(0, k), itemsize) + reserve <= memory]
-    return max(fits, default=0)

@@ -1,4 +1,4 @@
-"""Reading a stage's parameters from a checkpoint, no more than those, and sharing them between stages.
+"""Reading a stage's parameters from a checkpoint, and no more than those.
 
 A parameter is read straight into the memory that it will live in (or into one staging tensor when it goes to
 another device or dtype), so the peak of host memory is the stage plus one parameter.
@@ -6,8 +6,6 @@ another device or dtype), so the peak of host memory is the stage plus one param
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Mapping
 from typing import BinaryIO
 
@@ -15,35 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_safetensors
+from mesh_codec.payload import bytes_of
 from mesh_core.errors import CheckpointCorrupt, CheckpointError
-from mesh_core.model.checkpoint import CheckpointHeader, Progress
+from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
+from mesh_core.model.pool import ParameterPool
 from mesh_core.model.spec import ParameterSpec
-
-_Key = tuple[str, str, torch.device, torch.dtype]
-
-
-class ParameterPool:
-    """The parameters that live in this process, so that stages which overlap share them. Thread-safe.
-
-    Holds them weakly: a parameter is freed with the last stage that uses it.
-    """
-
-    def __init__(self) -> None:
-        self._held: weakref.WeakValueDictionary[_Key, nn.Parameter] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
-
-    def get(self, key: _Key) -> nn.Parameter | None:
-        with self._lock:
-            return self._held.get(key)
-
-    def put(self, key: _Key, value: nn.Parameter) -> None:
-        with self._lock:
-            self._held[key] = value
-
-    def nbytes(self, device: torch.device) -> int:
-        """Bytes of all parameters on ``device``."""
-        with self._lock:
-            return sum(p.nbytes for key, p in self._held.items() if key[2] == device)
 
 
 class WeightReader:
@@ -64,7 +38,7 @@ class WeightReader:
         *,
         model: str = "",
         pool: ParameterPool | None = None,
-        progress: Progress | None = None,
+        progress: ReadingProgress | None = None,
     ) -> None:
         self.header = header
         self.model = model
@@ -116,11 +90,6 @@ class WeightReader:
             raise CheckpointCorrupt(f"The pieces of a parameter hold {filled} bytes instead of {tensor.nbytes}.")
         self.bytes_read += filled
         return tensor
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.nbytes else memoryview(b"")
 
 
 def read_into(stream: BinaryIO, target: memoryview, file: object) -> None:

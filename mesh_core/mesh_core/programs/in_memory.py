@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecUnsupported
-from mesh_core.model.checkpoint import CheckpointHeader, TensorInfo
+from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.weights import WeightReader, assign
 from mesh_core.plugins.registry import Plugins

@@ -8,7 +8,7 @@ from typing import Any
 
 from mesh_core.errors import LoraMissing, PlanError
 from mesh_core.host.loras import AnyLora, Borrowed
-from mesh_core.loras.library import own_shelf
+from mesh_core.loras.library import own_library
 from mesh_core.loras.patch import Applied
 from mesh_core.loras.read import read_lora, warn_of_unmatched
 from mesh_core.model.library import Checkpoint
@@ -30,7 +30,7 @@ def chosen(loras: Sequence[LoraChoice], checkpoint: Checkpoint, settings: Settin
         LoraMissing: neither a file nor a name that this machine knows, and blocks run here.
         LoraError: see `read_lora`.
     """
-    library = own_shelf(settings)
+    library = own_library(settings)
     found: list[AnyLora] = []
     for item in loras:
         source, strength = item if isinstance(item, tuple) else (item, 1.0)
@@ -53,7 +53,7 @@ def refuse_what_is_not_here(loras: Sequence[AnyLora], checkpoint: Checkpoint, se
     Raises:
         LoraMissing: one of ``loras`` is left to workers, and this machine does not know it.
     """
-    library = own_shelf(settings)
+    library = own_library(settings)
     for lora in loras:
         if isinstance(lora, Borrowed):
             library.named(lora.name, checkpoint, ())

@@ -19,12 +19,12 @@ from blake3 import blake3
 
 from mesh_core import wire
 from mesh_core.errors import LoraError, WireMalformed, WireTooLarge
-from mesh_core.loras.library import Shelf
+from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.part import lora_in
 from mesh_core.loras.tensors import TensorFile, check_finite
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
-from mesh_core.worker.lora_reuse import Known, known_tensors
+from mesh_core.worker.lora_reuse import KnownTensors, known_tensors
 
 log = logging.getLogger(__name__)
 
@@ -45,19 +45,20 @@ class _Draft:
     checkpoint: Checkpoint
     path: Path
     lock: threading.Lock
-    known: Known | None = None
+    known: KnownTensors | None = None
 
 
 class Receiver:
-    """Thread-safe.
+    """Takes in LoRAs of many hosts at once: `offer`, then `chunk` until all is here. Thread-safe.
 
     Args:
+        library: where whole ones are kept; drafts lie in its folder ``incoming``.
         find_model: the checkpoint of a family and structure, against which a LoRA is checked.
     """
 
-    def __init__(self, shelf: Shelf, find_model: FindModel) -> None:
-        self._shelf, self._find_model = shelf, find_model
-        self._folder = shelf.folder / "incoming"
+    def __init__(self, library: LoraLibrary, find_model: FindModel) -> None:
+        self._loras, self._find_model = library, find_model
+        self._folder = library.received.folder / "incoming"
         self._drafts: dict[tuple[str, str], _Draft] = {}
         self._lock = threading.Lock()
 
@@ -69,10 +70,10 @@ class Receiver:
             LoraError: the library's folder cannot be written.
             CheckpointMismatch: the model that it is for is not here.
         """
-        if self._shelf.path_of(offer.lora).is_file():
+        if self._loras.received.path_of(offer.lora).is_file():
             return offer.size
         checkpoint = self._find_model(offer.family, offer.structure)
-        self._shelf.make_room(offer.size)
+        self._loras.received.make_room(offer.size)
         self._tidy(offer.size)
         name = blake3(f"{owner} {offer.lora} {offer.digest}".encode()).hexdigest()[:32]
         with self._lock:
@@ -104,7 +105,7 @@ class Receiver:
         if draft is None:
             raise WireMalformed("A piece of a LoRA came that was not offered.", hint="offer it again")
         with draft.lock:
-            if self._shelf.path_of(message.lora).is_file():
+            if self._loras.received.path_of(message.lora).is_file():
                 self._drop(owner, draft, delete=True)
                 return draft.offer.size
             have = draft.path.stat().st_size if draft.path.exists() else 0
@@ -124,7 +125,7 @@ class Receiver:
     def _go_on(self, draft: _Draft, have: int) -> int:
         """Append the tensors that follow at ``have`` as long as they are here already; how much is here then."""
         if draft.known is None and have:
-            draft.known = known_tensors(draft.path, have, draft.offer.size, self._shelf, draft.checkpoint)
+            draft.known = known_tensors(draft.path, have, draft.offer.size, self._loras, draft.checkpoint)
         if draft.known is None:
             return have
         while have < draft.offer.size and (data := draft.known.after(have)):
@@ -137,8 +138,8 @@ class Receiver:
         offer = draft.offer
         try:
             verified = self._verify(draft)
-            self._shelf.make_room(offer.size)
-            self._shelf.add(verified, offer.lora, offer.name, offer.family)
+            self._loras.received.make_room(offer.size)
+            self._loras.received.add(verified, offer.lora, offer.name, offer.family)
         except OSError as error:
             raise _cannot_write(draft.path, error) from error
         finally:
@@ -179,7 +180,7 @@ class Receiver:
             files = [(p.stat().st_mtime, p.stat().st_size, p) for p in self._folder.glob("*.draft") if p not in active]
             total = size + sum(length for _, length, _ in files)
             for changed, length, path in sorted(files):
-                if time() - changed > _STALE or total > self._shelf.limit:
+                if time() - changed > _STALE or total > self._loras.received.limit:
                     path.unlink()
                     total -= length
 

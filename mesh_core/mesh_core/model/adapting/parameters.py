@@ -1,28 +1,34 @@
-"""What adapters of diffusers' model classes share. Knows no family.
-
-Describing a checkpoint: an adapter says which rows of which file tensors make a parameter, and which blocks need it;
-that every tensor is there, in a shape and type that can be used, is checked here.
-
-Memory layouts: pipelines pass latents whose dimensions are permuted in memory, and matrix libraries give other last
-bits for these. Tensors cross a cut in row-major order, so the layout of the model's input goes along as an option.
+"""Describing a checkpoint: an adapter says which rows of which file tensors make a parameter, and which blocks need
+it; that every tensor is there, in a shape and type that can be used, is checked here.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, WireMalformed
+from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ParameterSpec, Piece
 
-DTYPES = ("BF16", "F16", "F32")
+COMPUTED_TYPES = ("BF16", "F16", "F32")
 """The types of weights that stages compute with, as safetensors names them."""
+
+
+def diffusers_class(name: str) -> type[nn.Module]:
+    """The model class of that name in diffusers, which is imported for it.
+
+    Raises:
+        AttributeError: the diffusers that is installed has none.
+    """
+    found: type[nn.Module] = getattr(importlib.import_module("diffusers"), name)
+    return found
 
 
 def full_config(model_class: type[nn.Module], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,10 +65,10 @@ def describe_parameters(
         if missing:
             raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.", hint="copy or download it again")
         dtypes = {info.dtype for info in infos if info is not None}
-        if not dtypes <= set(DTYPES):
+        if not dtypes <= set(COMPUTED_TYPES):
             raise CheckpointUnrecognised(
                 f"{header.path} stores {parts[0].tensor} as {min(dtypes)}; this version computes with "
-                f"{', '.join(DTYPES)} only.",
+                f"{', '.join(COMPUTED_TYPES)} only.",
                 hint="a bfloat16 copy of the model",
             )
         for piece, info in zip(parts, infos, strict=True):
@@ -71,40 +77,3 @@ def describe_parameters(
                 raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
         found[name] = ParameterSpec(shape, dtypes.pop(), parts, scope(name))
     return found
-
-
-def unusual_strides(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Options that say how those of ``tensors`` lie in memory that are not in row-major order, by ``NAME_strides``.
-
-    A tensor with gaps or overlaps, such as an expanded one, counts as row-major: it becomes so on the way.
-    """
-    return {f"{n}_strides": list(t.stride()) for n, t in tensors.items() if not t.is_contiguous() and _dense(t)}
-
-
-def as_it_was(tensor: Tensor, name: str, options: Mapping[str, Any]) -> Tensor:
-    """``tensor`` with the strides that `unusual_strides` told of it; itself if it told none, or if it has them.
-
-    Raises:
-        WireMalformed: strides that do not fit its shape.
-    """
-    strides = options.get(f"{name}_strides")
-    if strides is None or list(tensor.stride()) == strides:
-        return tensor
-    whole = isinstance(strides, list) and all(type(s) is int and 0 < s <= tensor.numel() for s in strides)
-    if not whole or len(strides) != tensor.ndim:
-        raise WireMalformed(f"{name} came with strides that are none.")
-    with torch.device("meta"):
-        planned = torch.empty_strided(tensor.shape, strides)
-    if not _dense(planned):
-        raise WireMalformed(f"{name} came with strides that do not fit its shape.")
-    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory, each once."""
-    expected = 1
-    for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape, strict=True) if si != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

@@ -1,0 +1,102 @@
+"""The header of a safetensors file: which tensors it holds, and where.
+
+The format is specified at https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mesh_codec.dtypes import from_safetensors
+from mesh_codec.errors import CodecUnsupported
+from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint: where its bytes are.
+
+    Attributes:
+        dtype: as safetensors names it, known to us or not.
+        offset: of its first byte in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def read_safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of a file by name, and its metadata. Reads no tensor data, and trusts nothing that it reads.
+
+    Raises:
+        CheckpointUnrecognised: not a safetensors file.
+        CheckpointCorrupt: tensors that overlap, leave gaps, or do not fill the file.
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise CheckpointUnrecognised(f"{file} is not a safetensors file, or its start is damaged.")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointUnrecognised(f"{file} is not a safetensors file: its header is not JSON ({error}).") from error
+    if not isinstance(header, dict):
+        raise CheckpointUnrecognised(f"{file} is not a safetensors file: its header is no JSON object.")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointCorrupt(f"{file}: the metadata in its header is not text.")
+    start = 8 + length
+    tensors = {name: _tensor_info(file, name, entry, start) for name, entry in header.items()}
+    _check_layout(file, tensors, start, size)
+    return tensors, metadata
+
+
+def _tensor_info(file: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and type(dtype) is str
+    except (TypeError, KeyError, ValueError) as error:
+        raise CheckpointCorrupt(f"{file}: the header's entry for {name!r} is damaged.") from error
+    expected = _nbytes(dtype, shape) if whole else None
+    if not whole or end < begin or expected not in (None, end - begin):
+        raise CheckpointCorrupt(f"{file}: {name!r} does not have the size that its shape and dtype ask for.")
+    return TensorInfo(name, dtype, shape, file, start + begin, end - begin)
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Bytes of a tensor; None for a type that we do not compute with, which is the adapter's to refuse."""
+    try:
+        return prod(shape) * from_safetensors(dtype).itemsize
+    except CodecUnsupported:
+        return None
+
+
+def _check_layout(file: Path, tensors: Mapping[str, TensorInfo], start: int, size: int) -> None:
+    position = start
+    for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if info.offset != position:
+            raise CheckpointCorrupt(f"{file}: {info.name!r} overlaps its neighbour or leaves a gap.")
+        position += info.nbytes
+    if position > size:
+        raise CheckpointCorrupt(
+            f"{file} is truncated: it has {size} bytes, its header promises {position}.", hint="copy it again"
+        )
+    if position < size:
+        raise CheckpointCorrupt(f"{file} has {size - position} bytes more than its header promises.")
