@@ -89,7 +89,7 @@ class Bench:
         from mesh_core.host.options import SessionOptions
         from mesh_core.host.runner import SplitRunner, open_session, place
         from mesh_core.model.weights import WeightReader
-        from mesh_core.programs.diffusers import identify
+        from mesh_core.programs.identity import identify
 
         options = SessionOptions(self.dtype, self.device, settings=self.settings)
         placement = place(self.checkpoint, ":0", [self.address], self.plugins, options, None)

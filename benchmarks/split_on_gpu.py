@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
     from mesh_core.builtin import installed_plugins
     from mesh_core.model.checkpoint import read_header
     from mesh_core.model.library import recognise
-    from mesh_core.programs.diffusers import identify
+    from mesh_core.programs.identity import identify
     from mesh_core.system.device import label
 
     device, notes = torch.device(arguments.device), {}

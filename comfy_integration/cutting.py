@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
 import torch
 
-from mesh_codec.base import Quality
 from mesh_codec.errors import CodecError
 from mesh_core.errors import CheckpointMismatch, MeshError, PlanDoesNotFit, PlanError
 from mesh_core.host.options import SessionOptions
@@ -19,108 +17,87 @@ from mesh_core.host.progress import Activity
 from mesh_core.host.runner import Placement, Workers, place
 from mesh_core.host.session import Session
 from mesh_core.model.spans import BlockSpan
-from mesh_core.system.config import Settings
 
-from .guard import require
-from .hub import Hub
+from .compatibility import require_supported
+from .cut import cut_at
 from .identity import recognised
-from .shadow import ROOT, shadow
-from .shadow import nbytes as held_bytes
-from .source import FILE, LoadedModel, Source, names_of
-from .split import KEY, OnFailure, Split, attach, interrupted
-from .status import State
-from .workers import WorkerRef
+from .node_settings import SplitSettings
+from .pack_state import PackState
+from .partial_model import nbytes, partial_copy
+from .patching import KEY, raise_if_interrupted
+from .split import Split, attach
+from .status import NodeState
+from .weight_source import UNREAD, LoadedModel, WeightSource
 
 log = logging.getLogger(__name__)
 
-LORA_POLICIES: Mapping[str, str] = {"automatic": "default", "always send": "always-send", "never send": "never-send"}
-"""What the node calls the core's policies for LoRAs that a worker does not have. None of them leaves one out."""
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What the user set in the node. ``local``: number of blocks that run here; None to have it proposed."""
-
-    workers: Sequence[WorkerRef]
-    local: int | None
-    quality: Quality
-    loras: str
-    on_failure: OnFailure
-
-    def settings(self) -> Settings:
-        settings = Settings.load()
-        waits = settings.deadlines.reconnect if self.on_failure == "wait for it" else 0.0
-        return replace(
-            settings,
-            loras=replace(settings.loras, policy=LORA_POLICIES[self.loras]),
-            deadlines=replace(settings.deadlines, reconnect=waits),
-        )
-
-
-def cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
+def cut_model(patcher: Any, wanted: SplitSettings, pack: PackState, node: str) -> Any:
     """The model of ``patcher``, split; the node shows what became of it.
 
     Raises:
         MeshError, CodecError: with what to do; ``patcher`` is as it was.
     """
     try:
-        return _cut(patcher, choice, hub, node)
+        return _cut(patcher, wanted, pack, node)
     except (MeshError, CodecError) as error:
-        hub.status.fail(node, error)
+        pack.status.fail(node, error)
         raise
 
 
-def _cut(patcher: Any, choice: Choice, hub: Hub, node: str) -> Any:
+def _cut(patcher: Any, wanted: SplitSettings, pack: PackState, node: str) -> Any:
     if patcher.get_attachment(KEY) is not None:
         raise PlanError(
             "This model is split already.", hint="one Mesh Split per model; Mesh Workers for several workers"
         )
-    source = _source(patcher, hub)
-    require(source.side)
+    source = _weight_source(patcher, pack)
+    require_supported(source.side)
     spec = source.checkpoint.spec
-    if choice.local is not None and choice.local > spec.blocks:
+    if wanted.local is not None and wanted.local > spec.blocks:
         raise PlanError(
-            f"This model ({spec.family} {spec.variant}) has {spec.blocks} blocks; {choice.local} cannot run here.",
+            f"This model ({spec.family} {spec.variant}) has {spec.blocks} blocks; {wanted.local} cannot run here.",
             hint=f"local_blocks from 0 to {spec.blocks}, or -1 to have it proposed",
         )
-    if choice.local == spec.blocks:
-        hub.close(node)
-        hub.status.start(node, (), spec.blocks, spec.blocks)
-        hub.status.change(node, State.LOCAL, "All blocks run here.")
-        if isinstance(source, LoadedModel):
-            return patcher
-        return attach(patcher, _shadow(patcher, source, spec.blocks, hub, node), None)
-    settings, device = choice.settings(), torch.device(patcher.load_device)
-    options = SessionOptions(_compute_type(patcher), device, choice.quality, settings, watch=interrupted)
-    placement = _place(source, choice, hub, options, device)
+    if wanted.local == spec.blocks:
+        return _all_here(patcher, source, pack, node)
+    settings, device = wanted.of_session(), torch.device(patcher.load_device)
+    options = SessionOptions(_compute_type(patcher), device, wanted.quality, settings, watch=raise_if_interrupted)
+    placement = _place(source, wanted, pack, options, device)
     if not placement.remotes:
         placement.close()
-        return _cut(patcher, replace(choice, local=spec.blocks), hub, node)
+        return _all_here(patcher, source, pack, node)
     local = placement.plan.local.stop
     reached = [{"name": r.welcome.name, "address": r.address.text, "span": str(h.span)} for r, h in _pairs(placement)]
-    hub.status.start(node, reached, spec.blocks, local)
-    session = _opened(source, placement, options, hub, node)
-    hub.keep(node, session)
-    model = _shadow(patcher, source, local, hub, node)
-    remote = names_of(source.checkpoint, BlockSpan(0, spec.blocks)) - names_of(source.checkpoint, BlockSpan(0, local))
-    prefix = getattr(source, "prefix", "")
-    names = frozenset(ROOT + name.removeprefix(prefix) for name in remote)
-    hub.status.change(node, State.CONNECTED)
-    split = Split(hub, node, source, local, session, choice.on_failure, names, weakref.ref(model))
+    pack.status.start(node, reached, spec.blocks, local)
+    session = _opened(source, placement, options, pack, node)
+    pack.keep(node, session)
+    model = _local_part(patcher, source, local, pack, node)
+    pack.status.change(node, NodeState.CONNECTED)
+    split = Split(pack, node, source, cut_at(source, local), session, wanted.on_failure, weakref.ref(model))
     return attach(patcher, model, split)
 
 
-def _source(patcher: Any, hub: Hub) -> Source:
-    file: Source | None = patcher.get_attachment(FILE)
+def _all_here(patcher: Any, source: WeightSource, pack: PackState, node: str) -> Any:
+    blocks = source.checkpoint.spec.blocks
+    pack.close(node)
+    pack.status.start(node, (), blocks, blocks)
+    pack.status.change(node, NodeState.LOCAL, "All blocks run here.")
+    if isinstance(source, LoadedModel):
+        return patcher
+    return attach(patcher, _local_part(patcher, source, blocks, pack, node), None)
+
+
+def _weight_source(patcher: Any, pack: PackState) -> WeightSource:
+    file: WeightSource | None = patcher.get_attachment(UNREAD)
     if file is not None:
         return file
-    checkpoint, side = recognised(patcher.model, hub.plugins)
+    checkpoint, side = recognised(patcher.model, pack.plugins)
     return LoadedModel(patcher, checkpoint, side)
 
 
-def _shadow(patcher: Any, source: Source, local: int, hub: Hub, node: str) -> Any:
-    model = shadow(patcher.model, source.weights(BlockSpan(0, local)))
-    hub.status.holds(node, held_bytes(model.diffusion_model), getattr(source, "bytes_read", 0))
+def _local_part(patcher: Any, source: WeightSource, local: int, pack: PackState, node: str) -> Any:
+    model = partial_copy(patcher.model, source.weights(BlockSpan(0, local)))
+    pack.status.holds(node, nbytes(model.diffusion_model), source.bytes_read)
     return model
 
 
@@ -130,21 +107,23 @@ def _compute_type(patcher: Any) -> torch.dtype:
     return dtype
 
 
-def _place(source: Source, choice: Choice, hub: Hub, options: SessionOptions, device: torch.device) -> Placement:
+def _place(
+    source: WeightSource, wanted: SplitSettings, pack: PackState, options: SessionOptions, device: torch.device
+) -> Placement:
     spec = source.checkpoint.spec
-    local = None if choice.local is None else f":{choice.local}"
+    local = None if wanted.local is None else f":{wanted.local}"
     free = comfy.model_management.get_total_memory(device)
-    return place(source.checkpoint, local, _spans(spec.blocks, choice), hub.plugins, options, free)
+    return place(source.checkpoint, local, _spans(spec.blocks, wanted), pack.plugins, options, free)
 
 
-def _spans(blocks: int, choice: Choice) -> Workers:
+def _spans(blocks: int, wanted: SplitSettings) -> Workers:
     """Workers with the spans that follow from how many blocks each was given; the last one runs to the end."""
-    if choice.local is None or all(worker.blocks is None for worker in choice.workers):
-        return [worker.address for worker in choice.workers]
+    if wanted.local is None or all(worker.blocks is None for worker in wanted.workers):
+        return [worker.address for worker in wanted.workers]
     spans: list[tuple[str, str]] = []
-    start = choice.local
-    for index, worker in enumerate(choice.workers):
-        last = index == len(choice.workers) - 1
+    start = wanted.local
+    for index, worker in enumerate(wanted.workers):
+        last = index == len(wanted.workers) - 1
         if not last and worker.blocks is None:
             raise PlanError(
                 f"How many blocks {worker.address} runs is open, for a later worker it is set.",
@@ -153,7 +132,7 @@ def _spans(blocks: int, choice: Choice) -> Workers:
         stop = blocks if last else start + (worker.blocks or 0)
         if stop > blocks or (last and worker.blocks not in (None, blocks - start)):
             raise PlanError(
-                f"The workers run {sum(w.blocks or 0 for w in choice.workers)} of {blocks - choice.local} blocks.",
+                f"The workers run {sum(w.blocks or 0 for w in wanted.workers)} of {blocks - wanted.local} blocks.",
                 hint="other numbers in Mesh Workers; 0 shares what is left",
             )
         spans.append((worker.address, f"{start}:{stop}"))
@@ -165,20 +144,20 @@ def _pairs(placement: Placement) -> Sequence[tuple[Any, Any]]:
     return list(zip(placement.remotes, placement.plan.remote, strict=True))
 
 
-def _opened(source: Source, placement: Placement, options: SessionOptions, hub: Hub, node: str) -> Session:
+def _opened(source: WeightSource, placement: Placement, options: SessionOptions, pack: PackState, node: str) -> Session:
     """The session under the first identity that the workers know."""
 
     def report(activity: Activity) -> None:
-        interrupted()
-        hub.status.show(node, activity)
+        raise_if_interrupted()
+        pack.status.show(node, activity)
 
-    hub.status.change(node, State.LOADING, "telling the workers which weights")
+    pack.status.change(node, NodeState.LOADING, "telling the workers which weights")
     hops = [(remote, hop.span) for remote, hop in _pairs(placement)]
     mismatch: CheckpointMismatch | None = None
     try:
         for identity in source.identities(report):
             try:
-                return _open(Session(identity, hops, options, hub.plugins, report), hub, node)
+                return _open(Session(identity, hops, options, pack.plugins, report), pack, node)
             except CheckpointMismatch as error:
                 mismatch = mismatch or error
     except BaseException:
@@ -191,11 +170,11 @@ def _opened(source: Source, placement: Placement, options: SessionOptions, hub: 
     )
 
 
-def _open(session: Session, hub: Hub, node: str) -> Session:
+def _open(session: Session, pack: PackState, node: str) -> Session:
     try:
         session.open()
     except PlanDoesNotFit:
-        if not hub.close_others(node):
+        if not pack.close_others(node):
             raise
         session.open()
     return session

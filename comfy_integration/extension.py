@@ -7,17 +7,19 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from .hub import current
 from .nodes import NODES
+from .pack_state import pack_state
 from .routes import add_routes
 
 log = logging.getLogger(__name__)
 
 
 class MeshExtension(ComfyExtension):
+    """What ComfyUI asks when it has imported the pack."""
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        hub = current()
-        add_routes(PromptServer.instance.routes, hub)
-        if hub.message:
-            log.error("%s", hub.message)
+        pack = pack_state()
+        add_routes(PromptServer.instance.routes, pack)
+        if pack.message:
+            log.error("%s", pack.message)
         return NODES

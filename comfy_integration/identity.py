@@ -26,16 +26,16 @@ from mesh_core.model.spec import ModelSpec, ParameterSpec
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.comfy import ComfySide, header_of, recognise_module
-from mesh_core.programs.diffusers import identify
+from mesh_core.programs.identity import identify
 
-from .shadow import ROOT
+from .partial_model import ROOT
 
 log = logging.getLogger(__name__)
 
 _FOLDERS = ("diffusion_models", "checkpoints")
 
 
-class _Claims:
+class _KnownIdentities:
     """Identities of one model, found one after the other and remembered."""
 
     def __init__(self, more: Iterator[ModelIdentity]) -> None:
@@ -49,7 +49,7 @@ class _Claims:
             yield identity
 
 
-_claims: WeakKeyDictionary[Any, _Claims] = WeakKeyDictionary()
+_known_identities: WeakKeyDictionary[Any, _KnownIdentities] = WeakKeyDictionary()
 
 
 def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
@@ -71,7 +71,7 @@ def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
         ) from error
 
 
-def originals(patcher: Any) -> Callable[[str], Tensor]:
+def unpatched_weights(patcher: Any) -> Callable[[str], Tensor]:
     """The unpatched weights of a patcher's model by the name that a file gives them."""
     own = dict(patcher.model.diffusion_model.named_parameters())
     kept = {name.removeprefix(ROOT): entry.weight for name, entry in patcher.backup.items()}
@@ -85,9 +85,9 @@ def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[ModelIdentity]:
     Raises:
         CheckpointUnrecognised: while iterating: no file of this model can hold these weights.
     """
-    if patcher.model not in _claims:
-        _claims[patcher.model] = _Claims(_find(checkpoint.spec, originals(patcher)))
-    return _claims[patcher.model]
+    if patcher.model not in _known_identities:
+        _known_identities[patcher.model] = _KnownIdentities(_find(checkpoint.spec, unpatched_weights(patcher)))
+    return _known_identities[patcher.model]
 
 
 def _find(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[ModelIdentity]:

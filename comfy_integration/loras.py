@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mesh_core.errors import LoraMissing, UnsupportedInput
 from mesh_core.host.loras import AnyLora, Borrowed
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.memory import NamedPatch, from_comfy_weights, lora_from_patches
 
-if TYPE_CHECKING:
-    from .split import Split
+from .cut import Cut
 
 REMOTE = "mesh_remote_loras"
 """The attachment of a patcher that lists LoRAs of the workers."""
@@ -34,6 +33,7 @@ class RemoteLoras(tuple):  # type: ignore[type-arg]
     """Those of a patcher, in their order; clones of the patcher share them."""
 
     def on_model_patcher_clone(self) -> RemoteLoras:
+        """ComfyUI asks every attachment for what a clone gets."""
         return self
 
 
@@ -53,32 +53,31 @@ def add_remote(patcher: Any, name: str, strength: float) -> Any:
     return result
 
 
-def transfer(patcher: Any, split: Split) -> None:
-    """Have the workers apply what ``patcher`` holds for their blocks; nothing crosses when that did not change.
+def loras_for_workers(patcher: Any, cut: Cut) -> list[AnyLora]:
+    """What ``patcher`` holds for the blocks behind ``cut``; the same list while that does not change.
 
     Raises:
         UnsupportedInput: something that cannot be carried; named.
-        LoraError: the policy of the node, or a worker, refuses one.
+        LoraMissing: one that only workers have is wanted, and blocks run here.
     """
     remote: RemoteLoras = patcher.get_attachment(REMOTE) or RemoteLoras()
-    if remote and split.cut:
+    if remote and cut.local:
         names = ", ".join(lora.name for lora in remote)
         raise LoraMissing(
-            f"Only workers have {names}, and {split.cut} blocks run here: those would be drawn without it.",
+            f"Only workers have {names}, and {cut.local} blocks run here: those would be drawn without it.",
             hint="local_blocks 0, or the same file in models/loras here",
         )
-    in_graph: list[AnyLora] = list(_in_graph(patcher, split))
-    split.session.set_loras([*in_graph, *(Borrowed(lora.name, lora.strength) for lora in remote)])
+    return [*_in_graph(patcher, cut), *(Borrowed(lora.name, lora.strength) for lora in remote)]
 
 
-def _in_graph(patcher: Any, split: Split) -> Iterator[Applied]:
+def _in_graph(patcher: Any, cut: Cut) -> Iterator[Applied]:
     """One LoRA per loader node, so that a changed strength or another LoRA beside it sends nothing again.
 
     Several when one would change the order of what happens to a weight: not all algorithms add up.
     """
     groups: list[tuple[tuple[object, float, float], list[NamedPatch]]] = []
     for key, entries in patcher.patches.items():
-        if key not in split.remote_names:
+        if key not in cut.remote_names:
             continue
         earliest = 0
         for strength, value, strength_model, offset, function in entries:
@@ -87,17 +86,7 @@ def _in_graph(patcher: Any, split: Split) -> Iterator[Applied]:
                     f"A patch of {key} that is computed by another node cannot cross a cut.",
                     hint="all blocks local, or the workflow without that node",
                 )
-            algorithm, weights = _parts(key, value)
-            tensors, alpha = from_comfy_weights(algorithm, weights)
-            left_out = "a BOFT LoRA without alpha" if algorithm == "boft" and alpha is None else ""
-            if algorithm == "lokr" and tensors.get("t2") is not None:
-                left_out = "a LoKr LoRA with a Tucker core"
-            if left_out:
-                raise UnsupportedInput(
-                    f"ComfyUI cannot apply {left_out} ({key}): it would change remote blocks only.",
-                    hint="the workflow without that LoRA",
-                )
-            patch = NamedPatch(key, algorithm, tensors, alpha, offset)
+            patch = _patch(key, value, offset)
             kind = (_loader(value), float(strength), float(strength_model))
             earliest = next((i for i in range(earliest, len(groups)) if groups[i][0] == kind), len(groups))
             if earliest == len(groups):
@@ -105,7 +94,22 @@ def _in_graph(patcher: Any, split: Split) -> Iterator[Applied]:
             groups[earliest][1].append(patch)
     for number, ((_, strength, strength_model), patches) in enumerate(groups, 1):
         name = f"LoRA {number} of the workflow ({len(patches)} weights of remote blocks)"
-        yield Applied(lora_from_patches(split.checkpoint, patches, name), strength, strength_model)
+        yield Applied(lora_from_patches(cut.checkpoint, patches, name), strength, strength_model)
+
+
+def _patch(key: str, value: Any, offset: Any) -> NamedPatch:
+    """ComfyUI's patch of the weight ``key`` in the core's form; refuses what ComfyUI itself cannot apply."""
+    algorithm, weights = _algorithm_and_weights(key, value)
+    tensors, alpha = from_comfy_weights(algorithm, weights)
+    left_out = "a BOFT LoRA without alpha" if algorithm == "boft" and alpha is None else ""
+    if algorithm == "lokr" and tensors.get("t2") is not None:
+        left_out = "a LoKr LoRA with a Tucker core"
+    if left_out:
+        raise UnsupportedInput(
+            f"ComfyUI cannot apply {left_out} ({key}): it would change remote blocks only.",
+            hint="the workflow without that LoRA",
+        )
+    return NamedPatch(key, algorithm, tensors, alpha, offset)
 
 
 def _loader(value: Any) -> object:
@@ -113,7 +117,7 @@ def _loader(value: Any) -> object:
     return id(value.loaded_keys) if hasattr(value, "loaded_keys") else None
 
 
-def _parts(key: str, value: Any) -> tuple[str, Sequence[Any]]:
+def _algorithm_and_weights(key: str, value: Any) -> tuple[str, Sequence[Any]]:
     if hasattr(value, "weights") and hasattr(value, "name"):
         return value.name, value.weights
     if isinstance(value, tuple) and len(value) == 1:

@@ -1,4 +1,4 @@
-"""The nodes, as ComfyUI's V3 schema describes them. What they do is in other modules, imported when they run."""
+"""The nodes, as ComfyUI's V3 schema describes them. Their texts are in `texts`; what they do is imported late."""
 
 from __future__ import annotations
 
@@ -8,27 +8,25 @@ from comfy_api.latest import io
 
 from mesh_codec.qualities import EXACT, names, promises
 
-from .hub import current
+from . import texts
+from .node_settings import LORA_POLICIES, OnFailure, SplitSettings
+from .pack_state import pack_state
 from .workers import WorkerRef, address_of, choices
 
-CATEGORY = "mesh"
 MeshWorkers = io.Custom("MESH_WORKERS")
-NO_LORA = "none"
 
-_WORKER = (
-    "The machine that runs the blocks behind the cut. Workers are added in Settings > Mesh, or by an invite below."
-)
-_ADDRESS = (
-    "For 'pasted below': the line that mesh serve printed on the worker's machine, or mesh://HOST:PORT of a worker "
-    "that is known here."
-)
+
+def _named(node: str) -> dict[str, str]:
+    """What identifies a node and describes it."""
+    named = {"node_id": node, "display_name": texts.TITLES[node], "category": texts.CATEGORY}
+    return {**named, "description": texts.DESCRIPTIONS[node]}
 
 
 def _worker_inputs() -> list[Any]:
     options = choices()
     return [
-        io.Combo.Input("worker", options=options, default=options[0], tooltip=_WORKER),
-        io.String.Input("address", default="", tooltip=_ADDRESS),
+        io.Combo.Input("worker", options=options, default=options[0], tooltip=texts.WORKER),
+        io.String.Input("address", default="", tooltip=texts.ADDRESS),
     ]
 
 
@@ -38,22 +36,16 @@ class MeshSplit(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MeshSplit",
-            display_name="Mesh Split",
-            category=CATEGORY,
-            description="Runs the last blocks of a diffusion model on another machine. Put it between the model loader "
-            "and the sampler; the picture is the same.",
+            **_named("MeshSplit"),
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="Any model whose family has an adapter, for example FLUX.2 Dev or Klein."
-                ),
+                io.Model.Input("model", tooltip=texts.SPLIT_MODEL),
                 *_worker_inputs(),
                 io.Int.Input(
                     "local_blocks",
                     default=-1,
                     min=-1,
                     max=1000,
-                    tooltip="How many blocks run on this machine; the rest runs on the worker. -1: as many as fit.",
+                    tooltip=texts.SPLIT_LOCAL_BLOCKS,
                 ),
                 io.Combo.Input(
                     "quality",
@@ -63,22 +55,19 @@ class MeshSplit(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "loras",
-                    options=["automatic", "always send", "never send"],
+                    options=list(LORA_POLICIES),
                     default="automatic",
-                    tooltip="LoRAs that the worker does not have. automatic: small ones are sent once; for a large one "
-                    "the run stops and says where to put the file.",
+                    tooltip=texts.SPLIT_LORAS,
                 ),
                 io.Combo.Input(
                     "on_failure",
-                    options=["wait for it", "run here", "stop"],
-                    default="wait for it",
-                    tooltip="When the worker goes away during a run. run here: if the whole model fits this machine.",
+                    options=[choice.value for choice in OnFailure],
+                    default=OnFailure.WAIT.value,
+                    tooltip=texts.SPLIT_ON_FAILURE,
                 ),
-                MeshWorkers.Input(
-                    "workers", optional=True, tooltip="Several workers from Mesh Workers, in place of the one above."
-                ),
+                MeshWorkers.Input("workers", optional=True, tooltip=texts.SPLIT_WORKERS),
             ],
-            outputs=[io.Model.Output(tooltip="The same model; samplers use it like any other.")],
+            outputs=[io.Model.Output(tooltip=texts.SPLIT_OUTPUT)],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -99,11 +88,12 @@ class MeshSplit(io.ComfyNode):
         on_failure: Any,
         workers: tuple[WorkerRef, ...] = (),
     ) -> io.NodeOutput:
-        from .cutting import Choice, cut
+        from .cutting import cut_model
 
         chain = workers or (WorkerRef(address_of(worker, address)),)
-        choice = Choice(chain, None if local_blocks < 0 else local_blocks, quality, loras, on_failure)
-        return io.NodeOutput(cut(model, choice, current(), str(cls.hidden.unique_id)))
+        local = None if local_blocks < 0 else local_blocks
+        wanted = SplitSettings(chain, local, quality, loras, OnFailure(on_failure))
+        return io.NodeOutput(cut_model(model, wanted, pack_state(), str(cls.hidden.unique_id)))
 
 
 class MeshWorkersNode(io.ComfyNode):
@@ -112,11 +102,7 @@ class MeshWorkersNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MeshWorkers",
-            display_name="Mesh Workers",
-            category=CATEGORY,
-            description="Several workers in the order in which they run: connect one after the other, the last one to "
-            "Mesh Split. Each hands its state to the next directly.",
+            **_named("MeshWorkers"),
             inputs=[
                 *_worker_inputs(),
                 io.Int.Input(
@@ -124,9 +110,9 @@ class MeshWorkersNode(io.ComfyNode):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="How many blocks this worker runs. 0 in all of them: shared by size.",
+                    tooltip=texts.WORKERS_BLOCKS,
                 ),
-                MeshWorkers.Input("before", optional=True, tooltip="The workers that run before this one."),
+                MeshWorkers.Input("before", optional=True, tooltip=texts.WORKERS_BEFORE),
             ],
             outputs=[MeshWorkers.Output(display_name="workers")],
         )
@@ -149,23 +135,19 @@ class MeshLoadDiffusionModel(io.ComfyNode):
 
         files = [n for n in folder_paths.get_filename_list("diffusion_models") if n.endswith(".safetensors")]
         return io.Schema(
-            node_id="MeshLoadDiffusionModel",
-            display_name="Mesh Load Diffusion Model",
-            category=CATEGORY,
-            description="Loads a diffusion model that is larger than this machine's memory: only the blocks that run "
-            "here are read, when Mesh Split behind it runs.",
-            inputs=[io.Combo.Input("unet_name", options=files, tooltip="A file in models/diffusion_models.")],
-            outputs=[io.Model.Output(tooltip="Connect it to Mesh Split, LoRA loaders in between if you like.")],
+            **_named("MeshLoadDiffusionModel"),
+            inputs=[io.Combo.Input("unet_name", options=files, tooltip=texts.LOADER_FILE)],
+            outputs=[io.Model.Output(tooltip=texts.LOADER_OUTPUT)],
         )
 
     @classmethod
     def execute(cls, unet_name: str) -> io.NodeOutput:
         import folder_paths
 
-        from .slim import load
+        from .unread_model import load_unread
 
         path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-        return io.NodeOutput(load(path, current()))
+        return io.NodeOutput(load_unread(path, pack_state()))
 
 
 class MeshRemoteLora(io.ComfyNode):
@@ -174,18 +156,12 @@ class MeshRemoteLora(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MeshRemoteLora",
-            display_name="Mesh Remote LoRA",
-            category=CATEGORY,
-            description="Applies a LoRA from the library of the worker, without a copy on this machine. Stackable. "
-            "Blocks that run here need the file here too: then ComfyUI applies it, and the worker uses its own copy.",
+            **_named("MeshRemoteLora"),
             inputs=[
-                io.Model.Input("model", tooltip="Before or behind Mesh Split."),
+                io.Model.Input("model", tooltip=texts.LORA_MODEL),
                 *_worker_inputs(),
-                io.Combo.Input(
-                    "lora", options=[NO_LORA], default=NO_LORA, tooltip="LoRAs of that worker; the button asks it anew."
-                ),
-                io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip="0 is off."),
+                io.Combo.Input("lora", options=[texts.LORA_NONE], default=texts.LORA_NONE, tooltip=texts.LORA_NAME),
+                io.Float.Input("strength", default=1.0, min=-20.0, max=20.0, step=0.01, tooltip=texts.LORA_STRENGTH),
             ],
             outputs=[io.Model.Output()],
         )
@@ -198,7 +174,7 @@ class MeshRemoteLora(io.ComfyNode):
     def execute(cls, model: Any, worker: str, address: str, lora: str, strength: float) -> io.NodeOutput:
         from .loras import add_remote
 
-        return io.NodeOutput(model if lora == NO_LORA or not strength else add_remote(model, lora, strength))
+        return io.NodeOutput(model if lora == texts.LORA_NONE or not strength else add_remote(model, lora, strength))
 
 
 NODES: list[type[io.ComfyNode]] = [MeshSplit, MeshLoadDiffusionModel, MeshWorkersNode, MeshRemoteLora]

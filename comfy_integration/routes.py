@@ -19,7 +19,7 @@ from mesh_codec.errors import CodecError
 from mesh_core.errors import ConfigError, MeshError
 from mesh_core.transport.keys import KeyStore, KnownWorker
 
-from .hub import Hub
+from .pack_state import PackState
 from .workers import choices, label
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ _TEST_WITHIN = 5.0
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
-def add_routes(routes: web.RouteTableDef, hub: Hub) -> None:
+def add_routes(routes: web.RouteTableDef, pack: PackState) -> None:
     """Add this pack's routes, all under /mesh."""
 
     @routes.get("/mesh/status")
     async def status(request: web.Request) -> web.Response:
-        return web.json_response({"nodes": hub.status.all(), "message": hub.message})
+        return web.json_response({"nodes": pack.status.all(), "message": pack.message})
 
     @routes.get("/mesh/workers")
     async def workers(request: web.Request) -> web.Response:
@@ -69,12 +69,12 @@ def add_routes(routes: web.RouteTableDef, hub: Hub) -> None:
     @routes.post("/mesh/workers/test")
     @_answers
     async def test(body: dict[str, Any]) -> Any:
-        return await asyncio.to_thread(_tried, _known(_text(body, "address")), hub)
+        return await asyncio.to_thread(_tried, _known(_text(body, "address")), pack)
 
     @routes.post("/mesh/loras")
     @_answers
     async def loras(body: dict[str, Any]) -> Any:
-        return await asyncio.to_thread(_loras_of, _known(_text(body, "address")), hub)
+        return await asyncio.to_thread(_loras_of, _known(_text(body, "address")), pack)
 
 
 def _answers(handler: Callable[[dict[str, Any]], Awaitable[Any]]) -> Handler:
@@ -114,12 +114,12 @@ def _listed() -> list[dict[str, str]]:
 
 
 @contextmanager
-def _connected(worker: KnownWorker, hub: Hub) -> Iterator[Remote]:
+def _connected(worker: KnownWorker, pack: PackState) -> Iterator[Remote]:
     from mesh_core.host.remote import Remote
     from mesh_core.system.config import Settings
     from mesh_core.transport.base import Address
 
-    remote = Remote(Address(f"mesh://{worker.address}"), hub.plugins, Settings.load())
+    remote = Remote(Address(f"mesh://{worker.address}"), pack.plugins, Settings.load())
     try:
         remote.connect(_TEST_WITHIN)
         yield remote
@@ -127,17 +127,17 @@ def _connected(worker: KnownWorker, hub: Hub) -> Iterator[Remote]:
         remote.close()
 
 
-def _loras_of(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
+def _loras_of(worker: KnownWorker, pack: PackState) -> dict[str, Any]:
     from mesh_core import wire
 
-    with _connected(worker, hub) as remote:
+    with _connected(worker, pack) as remote:
         shelved = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=_TEST_WITHIN)
     return {"loras": [str(item.get("name", "")) for item in shelved.loras]}
 
 
-def _tried(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
+def _tried(worker: KnownWorker, pack: PackState) -> dict[str, Any]:
     began = monotonic()
-    with _connected(worker, hub) as remote:
+    with _connected(worker, pack) as remote:
         devices = [
             {"name": d.get("name", d.get("device", "?")), "budget": d.get("budget"), "loaded": d.get("loaded")}
             for d in remote.welcome.devices

@@ -11,87 +11,71 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
-import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from mesh_core.errors import MeshError, PeerLost, TransportTimeout, Unreachable
 from mesh_core.host.session import Session
-from mesh_core.model.library import Checkpoint
-from mesh_core.model.spec import Conditioning, ModelSpec, State
-from mesh_core.programs.comfy import ComfySide
+from mesh_core.model.spec import Conditioning, State
 from mesh_core.system.device import synchronise
 
-from . import fallback, loras
-from .checks import refuse_what_cannot_cross
-from .hub import Hub
-from .shadow import nbytes
-from .source import FILE, Source
+from .cut import Cut
+from .loras import loras_for_workers
+from .node_settings import OnFailure
+from .pack_state import PackState
+from .patching import KEY, SplitMark, patcher_over, sampling_patcher
+from .refusals import refuse_what_cannot_cross
+from .status import NodeState
+from .weight_source import UNREAD, WeightSource
+from .whole_model import Forward, refuse_if_too_large, run_whole_here
 
 log = logging.getLogger(__name__)
 
-KEY = "mesh"
-"""Under which wrappers and attachments of this pack are found."""
-
-OnFailure = Literal["wait for it", "run here", "stop"]
 _LOST = (PeerLost, Unreachable, TransportTimeout)
 
 
 @dataclass
 class Split:
-    """One cut of one model.
+    """A model that is split, from when its node ran.
 
     Attributes:
-        cut: number of blocks that run here.
-        remote_names: ComfyUI's names of the weights that are not here.
+        source: of the weights, for when the whole model has to run here.
+        model: ComfyUI's model of the local blocks, or None when it is gone: what holds this must not keep it alive.
     """
 
-    hub: Hub
+    pack: PackState
     node: str
-    source: Source
-    cut: int
+    source: WeightSource
+    cut: Cut
     session: Session
     on_failure: OnFailure
-    remote_names: frozenset[str]
     model: Callable[[], Any]
     _sequences: dict[Any, str] = field(default_factory=dict)
-    _here: Any = None
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        return self.source.checkpoint
-
-    @property
-    def side(self) -> ComfySide:
-        return self.source.side
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.checkpoint.spec
+    _whole: Forward | None = None
 
     def sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around ComfyUI's whole sampling: all that can be refused is refused before it starts."""
         guider = executor.class_obj
-        refuse_what_cannot_cross(guider.model_patcher, guider.model_options, _conditionings(guider), self)
+        refuse_what_cannot_cross(guider.model_patcher, guider.model_options, _conditionings(guider), self.cut)
         self._sequences.clear()
-        self._here = None
+        self._whole = None
         self.session.begin()
-        loras.transfer(guider.model_patcher, self)
+        self.session.set_loras(loras_for_workers(guider.model_patcher, self.cut))
         try:
             return executor(*args, **kwargs)
         except MeshError as error:
-            self.hub.status.fail(self.node, error)
+            self.pack.status.fail(self.node, error)
             raise
         finally:
-            self._here = None
+            self._whole = None
 
     def forward(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around one forward pass of the model."""
         model = executor.class_obj
-        if self._here is not None:
-            return self._here(executor, args, kwargs)
+        if self._whole is not None:
+            return self._whole(executor, args, kwargs)
         own = self.model()
         if own is None or model is not own.diffusion_model:
             return executor(*args, **kwargs)
@@ -103,16 +87,23 @@ class Split:
             state = {name: tensor.detach().contiguous() for name, tensor in state.items()}
             local_ms = (perf_counter() - began) * 1e3
             result = self.session.run(state, conditioning, sequence=sequence, local_ms=local_ms)
-            self.hub.status.step(self.node, self.session.stats.steps[-1], self.session.stats.reconnects)
+            self.pack.status.step(self.node, self.session.stats.steps[-1], self.session.stats.reconnects)
             return result
 
         try:
-            return self.side.run(model, executor, args, kwargs, self.cut, remote)
+            return self.cut.side.run(model, executor, args, kwargs, self.cut.local, remote)
         except _LOST as error:
-            if self.on_failure != "run here":
+            if self.on_failure is not OnFailure.RUN_HERE:
                 raise
-            self._here = fallback.whole_model(self, comfy_patcher(own), error)
-            return self._here(executor, args, kwargs)
+            self._whole = self._run_whole_here(own, error)
+            return self._whole(executor, args, kwargs)
+
+    def _run_whole_here(self, own: Any, error: MeshError) -> Forward:
+        current = sampling_patcher(own)
+        refuse_if_too_large(self.cut.spec, current.load_device, self.session.options.dtype, error)
+        log.warning("%s The model runs here from now on.", error.message)
+        self.pack.status.change(self.node, NodeState.LOCAL, f"{error.message} All blocks run here.")
+        return run_whole_here(self.source, current)
 
     def _sequence(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """The name of one of several interleaved runs: conditional, unconditional, areas."""
@@ -124,10 +115,10 @@ class Split:
 
 
 def attach(patcher: Any, model: Any, split: Split | None) -> Any:
-    """``patcher`` as a patcher of ``model``, a shadow of its model, run as ``split`` says."""
-    result = on_model(patcher, model)
-    result.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, FILE)
-    result.remove_attachments(FILE)
+    """``patcher`` as a patcher of ``model``, a copy of its model with the local blocks, run as ``split`` says."""
+    result = patcher_over(patcher, model)
+    result.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, UNREAD)
+    result.remove_attachments(UNREAD)
     if split is None:
         return result
 
@@ -141,46 +132,11 @@ def attach(patcher: Any, model: Any, split: Split | None) -> Any:
 
     result.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, around_sampling)
     result.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, around_forward)
-    result.set_attachments(KEY, _Marker())
+    result.set_attachments(KEY, SplitMark())
     weakref.finalize(model, split.session.close)
     return result
-
-
-class _Marker:
-    """Says that a model is split already."""
-
-    def on_model_patcher_clone(self) -> _Marker:
-        return self
-
-
-def on_model(patcher: Any, model: Any) -> Any:
-    """A clone of ``patcher`` over another model, with nothing loaded yet."""
-    original, size = patcher.model, patcher.size
-    # The constructor, which a clone calls, notes on the model what is loaded: that has to be the new one.
-    patcher.model, patcher.size = model, max(nbytes(model), 1)
-    try:
-        result = patcher.clone()
-    finally:
-        patcher.model, patcher.size = original, size
-    model.device = result.offload_device
-    result.parent = None
-    result.backup, result.object_patches_backup, result.hook_backup = {}, {}, {}
-    result.cached_hook_patches, result.current_hooks, result.is_injected = {}, None, False
-    result.pinned = set()
-    result.weight_inplace_update = False
-    return result
-
-
-def comfy_patcher(model: Any) -> Any:
-    """The patcher that samples ``model`` now."""
-    return model.current_patcher
 
 
 def _conditionings(guider: Any) -> Iterator[Mapping[str, Any]]:
     for listed in guider.conds.values():
         yield from listed
-
-
-def interrupted() -> None:
-    """Raises what ComfyUI raises when the user stopped the run."""
-    comfy.model_management.throw_exception_if_processing_interrupted()

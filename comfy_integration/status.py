@@ -25,7 +25,7 @@ _PAUSE = 0.2
 Send = Callable[[str, Mapping[str, Any]], None]
 
 
-class State(str, Enum):
+class NodeState(str, Enum):
     """Of a node: the values are what the page is sent."""
 
     CONNECTED = "connected"
@@ -47,7 +47,7 @@ class NodeStatus:
     """
 
     node: str
-    state: State = State.CONNECTED
+    state: NodeState = NodeState.CONNECTED
     detail: str = ""
     since: float = field(default_factory=time)
     done: int = 0
@@ -89,13 +89,13 @@ class Statuses:
             self._nodes[node].held, self._nodes[node].bytes_read = held, bytes_read
 
     def change(
-        self, node: str, state: State, detail: str = "", done: int = 0, total: int = 0, unit: str = "bytes"
+        self, node: str, state: NodeState, detail: str = "", done: int = 0, total: int = 0, unit: str = "bytes"
     ) -> None:
         """The node is in ``state`` now; ``detail`` is for people."""
         with self._lock:
             status = self._nodes.setdefault(node, NodeStatus(node))
-            new = state != status.state or (detail != status.detail and state is not State.LOADING)
-            if new and not (state is status.state is State.LOST):
+            new = state != status.state or (detail != status.detail and state is not NodeState.LOADING)
+            if new and not (state is status.state is NodeState.LOST):
                 status.since = time()
             status.state, status.detail = state, detail
             status.done, status.total, status.unit = done, total, unit
@@ -104,16 +104,21 @@ class Statuses:
     def show(self, node: str, activity: Activity) -> None:
         """What a worker does, or that it is lost and waited for."""
         lost = activity.phase is Phase.WAITING
-        state, detail = (State.LOST, activity.subject) if lost else (State.LOADING, activity.words)
+        state, detail = (NodeState.LOST, activity.subject) if lost else (NodeState.LOADING, activity.words)
         self.change(node, state, detail, activity.done, activity.total, activity.unit)
 
     def fail(self, node: str, error: Exception) -> None:
-        self.change(node, State.WRONG_KEY if isinstance(error, NotAuthorised) else State.FAILED, str(error))
+        self.change(node, NodeState.WRONG_KEY if isinstance(error, NotAuthorised) else NodeState.FAILED, str(error))
 
     def step(self, node: str, step: StepStats, reconnects: int) -> None:
         with self._lock:
             status = self._nodes.setdefault(node, NodeStatus(node))
-            status.state, status.detail, status.steps, status.reconnects = State.CONNECTED, "", step.step, reconnects
+            status.state, status.detail, status.steps, status.reconnects = (
+                NodeState.CONNECTED,
+                "",
+                step.step,
+                reconnects,
+            )
             status.codec, status.reason, status.step = step.codec, step.reason, split_of(step)
         self._tell(node)
 

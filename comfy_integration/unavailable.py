@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-_NAMES = {
-    "MeshSplit": "Mesh Split",
-    "MeshLoadDiffusionModel": "Mesh Load Diffusion Model",
-    "MeshWorkers": "Mesh Workers",
-    "MeshRemoteLora": "Mesh Remote LoRA",
-}
+from .texts import CATEGORY, TITLES
 
 
 def mappings(message: str) -> tuple[dict[str, type], dict[str, str]]:
     """Node classes by name, and their titles."""
-    return {name: _unavailable(name, message) for name in _NAMES}, {n: f"{t} (unavailable)" for n, t in _NAMES.items()}
+    return {name: _unavailable(name, message) for name in TITLES}, {n: f"{t} (unavailable)" for n, t in TITLES.items()}
 
 
 def _unavailable(name: str, message: str) -> type:
@@ -26,7 +21,7 @@ def _unavailable(name: str, message: str) -> type:
         "VALIDATE_INPUTS": classmethod(lambda cls, **inputs: message),
         "RETURN_TYPES": ("MODEL",),
         "FUNCTION": "fail",
-        "CATEGORY": "mesh",
+        "CATEGORY": CATEGORY,
         "DESCRIPTION": message,
         "fail": fail,
     }

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from mesh_core.errors import ConfigError
 from mesh_core.transport.keys import KeyStore, KnownWorker
 
-PASTED = "pasted below"
-"""The choice that takes the text field."""
+from .texts import PASTED
 
 
 @dataclass(frozen=True)
@@ -23,6 +22,7 @@ class WorkerRef:
 
 
 def label(worker: KnownWorker) -> str:
+    """How the worker combo shows a worker; `address_of` reads it."""
     return f"{worker.name} @ {worker.address}"
 
 

@@ -4,6 +4,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { panel } from "./panel.js";
+import { NODES, SETTINGS } from "./texts.js";
 import { workersPage } from "./workers.js";
 
 const WITH_WORKERS = ["MeshSplit", "MeshWorkers", "MeshRemoteLora"];
@@ -56,17 +57,17 @@ function offerLoras(node) {
       body: JSON.stringify({ address }),
     });
     const value = await answer.json();
-    if (answer.ok) named("lora").options.values = ["none", ...value.loras];
-    else app.extensionManager.toast.add({ severity: "error", summary: "Mesh", detail: value.error, life: 8000 });
+    if (answer.ok) named("lora").options.values = [NODES.noLora, ...value.loras];
+    else app.extensionManager.toast.add({ severity: "error", summary: NODES.toast, detail: value.error, life: 8000 });
   }
-  node.addWidget("button", "ask the worker for its LoRAs", null, ask, { serialize: false });
+  node.addWidget("button", NODES.askForLoras, null, ask, { serialize: false });
 }
 
 async function catchUp() {
   const answer = await api.fetchApi("/mesh/status");
   if (!answer.ok) return;
   const { nodes, message } = await answer.json();
-  if (message) app.extensionManager.toast.add({ severity: "error", summary: "Mesh", detail: message });
+  if (message) app.extensionManager.toast.add({ severity: "error", summary: NODES.toast, detail: message });
   for (const status of Object.values(nodes)) nodeOf(status.node)?.(status);
 }
 
@@ -75,9 +76,9 @@ app.registerExtension({
   settings: [
     {
       id: "Mesh.Workers",
-      name: "Workers",
-      category: ["Mesh", "Workers", "Workers"],
-      tooltip: "The machines that may run blocks for this one.",
+      name: SETTINGS.name,
+      category: [SETTINGS.menu, SETTINGS.name, SETTINGS.name],
+      tooltip: SETTINGS.tooltip,
       type: () => workersPage(api, refresh),
       defaultValue: "",
     },

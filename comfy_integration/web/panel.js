@@ -1,12 +1,8 @@
 // One node's panel: its workers and their state, the last step, the codec. Gets plain values, knows no network.
 
-const PARTS = [
-  ["local_ms", "here"],
-  ["remote_ms", "worker"],
-  ["codec_ms", "codec"],
-  ["wire_ms", "network"],
-  ["other_ms", "other"],
-];
+import { PANEL } from "./texts.js";
+
+const PARTS = Object.entries(PANEL.parts);
 
 export function part(tag, className, text) {
   const element = document.createElement(tag);
@@ -28,24 +24,22 @@ function milliseconds(value) {
 function stateText(status) {
   const ago = Math.max(0, Math.round(Date.now() / 1000 - status.since));
   switch (status.state) {
-    case "loading": {
-      const share = status.total ? ` ${Math.floor((100 * status.done) / status.total)} %` : "";
-      return `loading${share}`;
-    }
+    case "loading":
+      return PANEL.loading(status.total ? Math.floor((100 * status.done) / status.total) : undefined);
     case "lost":
-      return `lost ${ago} s ago, waiting for it`;
+      return PANEL.lost(ago);
     case "local":
-      return "runs here";
+      return PANEL.local;
     default:
       return status.state;
   }
 }
 
 function workersOf(status) {
-  if (!status.workers.length) return [part("div", "mesh-worker", `all ${status.blocks} blocks here`)];
+  if (!status.workers.length) return [part("div", "mesh-worker", PANEL.allHere(status.blocks))];
   return status.workers.map((worker) => {
     const row = part("div", "mesh-worker");
-    row.append(part("span", "mesh-name", worker.name), part("span", "mesh-dim", `blocks ${worker.span}`));
+    row.append(part("span", "mesh-name", worker.name), part("span", "mesh-dim", PANEL.blocks(worker.span)));
     row.title = worker.address;
     return row;
   });
@@ -75,9 +69,9 @@ function legend(step) {
 
 function lastStep(status) {
   const { step } = status;
-  if (!step || step.total_ms === undefined) return [part("div", "mesh-dim", "no step yet")];
-  const saved = step.raw_bytes > 1.02 * step.bytes ? ` of ${bytes(step.raw_bytes)}` : "";
-  const head = `step ${milliseconds(step.total_ms)}, ${bytes(step.bytes)}${saved} crossed`;
+  if (!step || step.total_ms === undefined) return [part("div", "mesh-dim", PANEL.noStep)];
+  const raw = step.raw_bytes > 1.02 * step.bytes ? bytes(step.raw_bytes) : undefined;
+  const head = PANEL.step(milliseconds(step.total_ms), bytes(step.bytes), raw);
   const codec = part("div", "mesh-dim mesh-codec", `${status.codec}: ${status.reason}`);
   codec.title = status.reason;
   return [part("div", "mesh-step", head), bar(step), legend(step), codec];
@@ -85,13 +79,13 @@ function lastStep(status) {
 
 export function panel() {
   const element = part("div", "mesh-panel");
-  element.append(part("div", "mesh-dim", "Not run yet."));
+  element.append(part("div", "mesh-dim", PANEL.notRun));
   let timer;
   function show(status) {
     clearTimeout(timer);
     const head = part("div", "mesh-head");
     head.append(part("span", `mesh-dot mesh-is-${status.state.replace(" ", "-")}`), part("span", "mesh-state", stateText(status)));
-    if (status.reconnects) head.append(part("span", "mesh-dim", `reconnected ${status.reconnects} times`));
+    if (status.reconnects) head.append(part("span", "mesh-dim", PANEL.reconnected(status.reconnects)));
     const rows = [head, ...workersOf(status)];
     if (status.state === "failed" || status.state === "wrong key" || (status.state === "local" && status.workers.length)) {
       const why = part("div", "mesh-why", status.detail);

@@ -1,6 +1,7 @@
 // The settings page: workers that are known here. Add by pasting an invite, rename, test, remove.
 
 import { bytes, part } from "./panel.js";
+import { SETTINGS } from "./texts.js";
 
 async function post(api, path, body) {
   const answer = await api.fetchApi(path, {
@@ -9,7 +10,7 @@ async function post(api, path, body) {
     body: JSON.stringify(body),
   });
   const value = await answer.json();
-  if (!answer.ok) throw new Error(value.hint ? `${value.error} Try: ${value.hint}` : value.error);
+  if (!answer.ok) throw new Error(SETTINGS.error(value.error, value.hint));
   return value;
 }
 
@@ -21,18 +22,15 @@ function button(text, act) {
 }
 
 function tested(answer) {
-  const devices = answer.devices.map((device) => {
-    const room = device.budget ? `, ${bytes(device.budget)} for weights` : "";
-    return `${device.name}${room}`;
-  });
-  return `answers in ${answer.ms.toFixed(0)} ms; runs ${answer.families.join(", ") || "no family"}; ${devices.join("; ")}`;
+  const devices = answer.devices.map((d) => SETTINGS.room(d.name, d.budget ? bytes(d.budget) : undefined));
+  return SETTINGS.answers(answer.ms.toFixed(0), answer.families, devices);
 }
 
 export function workersPage(api, changed) {
   const page = part("div", "mesh-page");
   const list = part("div", "mesh-list");
   const invite = part("textarea", "mesh-invite");
-  invite.placeholder = 'mesh join "mesh://..."';
+  invite.placeholder = SETTINGS.invite;
   invite.rows = 2;
   const said = part("div", "mesh-said");
 
@@ -58,13 +56,13 @@ export function workersPage(api, changed) {
     line.dataset.address = worker.address;
     const name = part("input", "mesh-input");
     name.value = worker.name;
-    name.title = "Name; Enter to keep it";
+    name.title = SETTINGS.rename;
     name.addEventListener("change", () =>
       act(() => post(api, "/mesh/workers/rename", { address: worker.address, name: name.value })),
     );
     const result = part("div", "mesh-dim mesh-result");
-    const test = button("Test", async () => {
-      result.textContent = "connecting ...";
+    const test = button(SETTINGS.test, async () => {
+      result.textContent = SETTINGS.connecting;
       result.classList.remove("mesh-bad");
       try {
         result.textContent = tested(await post(api, "/mesh/workers/test", { address: worker.address }));
@@ -73,7 +71,7 @@ export function workersPage(api, changed) {
         result.classList.add("mesh-bad");
       }
     });
-    const remove = button("Remove", () => act(() => post(api, "/mesh/workers/remove", { address: worker.address })));
+    const remove = button(SETTINGS.remove, () => act(() => post(api, "/mesh/workers/remove", { address: worker.address })));
     const top = part("div", "mesh-row-top");
     top.append(name, part("span", "mesh-dim mesh-address", worker.address), test, remove);
     line.append(top, result);
@@ -81,22 +79,18 @@ export function workersPage(api, changed) {
   }
 
   function show(workers) {
-    const empty = part("div", "mesh-dim", "No worker is known here yet.");
+    const empty = part("div", "mesh-dim", SETTINGS.none);
     list.replaceChildren(...(workers.length ? workers.map(row) : [empty]));
   }
 
-  const add = button("Add", async () => {
-    say("connecting ...");
+  const add = button(SETTINGS.add, async () => {
+    say(SETTINGS.connecting);
     const answer = await act(() => post(api, "/mesh/workers", { invite: invite.value }));
     if (!answer) return;
     invite.value = "";
-    say(`Added ${answer.added}.`);
+    say(SETTINGS.added(answer.added));
   });
-  const how = part(
-    "div",
-    "mesh-dim",
-    "On the machine with the spare GPU run: mesh serve MODELS --bind 0.0.0.0. Paste the line that it prints here.",
-  );
+  const how = part("div", "mesh-dim", SETTINGS.how);
   const form = part("div", "mesh-form");
   form.append(invite, add);
   page.append(list, how, form, said);

@@ -102,7 +102,7 @@ def test_every_input_has_a_tooltip_and_every_node_a_page(server: Server) -> None
 def test_start_up_waits_for_nothing_slow(comfy: ComfyUI, server: Server) -> None:
     """What ComfyUI imports when it starts; sessions, sockets and adapters are imported when a node or the page asks."""
     code = (
-        "import sys, torch; from comfy_integration import guard, hub, routes, status, workers;"
+        "import sys, torch; from comfy_integration import compatibility, node_settings, pack_state, routes, status;"
         "print([m for m in ('zmq', 'diffusers', 'mesh_core.host.session', 'mesh_flux2') if m in sys.modules])"
     )
     done = subprocess.run([str(comfy.python), "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

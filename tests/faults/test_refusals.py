@@ -156,7 +156,7 @@ def test_a_model_of_other_shapes(steady: FastWorker, plugins: Plugins, tmp_path:
 
 def request(quick: Case, plugins: Plugins, **changes: object) -> wire.Open:
     """A proper request to open the whole model, with some fields changed."""
-    from mesh_core.programs.diffusers import identify
+    from mesh_core.programs.identity import identify
     from tests.support.splitting import checkpoint_at
 
     checkpoint = checkpoint_at(quick.path, plugins)

@@ -14,6 +14,9 @@ from diffusers import Flux2KleinPipeline
 import mesh_core
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraMissing, LoraUnmatched, PlanError
+from mesh_core.host.session import Session
+from mesh_core.model import fingerprint
+from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.diffusers import stats
 from tests.support import loras, pipelines
@@ -160,6 +163,27 @@ def test_a_lora_that_cannot_be_used_leaves_those_that_are(rig: Rig, tmp_path: Pa
         mesh_core.set_loras(pipeline, [str(loras.save(tmp_path / "broken.safetensors", broken))])
     assert torch.equal(pipelines.run(pipeline), expected)
     mesh_core.unsplit(pipeline)
+
+
+@pytest.mark.parametrize("local", [":", ":1", None])
+def test_a_misspelt_lora_is_refused_before_anything_is_loaded(
+    rig: Rig, local: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rig.whole()
+    for owner, name in ((WeightReader, "fill"), (fingerprint, "of_checkpoint"), (Session, "open")):
+        monkeypatch.setattr(owner, name, _never)
+    # Who has blocks to run here for certain asks nobody before.
+    workers = [w.address for w in rig.workers] if local is None else ["inproc://nobody"]
+    options: Any = {"local": local, "workers": workers, "plugins": rig.plugins, "loras": ["turbo"]}
+    with pytest.raises(LoraMissing, match="no LoRA 'turbo'"):
+        mesh_core.load_pipeline(rig.folder / "klein", device="cpu", **options)
+    with pytest.raises(LoraMissing, match="no LoRA 'turbo'"):
+        mesh_core.split(whole, **options)
+    assert not hasattr(whole.transformer, "mesh")
+
+
+def _never(*_: object, **__: object) -> None:
+    raise AssertionError("something was loaded")
 
 
 def test_fused_adapters_cannot_be_split_off(rig: Rig) -> None:

@@ -24,7 +24,8 @@ from mesh_core.cli import FAILED, cli
 from mesh_core.errors import CheckpointUnrecognised, ConfigError
 from mesh_core.model.weights import WeightReader
 from mesh_core.programs import media
-from mesh_core.programs.diffusers import check_call, stats
+from mesh_core.programs.diffusers import stats
+from mesh_core.programs.pipeline_folder import check_call
 from tests.adapters import tiny_ltx
 from tests.support import video_pipelines
 from tests.support.workers import ProcessWorker, process_worker
@@ -137,6 +138,7 @@ def test_generate_writes_a_video_with_sound(rig: Rig, tmp_path: Path) -> None:
     [
         (["--frames", 10], "9 or 17"),
         (["--width", 100], "96"),
+        (["--lora", "misspelt"], "no LoRA 'misspelt'"),
         (["-o", "fox.png"], "makes a video"),
         (["-o", "gone/fox.mp4"], "does not exist"),
     ],

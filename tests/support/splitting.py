@@ -16,7 +16,7 @@ from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
-from mesh_core.programs.diffusers import identify
+from mesh_core.programs.identity import identify
 from mesh_core.system.config import Settings
 from tests.support.workers import ThreadWorker
 

@@ -153,7 +153,7 @@ def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings:
     from mesh_core.model.library import recognise
     from mesh_core.model.sizes import span_bytes
     from mesh_core.model.spans import BlockSpan
-    from mesh_core.programs.diffusers import file_dtype, identify
+    from mesh_core.programs.identity import file_dtype, identify
 
     checkpoint = recognise(read_header(model), plugins)
     spec = checkpoint.spec

@@ -77,7 +77,8 @@ def generate(
     from mesh_core.cli.progress import LoadingLine
     from mesh_core.cli.serve import parse_lora
     from mesh_core.programs import media
-    from mesh_core.programs.diffusers import check_call, load_pipeline, stats
+    from mesh_core.programs.diffusers import load_pipeline, stats
+    from mesh_core.programs.pipeline_folder import check_call
 
     wanted = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
     wanted |= {"num_frames": frames, "frame_rate": fps}

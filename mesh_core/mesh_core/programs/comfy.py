@@ -18,15 +18,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mesh_codec.dtypes import from_torch
-from mesh_codec.errors import CodecUnsupported
 from mesh_core.errors import CheckpointUnrecognised, PluginNotFound
 from mesh_core.model.adapter import ModelAdapter
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.library import Checkpoint, recognise
-from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spec import Conditioning, ModelSpec, State
 from mesh_core.plugins.registry import Plugins
+from mesh_core.programs.in_memory import header_in_memory
 
 # What a family's comfy.py imports; the rest is the node pack's.
 __all__ = ["ComfySide", "Expected", "HandOver", "RemotePart", "hand_over_at", "intercepted"]
@@ -131,15 +129,8 @@ class ComfySide(ABC):
 
 
 def header_of(model: nn.Module) -> CheckpointHeader:
-    """A module's tensors as the header of a file; types that no codec knows keep torch's name for them."""
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        try:
-            dtype = from_torch(tensor.dtype).safetensors
-        except CodecUnsupported:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-        tensors[name] = TensorInfo(name, dtype, tuple(tensor.shape), MEMORY, 0, tensor.nbytes)
-    return CheckpointHeader(MEMORY, tensors)
+    """The tensors of ComfyUI's ``model`` as the header of a file would list them."""
+    return header_in_memory(model.state_dict(), MEMORY)
 
 
 def recognise_module(model: nn.Module, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:

@@ -5,38 +5,74 @@ The pipeline keeps its own transformer object, so everything else of the pipelin
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
-from torch import nn
 
 from mesh_codec.base import Quality
-from mesh_codec.dtypes import from_safetensors, from_torch
 from mesh_core.builtin import installed_plugins
-from mesh_core.errors import ConfigError, PlanDoesNotFit, PlanError
+from mesh_core.errors import PlanDoesNotFit, PlanError
+from mesh_core.host.loras import AnyLora
 from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.progress import THIS_MACHINE, Activity, Phase, ProgressReport
-from mesh_core.host.runner import SplitRunner, Workers, open_session, place
+from mesh_core.host.runner import Placement, SplitRunner, Workers, open_session, place
 from mesh_core.host.session import Session
-from mesh_core.model import fingerprint
-from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.adapter import Stage
 from mesh_core.model.library import Checkpoint, recognise
-from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spans import BlockSpan
-from mesh_core.model.weights import WeightReader, assign
+from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
-from mesh_core.programs.loras import LoraChoice, adapters_of, chosen, put_back, put_on, set_loras, take_off
+from mesh_core.programs.identity import file_dtype, identify, identify_in_memory
+from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only
+from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
+from mesh_core.programs.peft_transfer import loras_of, put_back, put_on_again, take_off
+from mesh_core.programs.pipeline_folder import pipeline_header
 from mesh_core.programs.split_model import SplitModel, attach, detach
 from mesh_core.system.config import Settings
 from mesh_core.system.device import checked_device, default_device, free_memory
 
-_MEMORY = Path("(weights in memory)")
-"""Stands for the file of a model that was loaded by somebody else."""
+
+@dataclass(frozen=True)
+class _Wish:
+    """What the user wants of one cut: which model, over which machines, and how."""
+
+    checkpoint: Checkpoint
+    local: str | None
+    workers: Workers
+    options: SessionOptions
+    plugins: Plugins
+    report: ProgressReport | None
+
+    def chosen(self, loras: Sequence[LoraChoice]) -> tuple[AnyLora, ...]:
+        """The LoRAs that were named; asks no worker.
+
+        Raises:
+            LoraError: one cannot be used, or it is not here and it is certain already that blocks run here.
+        """
+        spec = self.checkpoint.spec
+        here = not self.workers if self.local is None else len(spec.span(self.local)) > 0
+        return tuple(chosen(loras, self.checkpoint, self.options.settings, local=here))
+
+    def placed(self, given: Sequence[AnyLora]) -> Placement:
+        """Workers that are connected, and who runs what; nobody loads anything yet.
+
+        Raises:
+            LoraMissing: one of ``given`` is not here, and blocks are to run here.
+            PlanError, TransportError: see `place`.
+        """
+        free = free_memory(self.options.device)
+        placement = place(self.checkpoint, self.local, self.workers, self.plugins, self.options, free)
+        try:
+            if len(placement.plan.local):
+                refuse_what_is_not_here(given, self.checkpoint, self.options.settings)
+        except BaseException:
+            placement.close()
+            raise
+        return placement
 
 
 def load_pipeline(
@@ -72,64 +108,42 @@ def load_pipeline(
     Raises:
         CheckpointError, PlanError, TransportError, PluginError: see their hints.
     """
-    from diffusers import DiffusionPipeline
-
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
-    header = _pipeline_header(path)
-    checkpoint = recognise(header, plugins)
+    checkpoint = recognise(pipeline_header(path), plugins)
     target = checked_device(str(device)) if device is not None else default_device()
     options = SessionOptions(dtype or file_dtype(checkpoint), target, quality, settings, codec)
-    placement = place(checkpoint, local, workers, plugins, options, free_memory(target))
-    session = open_session(lambda: identify(checkpoint, report), placement, options, plugins, report)
+    wish = _Wish(checkpoint, local, workers, options, plugins, report)
+    return _load(wish, str(path), wish.chosen(loras), pipeline_arguments)
+
+
+def _load(wish: _Wish, path: str, given: tuple[AnyLora, ...], pipeline_arguments: Mapping[str, Any]) -> Any:
+    placement = wish.placed(given)
+    checkpoint, options = wish.checkpoint, wish.options
+    session = open_session(lambda: identify(checkpoint, wish.report), placement, options, wish.plugins, wish.report)
     try:
-        weights = WeightReader(header, progress=_local_progress(report))
-        stage = checkpoint.adapter.build_stage(
-            checkpoint.spec, placement.plan.local, weights, device=target, dtype=options.dtype
-        )
-        runner = SplitRunner(checkpoint, placement.plan, stage, session)
-        attach(stage.model, runner, target, options.dtype)
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(path), transformer=stage.model, **{_dtype_name(): options.dtype}, **pipeline_arguments
-        )
-        pipeline = pipeline.to(target)
-        return set_loras(pipeline, loras) if loras else pipeline
+        stage = _read_stage(wish, placement.plan.local)
+        attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.dtype)
+        pipeline = _pipeline_around(stage.model, path, options, pipeline_arguments)
+        if given:
+            give(pipeline.transformer, given)
+        return pipeline
     except BaseException:
         placement.close()
         raise
 
 
-def check_call(path: str | Path, arguments: Mapping[str, Any], plugins: Plugins | None = None) -> type[Any]:
-    """Refuse what the pipeline in the folder ``path`` cannot make, before any weight is read; returns its class.
-
-    Args:
-        arguments: of the pipeline's call, as far as the user set them.
-
-    Raises:
-        ConfigError: an argument that the model does not accept, or a pipeline that diffusers does not have.
-        CheckpointError: its transformer is none of an installed family.
-    """
-    import diffusers
-
-    header = _pipeline_header(path)
-    checkpoint = recognise(header, plugins or installed_plugins())
-    checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
-    name = header.pipeline.get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
-        raise ConfigError(
-            f"diffusers {diffusers.__version__} has no pipeline {str(name)[:80]!r}.", hint="pip install -U diffusers"
-        )
-    return found
+def _read_stage(wish: _Wish, span: BlockSpan) -> Stage:
+    weights = WeightReader(wish.checkpoint.header, progress=_local_progress(wish.report))
+    adapter, options = wish.checkpoint.adapter, wish.options
+    return adapter.build_stage(wish.checkpoint.spec, span, weights, device=options.device, dtype=options.dtype)
 
 
-def _pipeline_header(path: str | Path) -> CheckpointHeader:
-    header = read_header(path)
-    if not header.pipeline:
-        raise ConfigError(
-            f"{path} is not a pipeline folder: it has no model_index.json.",
-            hint="the folder that holds transformer/, vae/ and text_encoder/, or split() on a pipeline of your own",
-        )
-    return header
+def _pipeline_around(model: Any, path: str, options: SessionOptions, arguments: Mapping[str, Any]) -> Any:
+    """The pipeline in the folder ``path`` with ``model`` for its transformer."""
+    from diffusers import DiffusionPipeline
+
+    dtype = {_dtype_name(): options.dtype}
+    return DiffusionPipeline.from_pretrained(path, transformer=model, **dtype, **arguments).to(options.device)
 
 
 def split(
@@ -155,45 +169,59 @@ def split(
     model = pipeline.transformer
     old = model.mesh if isinstance(model, SplitModel) else None
     taken = take_off(pipeline) if old is None else []
-    session: Session | None = None
     try:
-        checkpoint = old.checkpoint if old is not None else _checkpoint_in_memory(model, plugins)
-        device = torch.device(model.device)
-        options = SessionOptions(model.dtype, device, quality, settings, codec)
-        adapters = model._mesh_adapters if isinstance(model, SplitModel) else adapters_of(taken, checkpoint)
-        placement = place(checkpoint, local, workers, plugins, options, free_memory(device))
+        checkpoint = old.checkpoint if old is not None else checkpoint_in_memory(model, plugins)
+        options = SessionOptions(model.dtype, torch.device(model.device), quality, settings, codec)
+        wish = _Wish(checkpoint, local, workers, options, plugins, report)
+        wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint)
         if loras is not None:
-            given = chosen(loras, checkpoint, settings, local=bool(len(placement.plan.local)))
-            adapters = replace(adapters, given=tuple(given))
-
-        def identity() -> ModelIdentity:
-            known = old.session.identity if old is not None and old.session is not None else None
-            return known or _identify_loaded(checkpoint, pipeline, plugins, report)
-
-        try:
-            session = open_session(identity, placement, options, plugins, report)
-        except PlanDoesNotFit:
-            if old is None:
-                raise
-            old.close()
-            session = open_session(identity, placement, options, plugins, report)
-        if session is not None:
-            session.set_loras(adapters.in_use())
-        if old is not None:
-            old.restore_local()
-        _hold_only(model, checkpoint, placement.plan.local, device, options.dtype)
+            wanted = replace(wanted, given=wish.chosen(loras))
+        placement = wish.placed(wanted.given)
+        session = _prepared(model, wish, placement, wanted.in_use(), old)
     except BaseException:
-        if session is not None:
-            session.close()
         put_back(pipeline, taken)
         raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
     runner = SplitRunner(checkpoint, placement.plan, stage, session)
-    attach(model, runner, device, options.dtype, adapters)
-    runner.set_loras(adapters.in_use())
+    attach(model, runner, options.device, options.dtype, wanted)
+    runner.set_loras(wanted.in_use())
     if old is not None:
         old.close()
     return pipeline
+
+
+def _prepared(
+    model: Any, wish: _Wish, placement: Placement, loras: Sequence[AnyLora], old: SplitRunner | None
+) -> Session | None:
+    """Have every machine hold its blocks, the workers theirs with ``loras``; the session, None if nothing is remote."""
+    session = _session(model, wish, placement, old)
+    try:
+        if session is not None:
+            session.set_loras(loras)
+        if old is not None:
+            old.restore_local()
+        hold_only(model, wish.checkpoint, placement.plan.local, wish.options.device, wish.options.dtype)
+    except BaseException:
+        if session is not None:
+            session.close()
+        raise
+    return session
+
+
+def _session(model: Any, wish: _Wish, placement: Placement, old: SplitRunner | None) -> Session | None:
+    """An open session; that of ``old`` makes room when a worker cannot hold both."""
+
+    def identity() -> ModelIdentity:
+        known = old.session.identity if old is not None and old.session is not None else None
+        return known or identify_in_memory(wish.checkpoint, model, wish.plugins, wish.report)
+
+    try:
+        return open_session(identity, placement, wish.options, wish.plugins, wish.report)
+    except PlanDoesNotFit:
+        if old is None:
+            raise
+        old.close()
+        return open_session(identity, placement, wish.options, wish.plugins, wish.report)
 
 
 def unsplit(pipeline: Any) -> Any:
@@ -204,14 +232,14 @@ def unsplit(pipeline: Any) -> Any:
     """
     model = pipeline.transformer
     if isinstance(model, SplitModel):
-        runner, device, dtype, adapters = model.mesh, model.device, model.dtype, model._mesh_adapters
+        runner, device, dtype, loras = model.mesh, model.device, model.dtype, model._mesh_loras
         whole = BlockSpan(0, runner.checkpoint.spec.blocks)
         runner.restore_local()
-        _hold_only(model, runner.checkpoint, whole, device, dtype)
+        hold_only(model, runner.checkpoint, whole, device, dtype)
         runner.close()
         detach(model)
         model.to(device)
-        put_on(model, adapters)
+        put_on_again(model, loras)
     return pipeline
 
 
@@ -225,71 +253,6 @@ def stats(pipeline: Any) -> Any:
     if not isinstance(model, SplitModel):
         raise PlanError("This pipeline is not split.", hint="mesh_core.split(pipeline, ...)")
     return model.mesh.stats
-
-
-def identify(checkpoint: Checkpoint, report: ProgressReport | None = None) -> ModelIdentity:
-    """What the workers must hold to run ``checkpoint``. Reads all of its weights the first time."""
-
-    def progress(done: int, total: int) -> None:
-        if report is not None:
-            report(Activity(THIS_MACHINE, Phase.CHECKING, done, total))
-
-    spec = checkpoint.spec
-    return ModelIdentity(
-        spec, fingerprint.structure(spec), fingerprint.of_checkpoint(checkpoint.header, spec, progress)
-    )
-
-
-def file_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The type of most of a checkpoint's weights."""
-    sizes: Counter[str] = Counter()
-    for parameter in checkpoint.spec.parameters.values():
-        sizes[parameter.dtype] += parameter.elements
-    return from_safetensors(sizes.most_common(1)[0][0]).torch
-
-
-def _checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
-    tensors = {
-        name: TensorInfo(name, from_torch(p.dtype).safetensors, tuple(p.shape), _MEMORY, 0, p.nbytes)
-        for name, p in model.named_parameters()
-    }
-    config = {**model.config, "_class_name": type(model).__name__}  # type: ignore[dict-item]
-    return recognise(CheckpointHeader(_MEMORY, tensors, config=config), plugins)
-
-
-def _identify_loaded(
-    checkpoint: Checkpoint, pipeline: Any, plugins: Plugins, report: ProgressReport | None
-) -> ModelIdentity:
-    """The identity of a model in memory; that of its file when it was cast to another type on loading."""
-    if checkpoint.header.path.is_dir() and checkpoint.header.files[0].is_file():
-        return identify(checkpoint, report)
-    spec, model = checkpoint.spec, pipeline.transformer
-    source = str(model.config.get("_name_or_path") or "")
-    if source and Path(source).exists():
-        on_disk = recognise(read_header(source), plugins)
-        if on_disk.spec.dtypes != spec.dtypes:
-            return identify(on_disk, report)
-    return ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, model))
-
-
-def _hold_only(
-    model: nn.Module, checkpoint: Checkpoint, span: BlockSpan, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Have the parameters of ``span`` on the device, and the others off it."""
-    wanted = checkpoint.spec.parameters_of(span)
-    parameters = dict(model.named_parameters())
-    missing = {name: spec for name, spec in wanted.items() if parameters[name].is_meta}
-    if missing:
-        WeightReader(checkpoint.header).fill(model, missing, device=device, dtype=dtype)
-    header = checkpoint.header
-    from_file = header.path != _MEMORY and all(file.is_file() for file in header.files)
-    for name, parameter in parameters.items():
-        if name in wanted and not parameter.is_meta:
-            parameter.data = parameter.data.to(device)
-        elif name not in wanted and from_file:
-            assign(model, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
-        elif name not in wanted:
-            parameter.data = parameter.data.to("cpu")
 
 
 def _dtype_name() -> str:

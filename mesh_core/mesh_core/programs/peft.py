@@ -1,19 +1,18 @@
-"""Diffusers' LoRA calls on a split transformer: what they do on a whole one, they do here and on the workers.
+"""The LoRAs of a split transformer as diffusers' calls name and weigh them, in place of PEFT's layers.
 
 Diffusers injects PEFT layers into a model; a split model has only some of its layers here, so the calls are answered
-from a list of LoRAs instead, and the list is merged into the weights on every machine.
+from this list instead. What diffusers calls an adapter is a LoRA here: an adapter is a model family.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mesh_core.errors import UnsupportedInput
 from mesh_core.host.loras import AnyLora
@@ -25,7 +24,7 @@ PREFIX = "transformer"
 
 
 @dataclass
-class Adapter:
+class PeftLora:
     """One loaded LoRA: in our form, and as diffusers gave it, to be given back when the model is whole again."""
 
     lora: Lora
@@ -35,25 +34,35 @@ class Adapter:
 
 
 @dataclass
-class Adapters:
+class PeftLoras:
     """The LoRAs of a split transformer, in the terms of diffusers.
 
     Attributes:
         given: those of ``loras=`` and `set_loras`, which diffusers knows nothing of.
-        loaded: by adapter name.
+        loaded: by what diffusers calls an adapter name.
         active: names of those in use.
         fused: names and strengths; while there are any, ``active`` rests, as with PEFT.
-        kept: what was fused when the adapters were unloaded: part of the model from then on.
-        on: whether adapters are enabled.
+        kept: what was fused when the LoRAs were unloaded: part of the model from then on.
+        on: whether the loaded ones are enabled.
     """
 
     checkpoint: Checkpoint
     given: tuple[AnyLora, ...] = ()
-    loaded: dict[str, Adapter] = field(default_factory=dict)
+    loaded: dict[str, PeftLora] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     fused: list[tuple[str, float]] = field(default_factory=list)
-    kept: list[tuple[Adapter, float]] = field(default_factory=list)
+    kept: list[tuple[PeftLora, float]] = field(default_factory=list)
     on: bool = True
+
+    def copy(self) -> PeftLoras:
+        """Another list of the same LoRAs, to be changed without changing this one."""
+        return replace(
+            self,
+            loaded={name: replace(lora) for name, lora in self.loaded.items()},
+            active=list(self.active),
+            fused=list(self.fused),
+            kept=list(self.kept),
+        )
 
     def in_use(self) -> list[AnyLora]:
         """All LoRAs that the model has now, in order."""
@@ -64,7 +73,7 @@ class Adapters:
         return found
 
     def load(self, source: Any, name: str | None, options: Mapping[str, Any], *, hotswap: bool) -> str:
-        """Add an adapter, as the only active one; returns its name.
+        """Add a LoRA, as the only active one; returns its name.
 
         Raises:
             LoraError, LoraUnmatched: see `read_lora`.
@@ -81,9 +90,9 @@ class Adapters:
             )
         lora, state = self._read(source, name, options)
         if hotswap:
-            self.loaded[name] = Adapter(lora, state, dict(options), self.loaded[name].weight)
+            self.loaded[name] = PeftLora(lora, state, dict(options), self.loaded[name].weight)
             return name
-        self.loaded[name] = Adapter(lora, state, dict(options))
+        self.loaded[name] = PeftLora(lora, state, dict(options))
         self.active = [name]
         return name
 
@@ -107,162 +116,3 @@ class Adapters:
         metadata = options.get("metadata")
         note = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else {}
         return warn_of_unmatched(lora_of_state(named, self.checkpoint, name, note)), state
-
-
-class LoraCalls(nn.Module):
-    """Mixed into a split transformer, in front of diffusers' ``PeftAdapterMixin``."""
-
-    _mesh_adapters: Adapters
-
-    def _mesh_apply_loras(self) -> None:
-        cast(Any, self).mesh.set_loras(self._mesh_adapters.in_use())
-
-    def _mesh_change(self, change: Callable[[Adapters], None]) -> None:
-        """Change the list of LoRAs and the model with it; both stay as they were when that fails."""
-        before = self._mesh_adapters
-        draft = Adapters(
-            before.checkpoint,
-            before.given,
-            {name: Adapter(a.lora, a.state, a.options, a.weight) for name, a in before.loaded.items()},
-            list(before.active),
-            list(before.fused),
-            list(before.kept),
-            before.on,
-        )
-        change(draft)
-        self._mesh_adapters = draft
-        try:
-            self._mesh_apply_loras()
-        except BaseException:
-            self._mesh_adapters = before
-            self._mesh_apply_loras()
-            raise
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        if not self._mesh_adapters.loaded:
-            raise AttributeError("peft_config")
-        return {name: adapter.options for name, adapter in self._mesh_adapters.loaded.items()}
-
-    @property
-    def _hf_peft_config_loaded(self) -> bool:
-        return bool(self._mesh_adapters.loaded)
-
-    def load_lora_adapter(
-        self,
-        pretrained_model_name_or_path_or_dict: Any,
-        prefix: str | None = PREFIX,
-        hotswap: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As diffusers': the LoRA becomes the active one."""
-        kwargs.pop("_pipeline", None)
-        name = kwargs.pop("adapter_name", None)
-        source, options = pretrained_model_name_or_path_or_dict, {**kwargs, "prefix": prefix}
-
-        def change(adapters: Adapters) -> None:
-            adapters.load(source, name, options, hotswap=hotswap)
-
-        self._mesh_change(change)
-
-    def set_adapters(self, adapter_names: str | list[str], weights: Any = None) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        given = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
-        if len(given) != len(names):
-            raise ValueError(f"{len(names)} adapters and {len(given)} weights.")
-        if odd := next((w for w in given if w is not None and not isinstance(w, (int, float))), None):
-            raise UnsupportedInput(f"Strengths by block ({odd}) cannot cross a cut.", hint="one number per LoRA")
-
-        def change(adapters: Adapters) -> None:
-            for name, weight in zip(names, given, strict=True):
-                adapters.loaded[name].weight = 1.0 if weight is None else float(weight)
-            adapters.active = names
-
-        self._known(names)
-        self._mesh_change(change)
-
-    def set_adapter(self, adapter_name: str | list[str]) -> None:
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._known(names)
-        self._mesh_change(lambda a: setattr(a, "active", names))
-
-    def active_adapters(self) -> list[str]:
-        return list(self._mesh_adapters.active)
-
-    def disable_lora(self) -> None:
-        self._mesh_change(lambda a: setattr(a, "on", False))
-
-    def enable_lora(self) -> None:
-        self._mesh_change(lambda a: setattr(a, "on", True))
-
-    disable_adapters = disable_lora
-    enable_adapters = enable_lora
-
-    def fuse_lora(
-        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
-    ) -> None:
-        def change(adapters: Adapters) -> None:
-            for name in adapters.active:
-                adapters.loaded[name].weight *= lora_scale
-            merged = {name for name, _ in adapters.fused}
-            names = adapters.active if adapter_names is None else adapter_names
-            adapters.fused += [(n, adapters.loaded[n].weight) for n in names if n not in merged]
-
-        self._known(adapter_names or [])
-        self._mesh_change(change)
-
-    def unfuse_lora(self) -> None:
-        self._mesh_change(lambda a: a.fused.clear())
-
-    def unload_lora(self) -> None:
-        def change(adapters: Adapters) -> None:
-            adapters.kept += [(adapters.loaded[name], strength) for name, strength in adapters.fused]
-            adapters.loaded, adapters.active, adapters.fused, adapters.on = {}, [], [], True
-
-        self._mesh_change(change)
-
-    def delete_adapters(self, adapter_names: str | list[str]) -> None:
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-
-        def change(adapters: Adapters) -> None:
-            for name in names:
-                adapters.loaded.pop(name, None)
-            adapters.active = [n for n in adapters.active if n not in names]
-            adapters.fused = [(n, s) for n, s in adapters.fused if n not in names]
-
-        self._mesh_change(change)
-
-    def modules(self, *args: Any, **kwargs: Any) -> Iterator[nn.Module]:
-        """Also one that stands for all PEFT layers: pipelines look for those to learn what is active and fused."""
-        yield from super().modules(*args, **kwargs)
-        if self._mesh_adapters.loaded:
-            yield _stand_in()(self)
-
-    def _known(self, names: Sequence[str]) -> None:
-        loaded = self._mesh_adapters.loaded
-        if missing := [name for name in names if name not in loaded]:
-            raise ValueError(f"There is no adapter {missing[0]!r}; loaded are {sorted(loaded)}.")
-
-
-@cache
-def _stand_in() -> Any:
-    """The class of what answers for all PEFT layers that the model would have."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    def active(self: Any) -> list[str]:
-        return list(self.__dict__["_model"].active_adapters())
-
-    def merged(self: Any) -> list[str]:
-        return [name for name, _ in self.__dict__["_model"]._mesh_adapters.fused]
-
-    def make(self: Any, model: LoraCalls) -> None:
-        nn.Module.__init__(self)
-        self.__dict__["_model"] = model
-
-    answers = {
-        "__init__": make,
-        "active_adapters": property(active),
-        "merged_adapters": property(merged),
-        "unmerge": lambda self: self.__dict__["_model"].unfuse_lora(),
-    }
-    return type("StandIn", (nn.Module, BaseTunerLayer), answers)

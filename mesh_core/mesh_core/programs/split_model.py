@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mesh_core.errors import ConfigError, UnsupportedInput
 from mesh_core.host.runner import SplitRunner
-from mesh_core.programs.peft import Adapters, LoraCalls
+from mesh_core.programs.peft import PeftLoras
+from mesh_core.programs.peft_calls import LoraCalls
 
 
 class SplitModel(LoraCalls):
@@ -48,10 +49,12 @@ class SplitModel(LoraCalls):
 
     @property
     def device(self) -> torch.device:
+        """Where the local blocks are, and where the pipeline is to put the inputs."""
         return self._mesh_place[0]
 
     @property
     def dtype(self) -> torch.dtype:
+        """In which all machines compute."""
         return self._mesh_place[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -73,6 +76,7 @@ class SplitModel(LoraCalls):
         return set(self.mesh.checkpoint.spec.parameters_of(self.mesh.plan.local))
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: ConfigError."""
         raise ConfigError("A split model holds only a part of its weights and cannot be saved.", hint="unsplit() first")
 
 
@@ -81,7 +85,7 @@ def attach(
     runner: SplitRunner,
     device: torch.device,
     dtype: torch.dtype,
-    adapters: Adapters | None = None,
+    loras: PeftLoras | None = None,
 ) -> None:
     """Make ``model`` run ``runner``; also when it is split already."""
     own = _own_class(model)
@@ -90,14 +94,14 @@ def attach(
     split.mesh = runner
     split._mesh_place = (device, dtype)
     split._mesh_sequence = ""
-    split._mesh_adapters = adapters or Adapters(runner.checkpoint)
+    split._mesh_loras = loras or PeftLoras(runner.checkpoint)
 
 
 def detach(model: nn.Module) -> None:
     """Make ``model`` an ordinary model again."""
     own = _own_class(model)
     model.__class__ = own
-    for name in ("mesh", "_mesh_place", "_mesh_sequence", "_mesh_adapters"):
+    for name in ("mesh", "_mesh_place", "_mesh_sequence", "_mesh_loras"):
         model.__dict__.pop(name, None)
 
 

@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import comfy.model_management
+import torch
 
 from mesh_core.errors import MeshError, PlanDoesNotFit
+from mesh_core.model.sizes import span_bytes
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import ModelSpec
 
-from .shadow import shadow
-from .status import State
-
-if TYPE_CHECKING:
-    from .split import Split
-
-log = logging.getLogger(__name__)
+from .partial_model import partial_copy
+from .patching import KEY, patcher_over
+from .weight_source import WeightSource
 
 Forward = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
+"""Takes the place of a wrapped forward pass: ComfyUI's executor, positional and named arguments."""
 
 
-def whole_model(split: Split, current: Any, cause: MeshError) -> Forward:
-    """A function that runs the whole of ``split``'s model here, with the patches of ``current``.
+def refuse_if_too_large(spec: ModelSpec, device: Any, dtype: torch.dtype, cause: MeshError) -> None:
+    """Does the whole model in ``dtype`` fit the memory of ``device``?
 
     Raises:
-        PlanDoesNotFit: it does not fit this machine's memory; says why it was wanted.
+        PlanDoesNotFit: no; says with ``cause`` why that was wanted.
     """
-    from mesh_core.model.sizes import span_bytes
-    from mesh_core.model.spans import BlockSpan
-
-    from .split import KEY, on_model
-
-    everything = BlockSpan(0, split.spec.blocks)
-    needed = span_bytes(split.spec, everything, split.session.options.dtype.itemsize)
-    device = current.load_device
+    needed = span_bytes(spec, BlockSpan(0, spec.blocks), dtype.itemsize)
     room = comfy.model_management.get_total_memory(device)
     if needed > room:
         raise PlanDoesNotFit(
             f"{cause.message} The whole model needs {needed / 1e9:.1f} GB, this machine has {room / 1e9:.1f} GB.",
             hint="the worker again, or another one",
         ) from cause
-    log.warning("%s The model runs here from now on.", cause.message)
-    split.hub.status.change(split.node, State.LOCAL, f"{cause.message} All blocks run here.")
-    whole = on_model(current, shadow(current.model, split.source.weights(everything)))
+
+
+def run_whole_here(source: WeightSource, current: Any) -> Forward:
+    """A function that runs the whole of ``source``'s model here, with the patches of the patcher ``current``."""
+    everything = BlockSpan(0, source.checkpoint.spec.blocks)
+    whole = patcher_over(current, partial_copy(current.model, source.weights(everything)))
     for kind in whole.wrappers.values():
         kind.pop(KEY, None)
     comfy.model_management.load_models_gpu([whole])

@@ -27,15 +27,16 @@ EXPECTED = (
 
 
 def problems(expected: Iterable[Expected]) -> list[str]:
+    """What is not as expected, one line each."""
     return [problem for item in expected if (problem := item.problem()) is not None]
 
 
-def check_pack() -> str:
+def pack_problem() -> str:
     """What the pack itself relies on; costs nothing at start-up. Empty when all is well."""
     return _message(problems(EXPECTED))
 
 
-def require(side: ComfySide) -> None:
+def require_supported(side: ComfySide) -> None:
     """A family may rely on more than this ComfyUI has; the others work all the same.
 
     Raises:
@@ -57,6 +58,7 @@ def _message(found: list[str]) -> str:
 
 @lru_cache(maxsize=1)
 def version() -> str:
+    """ComfyUI's, for messages."""
     try:
         from comfyui_version import __version__
     except ImportError:

@@ -9,43 +9,43 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from mesh_core.errors import UnsupportedInput
-from mesh_core.model.spec import ModelSpec
 from mesh_core.programs.comfy import ComfySide
 
-from .shadow import ROOT
+from .cut import Cut
+from .partial_model import ROOT
 
 _HINT = "all blocks local (local_blocks = number of blocks), or the workflow without it"
 
 
 def refuse_what_cannot_cross(
-    patcher: Any, options: Mapping[str, Any], conditionings: Iterable[Mapping[str, Any]], split: Any
+    patcher: Any, options: Mapping[str, Any], conditionings: Iterable[Mapping[str, Any]], cut: Cut
 ) -> None:
-    """Refuse what would be lost at the cut of ``split``.
+    """Refuse what would be lost at ``cut``.
 
     Raises:
         UnsupportedInput: names it and says what to do.
     """
     found = [
-        *_block_patches(options.get("transformer_options", {}), split.side, split.spec, split.cut),
-        *_on_weights(patcher, split.remote_names),
+        *_block_patches(options.get("transformer_options", {}), cut),
+        *_on_weights(patcher, cut.remote_names),
         *_on_modules(patcher),
-        *_in_conditionings(conditionings, split.side),
+        *_in_conditionings(conditionings, cut.side),
     ]
     if found:
         listed = "; ".join(dict.fromkeys(found))
         raise UnsupportedInput(
-            f"Blocks {split.cut} and later run on a worker, where this would be lost: {listed}.", hint=_HINT
+            f"Blocks {cut.local} and later run on a worker, where this would be lost: {listed}.", hint=_HINT
         )
 
 
-def _block_patches(options: Mapping[str, Any], side: ComfySide, spec: ModelSpec, cut: int) -> Iterator[str]:
-    local = {side.block_key(spec, block) for block in range(cut)}
+def _block_patches(options: Mapping[str, Any], cut: Cut) -> Iterator[str]:
+    local = {cut.side.block_key(cut.spec, block) for block in range(cut.local)}
     for kind, by_block in options.get("patches_replace", {}).items():
         for key in by_block:
             if kind != "dit" or tuple(key) not in local:
                 yield f"a replacement of {kind} {' '.join(str(part) for part in key)} (patches_replace)"
     for kind, patches in options.get("patches", {}).items():
-        if patches and (kind not in side.patches or cut == 0):
+        if patches and (kind not in cut.side.patches or cut.local == 0):
             yield f"a block patch of kind {kind!r}"
     if "optimized_attention_override" in options:
         yield "a replaced attention function (optimized_attention_override)"

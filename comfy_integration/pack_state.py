@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from mesh_core.errors import PluginIncompatible
 
-from . import guard
+from . import compatibility
 from .status import Statuses
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Hub:
+class PackState:
     """One per ComfyUI process."""
 
     def __init__(self, send: Callable[[str, Mapping[str, Any]], None]) -> None:
@@ -33,7 +33,7 @@ class Hub:
     @cached_property
     def message(self) -> str:
         """Why this ComfyUI cannot be used; empty when it can."""
-        return guard.check_pack()
+        return compatibility.pack_problem()
 
     @property
     def plugins(self) -> Plugins:
@@ -61,15 +61,16 @@ class Hub:
         return bool(others)
 
     def close(self, node: str) -> None:
+        """Have the workers forget what a node opened, if it opened anything."""
         session = self._sessions.get(node)
         if session is not None:
             session.close()
 
 
 @cache
-def current() -> Hub:
-    """The hub of this process; its news goes to every open page."""
+def pack_state() -> PackState:
+    """The pack of this process; its news goes to every open page."""
     from server import PromptServer
 
     server = PromptServer.instance
-    return Hub(lambda event, values: server.send_sync(event, dict(values)))
+    return PackState(lambda event, values: server.send_sync(event, dict(values)))

@@ -1,6 +1,6 @@
 """A model of which only some weights are here, in a shape that ComfyUI's memory management keeps right.
 
-A shadow has the module tree of ComfyUI's model, and parameters of its own over the same memory, so that ComfyUI moves
+The copy has the module tree of ComfyUI's model, and parameters of its own over the same memory, so that ComfyUI moves
 and patches it without touching the model it was made from. Modules whose weights are elsewhere stay in the tree with
 parameters on the meta device: their names are what LoRAs are matched by. ComfyUI does not see them when it loads,
 unloads or measures, and they cannot run. Knows no mesh and no model family.
@@ -48,7 +48,7 @@ class Elsewhere(nn.Module):
         raise RuntimeError("This block runs on another machine; its weights are not here.")
 
 
-def shadow(model: nn.Module, weights: Weights, prefix: str = "") -> nn.Module:
+def partial_copy(model: nn.Module, weights: Weights, prefix: str = "") -> nn.Module:
     """A copy of ``model`` with the weights that ``weights`` gives, and the others elsewhere."""
     copy = _copy(model, weights, prefix)
     if prefix == "":
@@ -91,7 +91,7 @@ def _copy(module: nn.Module, weights: Weights, prefix: str) -> nn.Module:
     empty = [child for child in children if not child.state_dict(keep_vars=True)]
     inside = prefix not in ("", ROOT)
     if inside and not here and (elsewhere or away) and len(away) + len(empty) == len(children):
-        copy.__class__ = _away_class(own)
+        copy.__class__ = _elsewhere_class(own)
     elif here and elsewhere:
         raise RuntimeError(f"{prefix}: some weights of one layer are here and some are not.")
     return copy
@@ -107,5 +107,5 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 @cache
-def _away_class(own: type[nn.Module]) -> type[nn.Module]:
+def _elsewhere_class(own: type[nn.Module]) -> type[nn.Module]:
     return type(own.__name__, (Elsewhere, own), {"__module__": own.__module__})

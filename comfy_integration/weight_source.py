@@ -19,18 +19,28 @@ from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ParameterSpec, Piece
 from mesh_core.model.weights import WeightReader
 from mesh_core.programs.comfy import ComfySide
-from mesh_core.programs.diffusers import identify
+from mesh_core.programs.identity import identify
 
-from .identity import identities, originals
-from .shadow import ROOT, Weights
+from .identity import identities, unpatched_weights
+from .partial_model import ROOT, Weights
 
-FILE = "mesh_file"
+UNREAD = "mesh_file"
 """The attachment of a patcher whose weights stay in a file until it is cut."""
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
+    """Gives the weights of one model of ComfyUI.
+
+    Attributes:
+        side: what its family tells about itself inside ComfyUI.
+        prefix: before each name in the file, where ComfyUI's model has none.
+        bytes_read: from disk so far, for a split.
+    """
+
     checkpoint: Checkpoint
     side: ComfySide
+    prefix: str
+    bytes_read: int
 
     def weights(self, span: BlockSpan) -> Weights:
         """The weights of ComfyUI's model that ``span`` needs, on the CPU; None for the others."""
@@ -51,9 +61,11 @@ class LoadedModel:
     patcher: Any
     checkpoint: Checkpoint
     side: ComfySide
+    prefix: str = ""
+    bytes_read: int = 0
 
     def weights(self, span: BlockSpan) -> Weights:
-        original, wanted = originals(self.patcher), names_of(self.checkpoint, span)
+        original, wanted = unpatched_weights(self.patcher), names_of(self.checkpoint, span)
         others = dict(self.patcher.model.named_parameters())
 
         def weight(name: str) -> Tensor | None:
@@ -73,9 +85,7 @@ class ModelFile:
     """A checkpoint of which the tensors of the last span that was asked for are in memory.
 
     Attributes:
-        prefix: before each name in the file, where ComfyUI's model has none.
         dtype: in which ComfyUI holds the weights.
-        bytes_read: from disk so far.
     """
 
     checkpoint: Checkpoint

@@ -20,21 +20,21 @@ from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.library import recognise
 from mesh_core.programs.comfy import side_of
 
-from .hub import Hub
-from .shadow import shadow
-from .source import FILE, ModelFile
+from .pack_state import PackState
+from .partial_model import partial_copy
+from .weight_source import UNREAD, ModelFile
 
 _HINT = "ComfyUI's own loader, with Mesh Split behind it"
 
 
-def load(path: str, hub: Hub) -> Any:
-    """A patcher of the model in the file ``path``; `cut` reads what it needs.
+def load_unread(path: str, pack: PackState) -> Any:
+    """A patcher of the model in the file ``path``; `cut_model` reads what it needs.
 
     Raises:
         CheckpointError: no adapter or not this ComfyUI can use the file.
     """
     header = read_header(path)
-    checkpoint = recognise(header, hub.plugins)
+    checkpoint = recognise(header, pack.plugins)
     model, prefix = _without_weights(header)
     missing = [n for n in model.diffusion_model.state_dict() if prefix + n not in header.tensors]
     if missing or any(b.is_meta for b in model.buffers()):
@@ -49,9 +49,11 @@ def load(path: str, hub: Hub) -> Any:
         comfy.model_management.unet_offload_device(),
     )
     model.device = offload_device
-    patcher = comfy.model_patcher.ModelPatcher(shadow(model, lambda name: None), load_device, offload_device, size=1)
-    patcher.set_attachments(FILE, file)
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, FILE, _uncut)
+    patcher = comfy.model_patcher.ModelPatcher(
+        partial_copy(model, lambda name: None), load_device, offload_device, size=1
+    )
+    patcher.set_attachments(UNREAD, file)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, UNREAD, _uncut)
     return patcher
 
 

@@ -1,0 +1,43 @@
+"""Where a model is cut: which blocks and which weights are on workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.spans import BlockSpan
+from mesh_core.model.spec import ModelSpec
+from mesh_core.programs.comfy import ComfySide
+
+from .partial_model import ROOT
+from .weight_source import WeightSource, names_of
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut of one model.
+
+    Attributes:
+        side: what its family tells about itself inside ComfyUI.
+        local: number of blocks that run here.
+        remote_names: ComfyUI's names of the weights that are not here.
+    """
+
+    checkpoint: Checkpoint
+    side: ComfySide
+    local: int
+    remote_names: frozenset[str]
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The whole model's."""
+        return self.checkpoint.spec
+
+
+def cut_at(source: WeightSource, local: int) -> Cut:
+    """The cut of ``source``'s model behind its first ``local`` blocks."""
+    checkpoint = source.checkpoint
+    everything, here = BlockSpan(0, checkpoint.spec.blocks), BlockSpan(0, local)
+    remote = names_of(checkpoint, everything) - names_of(checkpoint, here)
+    names = frozenset(ROOT + name.removeprefix(source.prefix) for name in remote)
+    return Cut(checkpoint, source.side, local, names)

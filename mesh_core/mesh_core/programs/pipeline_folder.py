@@ -1,0 +1,53 @@
+"""The folder of a diffusers pipeline: what it holds, and whether its pipeline can make what is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mesh_core.builtin import installed_plugins
+from mesh_core.errors import ConfigError
+from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.library import recognise
+from mesh_core.plugins.registry import Plugins
+
+
+def pipeline_header(path: str | Path) -> CheckpointHeader:
+    """The header of the transformer in a pipeline's folder.
+
+    Raises:
+        ConfigError: the folder holds no ``model_index.json``.
+        CheckpointError: see `read_header`.
+    """
+    header = read_header(path)
+    if not header.pipeline:
+        raise ConfigError(
+            f"{path} is not a pipeline folder: it has no model_index.json.",
+            hint="the folder that holds transformer/, vae/ and text_encoder/, or split() on a pipeline of your own",
+        )
+    return header
+
+
+def check_call(path: str | Path, arguments: Mapping[str, Any], plugins: Plugins | None = None) -> type[Any]:
+    """Refuse what the pipeline in the folder ``path`` cannot make, before any weight is read; returns its class.
+
+    Args:
+        arguments: of the pipeline's call, as far as the user set them.
+
+    Raises:
+        ConfigError: an argument that the model does not accept, or a pipeline that diffusers does not have.
+        CheckpointError: its transformer is none of an installed family.
+    """
+    import diffusers
+
+    header = pipeline_header(path)
+    checkpoint = recognise(header, plugins or installed_plugins())
+    checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
+    name = header.pipeline.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise ConfigError(
+            f"diffusers {diffusers.__version__} has no pipeline {str(name)[:80]!r}.", hint="pip install -U diffusers"
+        )
+    return found
