@@ -14,7 +14,7 @@ from .weight_source import WeightSource, names_of
 
 
 @dataclass(frozen=True)
-class Cut:
+class ModelCut:
     """One cut of one model.
 
     Attributes:
@@ -34,10 +34,10 @@ class Cut:
         return self.checkpoint.spec
 
 
-def cut_at(source: WeightSource, local: int) -> Cut:
+def cut_at(source: WeightSource, local: int) -> ModelCut:
     """The cut of ``source``'s model behind its first ``local`` blocks."""
     checkpoint = source.checkpoint
     everything, here = BlockSpan(0, checkpoint.spec.blocks), BlockSpan(0, local)
     remote = names_of(checkpoint, everything) - names_of(checkpoint, here)
     names = frozenset(ROOT + name.removeprefix(source.prefix) for name in remote)
-    return Cut(checkpoint, source.side, local, names)
+    return ModelCut(checkpoint, source.side, local, names)

@@ -25,7 +25,8 @@ from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.spec import ModelSpec, ParameterSpec
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
-from mesh_core.programs.comfy import ComfySide, header_of, recognise_module
+from mesh_core.programs.comfy import ComfySide, header_of
+from mesh_core.programs.comfy_recognition import recognise_module
 from mesh_core.programs.identity import identify
 
 from .partial_model import ROOT

@@ -15,7 +15,7 @@ from mesh_core.host.loras import AnyLora, Borrowed
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.memory import NamedPatch, from_comfy_weights, lora_from_patches
 
-from .cut import Cut
+from .cut import ModelCut
 
 REMOTE = "mesh_remote_loras"
 """The attachment of a patcher that lists LoRAs of the workers."""
@@ -53,7 +53,7 @@ def add_remote(patcher: Any, name: str, strength: float) -> Any:
     return result
 
 
-def loras_for_workers(patcher: Any, cut: Cut) -> list[AnyLora]:
+def loras_for_workers(patcher: Any, cut: ModelCut) -> list[AnyLora]:
     """What ``patcher`` holds for the blocks behind ``cut``; the same list while that does not change.
 
     Raises:
@@ -70,7 +70,7 @@ def loras_for_workers(patcher: Any, cut: Cut) -> list[AnyLora]:
     return [*_in_graph(patcher, cut), *(Borrowed(lora.name, lora.strength) for lora in remote)]
 
 
-def _in_graph(patcher: Any, cut: Cut) -> Iterator[Applied]:
+def _in_graph(patcher: Any, cut: ModelCut) -> Iterator[Applied]:
     """One LoRA per loader node, so that a changed strength or another LoRA beside it sends nothing again.
 
     Several when one would change the order of what happens to a weight: not all algorithms add up.

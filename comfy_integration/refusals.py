@@ -11,14 +11,14 @@ from typing import Any
 from mesh_core.errors import UnsupportedInput
 from mesh_core.programs.comfy import ComfySide
 
-from .cut import Cut
+from .cut import ModelCut
 from .partial_model import ROOT
 
 _HINT = "all blocks local (local_blocks = number of blocks), or the workflow without it"
 
 
 def refuse_what_cannot_cross(
-    patcher: Any, options: Mapping[str, Any], conditionings: Iterable[Mapping[str, Any]], cut: Cut
+    patcher: Any, options: Mapping[str, Any], conditionings: Iterable[Mapping[str, Any]], cut: ModelCut
 ) -> None:
     """Refuse what would be lost at ``cut``.
 
@@ -38,7 +38,7 @@ def refuse_what_cannot_cross(
         )
 
 
-def _block_patches(options: Mapping[str, Any], cut: Cut) -> Iterator[str]:
+def _block_patches(options: Mapping[str, Any], cut: ModelCut) -> Iterator[str]:
     local = {cut.side.block_key(cut.spec, block) for block in range(cut.local)}
     for kind, by_block in options.get("patches_replace", {}).items():
         for key in by_block:

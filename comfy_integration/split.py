@@ -21,7 +21,7 @@ from mesh_core.host.session import Session
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.system.device import synchronise
 
-from .cut import Cut
+from .cut import ModelCut
 from .loras import loras_for_workers
 from .node_settings import OnFailure
 from .pack_state import PackState
@@ -48,7 +48,7 @@ class Split:
     pack: PackState
     node: str
     source: WeightSource
-    cut: Cut
+    cut: ModelCut
     session: Session
     on_failure: OnFailure
     model: Callable[[], Any]

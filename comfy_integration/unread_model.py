@@ -18,7 +18,7 @@ from mesh_codec.dtypes import from_safetensors
 from mesh_core.errors import CheckpointUnrecognised, PlanError
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.library import recognise
-from mesh_core.programs.comfy import side_of
+from mesh_core.programs.comfy_recognition import side_of
 
 from .pack_state import PackState
 from .partial_model import partial_copy

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import CheckpointUnrecognised, UnsupportedInput
 from mesh_core.model import BlockSpan, Conditioning, ModelSpec, State, fingerprint, read_header
-from mesh_core.programs.comfy import ComfySide, recognise_module, side_of
+from mesh_core.programs.comfy import ComfySide
+from mesh_core.programs.comfy_recognition import recognise_module, side_of
 from mesh_ltx import LtxAdapter
 from tests.adapters import comfy_ltx, tiny_ltx
 

@@ -1,13 +1,12 @@
 """What a model family tells about itself inside ComfyUI: the contract of an adapter's ``comfy.py``.
 
-Imports nothing of ComfyUI: an adapter's ``comfy.py`` and the node pack do. The node pack finds a family's side through
-`ModelAdapter.hosts`, and the family through the model's own tensors; there is no node per family.
+Imports nothing of ComfyUI: an adapter's ``comfy.py`` and the node pack do. How a family and its side are found is in
+`comfy_recognition`.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,21 +17,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mesh_core.errors import CheckpointUnrecognised, PluginNotFound
 from mesh_core.model.adapter import ModelAdapter
 from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.spec import Conditioning, ModelSpec, State
-from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.in_memory import header_in_memory
 
 # What a family's comfy.py imports; the rest is the node pack's.
 __all__ = ["ComfySide", "Expected", "HandOver", "RemotePart", "hand_over_at", "intercepted"]
-
-log = logging.getLogger(__name__)
-
-HOST = "comfy"
-"""The key of ComfyUI in `ModelAdapter.hosts`."""
 
 MEMORY = Path("(weights in ComfyUI)")
 """Stands for the file of a model that ComfyUI loaded."""
@@ -131,57 +122,6 @@ class ComfySide(ABC):
 def header_of(model: nn.Module) -> CheckpointHeader:
     """The tensors of ComfyUI's ``model`` as the header of a file would list them."""
     return header_in_memory(model.state_dict(), MEMORY)
-
-
-def recognise_module(model: nn.Module, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
-    """The checkpoint that ComfyUI's ``diffusion_model`` is, and its family's side of ComfyUI.
-
-    Raises:
-        CheckpointUnrecognised: no adapter knows it, or its weights are in a form that none computes with.
-        PluginNotFound: the adapter does not know ComfyUI.
-    """
-    try:
-        checkpoint = recognise(header_of(model), plugins)
-    except CheckpointUnrecognised:
-        # Names and shapes alone do not say it; a family may know more of its own models.
-        for adapter in plugins.adapters().values():
-            found = _recognised_by(adapter, model)
-            if found is not None:
-                return found
-        raise
-    return checkpoint, side_of(checkpoint.adapter)
-
-
-def _recognised_by(adapter: ModelAdapter, model: nn.Module) -> tuple[Checkpoint, ComfySide] | None:
-    if HOST not in adapter.hosts:
-        return None
-    try:
-        side = side_of(adapter)
-        header = side.header(model)
-        spec = adapter.recognise(header)
-    except ImportError as error:
-        log.debug("%s is not asked, its side does not load in this ComfyUI: %s", adapter.family, error)
-        return None
-    except CheckpointUnrecognised as error:
-        log.debug("%s: %s", adapter.family, error)
-        return None
-    return None if spec is None else (Checkpoint(header, spec, adapter), side)
-
-
-def side_of(adapter: ModelAdapter) -> ComfySide:
-    """The ComfyUI side of a family.
-
-    Raises:
-        PluginNotFound: the family has none.
-    """
-    target = adapter.hosts.get(HOST)
-    if target is None:
-        raise PluginNotFound(
-            f"The adapter for {adapter.family} does not know ComfyUI.", hint="a newer version of that adapter"
-        )
-    module, _, name = target.partition(":")
-    side: ComfySide = getattr(import_module(module), name)(adapter)
-    return side
 
 
 def hand_over_at(options: Mapping[str, Any], key: tuple[str, int]) -> dict[str, Any]:
