@@ -11,26 +11,40 @@ from safetensors.torch import save_file
 
 
 def transformer(
-    *, guidance: bool, doubles: int = 2, singles: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32
+    *,
+    guidance: bool,
+    doubles: int = 2,
+    singles: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
 ) -> Flux2Transformer2DModel:
-    """Width 64, 2 heads of 32."""
+    """Width 64, 2 heads of 32, unless ``changes`` of its configuration say otherwise."""
     torch.manual_seed(seed)
-    model = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=doubles,
-        num_single_layers=singles,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=48,
-        timestep_guidance_channels=32,
-        axes_dims_rope=(8, 8, 8, 8),
-        guidance_embeds=guidance,
-    )
+    config: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": doubles,
+        "num_single_layers": singles,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "timestep_guidance_channels": 32,
+        "axes_dims_rope": (8, 8, 8, 8),
+        "guidance_embeds": guidance,
+        **changes,
+    }
+    model = Flux2Transformer2DModel(**config)
     # Norm weights are ones when they are new; random ones show whether each lands in its place.
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def saved(folder: Path, **options: Any) -> Path:
+    """Klein's architecture on disk at ``folder``; options of `transformer`."""
+    transformer(guidance=False, **options).save_pretrained(folder)
+    return folder
 
 
 def inputs(

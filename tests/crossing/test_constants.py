@@ -11,7 +11,7 @@ from blake3 import blake3
 from mesh_codec import RawCodec
 from mesh_core.crossing.constants import ConstantsBook, digest
 from mesh_core.errors import ConstantsMissing, WireTooLarge
-from mesh_core.worker.session import ConstantsCache
+from mesh_core.worker.constants import ConstantsCache
 
 SMALL, LARGE = 1, 300_000
 """Elements of float32 tensors, one of which is hashed in several threads."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import diffusers  # noqa: F401  (the time that adapters would take to import it)
@@ -22,8 +22,8 @@ import torch
 
 from mesh_core.builtin import load_plugins
 from mesh_core.system.config import Settings
-from mesh_core.transport.keys import KeyStore
-from mesh_core.worker.server import Worker, WorkerOptions
+from mesh_core.testing.workers import listening_worker
+from mesh_core.worker.server import WorkerOptions
 from tests.adapters import tiny
 from tests.support.splitting import split
 from tests.support.workers import wait_until
@@ -144,20 +144,9 @@ def _prepare(home: str) -> None:
 def _serve(folder: Path, name: str, settings: Settings, memory: int, port: int, home: str, ready: Any) -> None:
     _prepare(home)
     logging.disable(logging.ERROR)
-    plugins = load_plugins()
-    end = monotonic() + 10
-    while True:
-        try:
-            listener = plugins.transport("mesh").listen(f"mesh://127.0.0.1:{port}")
-            break
-        except Exception:
-            # The system may need a moment to free the port of the worker that was killed.
-            if monotonic() > end:
-                raise
-            sleep(0.02)
-    options = WorkerOptions((folder,), name, "cpu", memory, KeyStore().identity().client.public, settings)
-    worker = Worker(options, listener, plugins)
-    ready.send(listener.address)
+    options = WorkerOptions((folder,), name, memory=memory, settings=settings)
+    worker = listening_worker(f"mesh://127.0.0.1:{port}", options, load_plugins())
+    ready.send(worker.listener.address)
     worker.serve()
 
 
@@ -175,5 +164,4 @@ def _generate(
 
 def slow_model(folder: Path, *, seed: int = 0, singles: int = 12) -> Path:
     """A small model on disk, of many blocks: they can be interrupted between any two."""
-    tiny.transformer(guidance=False, doubles=1, singles=singles, seed=seed).save_pretrained(folder)
-    return folder
+    return tiny.saved(folder, doubles=1, singles=singles, seed=seed)

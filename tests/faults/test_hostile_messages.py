@@ -27,7 +27,7 @@ from mesh_core.transport.invites import accept_invite, create_invite
 from mesh_core.transport.keys import KeyStore
 from mesh_core.transport.zeromq import ZeroMqTransport
 from mesh_core.wire.failure import rebuild
-from mesh_core.worker.session import QUOTA
+from mesh_core.worker.quota import QUOTA
 from tests.faults.conftest import IMPATIENT, TALKATIVE, Case
 from tests.faults.mutations import Mutator
 from tests.faults.processes import FastWorker

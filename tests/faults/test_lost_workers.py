@@ -11,7 +11,6 @@ from time import monotonic
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel
 
 from mesh_core.errors import PeerLost, Unreachable
 from mesh_core.plugins.registry import Plugins
@@ -118,18 +117,8 @@ def test_a_worker_that_stays_away(slow: Case, plugins: Plugins, way: str) -> Non
 
 def test_a_worker_killed_while_it_loads(tmp_path: Path, plugins: Plugins) -> None:
     path = tmp_path / "models" / "klein"
-    torch.manual_seed(3)
-    large = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=6,
-        attention_head_dim=128,
-        num_attention_heads=6,
-        joint_attention_dim=48,
-        timestep_guidance_channels=32,
-        axes_dims_rope=(32, 32, 32, 32),
-        guidance_embeds=False,
-    ).eval()
+    wide = {"attention_head_dim": 128, "num_attention_heads": 6, "axes_dims_rope": (32, 32, 32, 32)}
+    large = tiny.transformer(guidance=False, doubles=1, singles=6, seed=3, **wide)
     large.save_pretrained(path)
     inputs = tiny.inputs(guidance=False)
     with torch.no_grad():

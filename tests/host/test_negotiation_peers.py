@@ -91,7 +91,7 @@ def test_a_worker_that_lies_about_itself_harms_nothing(
     workers = start(plugins, scheme="inproc")
     report = Worker._device_report
     monkeypatch.setattr(Worker, "_device_report", lambda self: report(self) | LIES[name])
-    monkeypatch.setattr(workers[0].worker.hosting.speeds, "plain", lambda: LIES[name]["speeds"])
+    monkeypatch.setattr(workers[0].worker.speeds, "plain", lambda: LIES[name]["speeds"])
     with over(tmp_path, workers, plugins, quality=quality) as session:
         for _ in range(4):
             error = (run(session, state()) - state()).abs().max()
@@ -113,14 +113,14 @@ def test_capabilities_that_make_no_sense_leave_the_codec_out_or_work(
 ) -> None:
     plugins = plugins_with()
     workers = start(plugins, scheme="inproc")
-    send = workers[0].worker._send
+    send = workers[0].worker.replies.send
 
-    def lying(route: bytes, message: wire.Message, buffers: Any = None) -> None:
+    def lying(route: bytes, message: wire.Message, buffers: Any = ()) -> None:
         if isinstance(message, wire.Welcome):
             message = replace(message, codecs=dict.fromkeys(message.codecs, CAPABILITIES[name]))
         send(route, message, buffers)
 
-    monkeypatch.setattr(workers[0].worker, "_send", lying)
+    monkeypatch.setattr(workers[0].worker.replies, "send", lying)
     with over(tmp_path, workers, plugins, quality="fast") as session:
         assert (run(session, state()) - state()).abs().max() < 0.5
 

@@ -194,7 +194,7 @@ def test_constants_that_the_worker_dropped_are_sent_again(near: Rig) -> None:
     inputs = tiny.inputs(guidance=False)
     with split(near.path, ":0", near.workers, near.plugins) as run:
         expected = run(inputs)
-        near.workers[0].worker.hosting.constants._held.clear()
+        near.workers[0].worker.steps.constants._held.clear()
         assert torch.equal(run(inputs), expected)
         assert [s.resent for s in run.stats.steps] == [0, 1]
 
@@ -248,20 +248,20 @@ def test_better_qualities_are_closer_and_larger(rig: Rig) -> None:
 def test_a_worker_that_answers_with_another_codec_than_agreed_is_refused(
     near: Rig, lie: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosting = near.workers[0].worker.hosting
-    send = hosting.send
+    replies = near.workers[0].worker.replies
+    send = replies.send
 
-    def lying(route: bytes, message: wire.Message, buffers: list[Any]) -> None:
+    def lying(route: bytes, message: wire.Message, buffers: Any = ()) -> None:
         if isinstance(message, wire.Result):
             change = {"c": "entropy"} if lie == "codec" else {"s": {"step": 0.5}}
             message = replace(message, tensors=[{**t, **change} for t in message.tensors])
         send(route, message, buffers)
 
     with split(near.path, ":2", near.workers, near.plugins) as run:
-        monkeypatch.setattr(hosting, "send", lying)
+        monkeypatch.setattr(replies, "send", lying)
         with pytest.raises(WireMalformed):
             run(tiny.inputs(guidance=False))
-        monkeypatch.setattr(hosting, "send", send)
+        monkeypatch.setattr(replies, "send", send)
         inputs = tiny.inputs(guidance=False)
         assert torch.equal(run(inputs), near.whole(inputs)), "the session survives"
 
@@ -288,7 +288,7 @@ def test_a_worker_that_stays_away_for_a_while_is_waited_for(near: Rig) -> None:
     with split(near.path, ":1", near.workers, near.plugins, settings=QUICK, report=lambda *r: told.append(r)) as run:
         expected = run(inputs)
         near.workers[0].stop()
-        back = threading.Timer(0.7, near.workers[0]._start)
+        back = threading.Timer(0.7, near.workers[0].start)
         back.start()
         assert torch.equal(run(inputs), expected)
         assert any("waiting" in what for _, what, _, _ in told)
@@ -303,8 +303,8 @@ def test_a_worker_out_of_reach_of_its_neighbour_is_relayed_through_the_host(
     # Worker A has an in-process network of its own beside the one that it serves: it cannot see B there.
     with thread_workers(path.parent, 3, plugins=plugins, settings=QUICK) as workers:
         first = workers[0].worker
-        first.hosting.plugins = load_plugins()
-        first.hosting.settings = replace(QUICK, deadlines=replace(QUICK.deadlines, connect=0.2))
+        first.opener.plugins = load_plugins()
+        first.opener.settings = replace(QUICK, deadlines=replace(QUICK.deadlines, connect=0.2))
         with split(path, ":1", workers, plugins, settings=QUICK) as run, torch.no_grad():
             for _ in range(2):
                 assert torch.equal(run(inputs), model(**inputs, return_dict=False)[0])
@@ -315,20 +315,20 @@ def test_a_worker_out_of_reach_of_its_neighbour_is_relayed_through_the_host(
 
 def test_closing_frees_the_stage_on_every_worker(rig: Rig) -> None:
     def users() -> list[int]:
-        return [sum(e.users for e in w.worker.stages._entries.values()) for w in rig.workers]
+        return [sum(w.worker.stages.table.users().values()) for w in rig.workers]
 
     wait_until(lambda: users() == [0, 0, 0], what="the end of earlier sessions")
     with split(rig.path, ":1", rig.workers, rig.plugins) as run:
         run(tiny.inputs(guidance=False))
         assert users() == [1, 1, 1]
     wait_until(lambda: users() == [0, 0, 0], what="the stages' release")
-    assert [len(w.worker.hosting) for w in rig.workers] == [0, 0, 0]
+    assert [len(w.worker.sessions) for w in rig.workers] == [0, 0, 0]
 
 
 def test_after_a_step_nothing_keeps_the_weights_of_a_closed_session(near: Rig) -> None:
     stages = near.workers[0].worker.stages
     with split(near.path, ":0", near.workers, near.plugins) as run:
         run(tiny.inputs(guidance=False))
-    wait_until(lambda: len(near.workers[0].worker.hosting) == 0)
+    wait_until(lambda: len(near.workers[0].worker.sessions) == 0)
     stages.clear()
     wait_until(lambda: stages.nbytes == 0, 2, "freeing the weights without the garbage collector")

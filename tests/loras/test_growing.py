@@ -24,18 +24,11 @@ from mesh_core.model.library import Checkpoint
 from tests.adapters import tiny
 from tests.support import loras
 from tests.support.inbox import STEP, Inbox, flipped
-from tests.support.splitting import checkpoint_at, split
+from tests.support.splitting import split
 from tests.support.workers import mesh_home, thread_workers
 
 PIECE = 64
 """Bytes of a piece in these tests: what may cross in vain where one begins that is there."""
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, load_plugins())
 
 
 @pytest.fixture

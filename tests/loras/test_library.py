@@ -19,18 +19,10 @@ from mesh_core.loras.read import read_lora
 from mesh_core.loras.received import ReceivedLoras
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings
-from mesh_core.worker.server import Worker, WorkerOptions
 from tests.adapters import tiny
 from tests.support import loras
-from tests.support.splitting import checkpoint_at, split
+from tests.support.splitting import split
 from tests.support.workers import ThreadWorker, mesh_home
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, load_plugins())
 
 
 def save(path: Path, model: Checkpoint, seed: int = 0, **metadata: str) -> Path:
@@ -108,22 +100,11 @@ def test_what_lies_in_the_workers_folder_is_never_sent_and_can_be_named(
     folder: Path, tmp_path: Path, model: Checkpoint
 ) -> None:
     plugins, inputs = load_plugins(), tiny.inputs(guidance=False)
-
-    class WithFolder(ThreadWorker):
-        def _start(self) -> None:
-            listener = self._listen("inproc")
-            options = WorkerOptions(self.roots, self.name, "cpu", self.memory, "", self.settings, (folder,))
-            self.worker = Worker(options, listener, self.plugins)
-            import threading
-
-            self._thread = threading.Thread(target=self.worker.serve, daemon=True)
-            self._thread.start()
-
     copy = tmp_path / "host" / "renamed.safetensors"
     copy.parent.mkdir()
     copy.write_bytes((folder / "turbo.safetensors").read_bytes())
     with mesh_home(tmp_path / "home"):
-        worker = WithFolder((model.header.path,), plugins, "w0", "inproc://")
+        worker = ThreadWorker((model.header.path,), plugins, "w0", "inproc://", loras=(folder,))
         try:
             with split(model.header.path, ":0", [worker], plugins) as run:
                 run.set_loras([Applied(read_lora(copy, model), 0.5)])

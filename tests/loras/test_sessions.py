@@ -132,7 +132,7 @@ def test_a_hundred_changes_leave_no_trace_and_read_no_weights(rig: Rig) -> None:
         plain = run(rig.inputs)
         for i in range(100):
             run.set_loras([Applied(some, i / 7 - 5)])
-        (session,) = rig.workers[0].worker.hosting._sessions.values()
+        (session,) = rig.workers[0].worker.sessions
         assert session.loaded.bytes_read == 0
         run.set_loras([])
         assert torch.equal(run(rig.inputs), plain)

@@ -29,15 +29,8 @@ from tests.adapters import tiny
 from tests.faults.processes import FastWorker
 from tests.support import loras
 from tests.support.inbox import STEP, Inbox, flipped
-from tests.support.splitting import checkpoint_at, split
+from tests.support.splitting import split
 from tests.support.workers import mesh_home, thread_workers
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return checkpoint_at(path, load_plugins())
 
 
 def make(model: Checkpoint, seed: int = 0, rank: int = 3) -> Lora:
@@ -302,7 +295,7 @@ def test_what_is_large_is_refused_with_the_two_ways_out_and_sent_when_asked(mode
             with pytest.raises(LoraTooLarge, match="more than the 0 MB") as caught:
                 run.set_loras([Applied(lora)])
             assert "--loras" in caught.value.hint and "largest_sent" in caught.value.hint
-            assert w0.worker.hosting.lora_library.listing() == []
+            assert w0.worker.loras.lora_library.listing() == []
             run.set_loras([Applied(lora, send=True)])
             assert [p["action"] for p in run.stats.loras] == ["send"]
             run.set_loras([Applied(lora, 0.5)])

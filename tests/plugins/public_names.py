@@ -34,6 +34,9 @@ PUBLIC: Mapping[str, str] = {
     "mesh_core.transport.base": """
         Address Channel Frame Frames Listener Peer Transport Trust
     """,
-    "mesh_core.testing": "check_every_cut check_reads_only_its_own check_recognises_without_data",
+    "mesh_core.testing": """
+        TRANSPORT_CHECKS ThreadWorker check_every_cut check_reads_only_its_own check_recognises_without_data
+        check_transport mesh_home thread_workers wait_until
+    """,
 }
 """Beside these, a plugin imports from `mesh_core` itself what a script does, and from `mesh_codec`."""

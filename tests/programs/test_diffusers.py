@@ -153,7 +153,7 @@ def test_a_pipeline_is_cut_anew_and_only_the_difference_is_loaded(rig: Rig, expe
         assert torch.equal(pipelines.run(pipeline), expected)
         spec = pipeline.transformer.mesh.checkpoint.spec
         assert on_meta(pipeline) == spec.parameters.keys() - spec.parameters_of(spec.span(local)).keys()
-    wait_until(lambda: sum(len(w.worker.hosting) for w in rig.workers) == 1, what="the end of the earlier sessions")
+    wait_until(lambda: sum(len(w.worker.sessions) for w in rig.workers) == 1, what="the end of the earlier sessions")
     mesh_core.unsplit(pipeline)
 
 
@@ -299,9 +299,9 @@ def test_a_worker_without_room_leaves_the_pipeline_as_it_was(
     pipeline = rig.load(":3", workers=rig.addresses[:1])
     pipelines.run(pipeline)
     store: StageStore = rig.workers[0].worker.stages
-    monkeypatch.setattr(store, "budget", store.nbytes)
+    monkeypatch.setattr(store.memory, "budget", store.nbytes)
     store.clear()
-    monkeypatch.setattr(store, "budget", store.nbytes + 1)
+    monkeypatch.setattr(store.memory, "budget", store.nbytes + 1)
     with pytest.raises(mesh_core.PlanDoesNotFit, match="w0"):
         rig.split(pipeline, ":0", workers=rig.addresses[:1])
     assert torch.equal(pipelines.run(pipeline), expected)
@@ -322,7 +322,7 @@ def test_local_blocks_that_cannot_be_read_leave_the_pipeline_and_the_workers_as_
         rig.split(pipeline, ":4", workers=rig.addresses[:1])
     assert spread_over(pipeline) == ["0:1", "1:5"]
     assert torch.equal(pipelines.run(pipeline), expected)
-    wait_until(lambda: sum(len(w.worker.hosting) for w in rig.workers) == 1, what="the end of the failed session")
+    wait_until(lambda: sum(len(w.worker.sessions) for w in rig.workers) == 1, what="the end of the failed session")
     file.write_bytes(content)
     mesh_core.unsplit(pipeline)
 

@@ -1,4 +1,4 @@
-"""Workers for tests: in threads of this process, or as real processes started by ``mesh serve``.
+"""Workers for tests: in threads of this process, as anybody's tests have them, or as real ``mesh serve`` processes.
 
 The host in a test and its workers share one MESH_HOME, so they are the same user on the same machine.
 """
@@ -11,117 +11,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic, sleep
 
-from mesh_core.builtin import load_plugins
-from mesh_core.errors import TransportError
-from mesh_core.plugins.registry import Plugins
-from mesh_core.system.config import Settings
-from mesh_core.transport.base import Listener
-from mesh_core.transport.keys import KeyStore
-from mesh_core.worker.server import Worker, WorkerOptions
+from mesh_core.testing import ThreadWorker, mesh_home, thread_workers, wait_until
 
-ANY = {"mesh": "mesh://127.0.0.1:0", "inproc": "inproc://"}
-"""Addresses at which the system chooses the rest."""
+__all__ = ["ProcessWorker", "ThreadWorker", "mesh_home", "process_worker", "thread_workers", "wait_until"]
 
 _STARTS_WITHIN = 120.0
 _ANNOUNCED = re.compile(r"listening at (\S+)")
-
-
-@contextmanager
-def mesh_home(folder: Path) -> Iterator[Path]:
-    """MESH_HOME is ``folder`` meanwhile; for fixtures that live longer than one test."""
-    before = os.environ.get("MESH_HOME")
-    os.environ["MESH_HOME"] = str(folder)
-    try:
-        yield folder
-    finally:
-        if before is None:
-            del os.environ["MESH_HOME"]
-        else:
-            os.environ["MESH_HOME"] = before
-
-
-def wait_until(condition: Callable[[], object], within: float = 10.0, what: str = "it") -> None:
-    """Return when ``condition`` holds; fail after ``within`` seconds."""
-    end = monotonic() + within
-    while not condition():
-        assert monotonic() < end, f"{what} did not happen within {within:.0f} s"
-        sleep(0.01)
-
-
-@dataclass
-class ThreadWorker:
-    """A worker that serves in a thread. ``worker`` is replaced by `restart`."""
-
-    roots: tuple[Path, ...]
-    plugins: Plugins
-    name: str
-    address: str
-    settings: Settings = field(default_factory=Settings)
-    memory: int | None = 4 << 30
-
-    def __post_init__(self) -> None:
-        self._start()
-        self.address = self.worker.listener.address
-
-    def _start(self) -> None:
-        scheme = self.address.partition("://")[0]
-        key = KeyStore().identity().client.public if scheme == "mesh" else ""
-        listener = self._listen(scheme)
-        options = WorkerOptions(self.roots, self.name, "cpu", self.memory, key, self.settings)
-        self.worker = Worker(options, listener, self.plugins)
-        self._thread = threading.Thread(target=self.worker.serve, name=self.name, daemon=True)
-        self._thread.start()
-
-    def _listen(self, scheme: str) -> Listener:
-        # The system frees a port a moment after its listener was closed.
-        end = monotonic() + 5
-        while True:
-            try:
-                return self.plugins.transport(scheme).listen(self.address)
-            except TransportError:
-                if monotonic() > end:
-                    raise
-                sleep(0.02)
-
-    def stop(self) -> None:
-        self.worker.stop()
-        self._thread.join(timeout=20)
-        assert not self._thread.is_alive(), f"{self.name} does not stop"
-
-    def restart(self) -> None:
-        """Another worker, that knows nothing of the first one's sessions, at the same address."""
-        self.stop()
-        self._start()
-
-
-@contextmanager
-def thread_workers(
-    folder: Path | Sequence[Path],
-    n: int,
-    scheme: str = "inproc",
-    *,
-    plugins: Plugins | None = None,
-    settings: Settings | None = None,
-    memory: int | None = 4 << 30,
-) -> Iterator[list[ThreadWorker]]:
-    """``n`` workers over the checkpoints in ``folder``; MESH_HOME must be set. Hosts must use the same ``plugins``
-    when the scheme is ``inproc``."""
-    roots = (folder,) if isinstance(folder, Path) else tuple(folder)
-    plugins = plugins or load_plugins()
-    workers: list[ThreadWorker] = []
-    try:
-        for i in range(n):
-            workers.append(ThreadWorker(roots, plugins, f"w{i}", ANY[scheme], settings or Settings(), memory))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.stop()
 
 
 class ProcessWorker:

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from mesh_core import wire
 from mesh_core.errors import ConfigError, NotAuthorised
+from mesh_core.testing.listeners import ListenerThread, ask
 from mesh_core.transport.address import Place
 from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.curve import new_key_pair
 from mesh_core.transport.invites import Invite, accept_invite, advertised, create_invite, parse_invite
 
-from .conftest import Bench, Serving, ask
+from .conftest import Bench
 
 KEY, SECRET = new_key_pair()
 INVITE = Invite(Place("10.0.0.7", 7777), KEY, SECRET, 2_000_000_000, "blue & grün's #1")
@@ -43,7 +44,7 @@ def enrolling(listener: Listener, peer: Peer, frames: list[memoryview]) -> None:
     listener.send(peer.route, wire.pack(answer))
 
 
-def worker_and_invite(bench: Bench, lifetime: float = 60) -> tuple[Serving, Invite]:
+def worker_and_invite(bench: Bench, lifetime: float = 60) -> tuple[ListenerThread, Invite]:
     serving = bench.serve(bench.mesh(), "mesh://127.0.0.1:0", enrolling)
     return serving, create_invite(serving.address.text, name="blue", lifetime=lifetime, keys=bench.keys("owner"))
 

@@ -15,18 +15,19 @@ import pytest
 import zmq
 
 from mesh_core.errors import ConfigError, NotAuthorised, PeerLost, TransportError, Unreachable
+from mesh_core.testing.listeners import ListenerThread, ask
 from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.curve import new_key_pair
 from mesh_core.transport.keys import KnownWorker
 from mesh_core.transport.zeromq import ZeroMqTransport
 from mesh_core.wire import Limits
 
-from .conftest import Bench, Serving, ask
+from .conftest import Bench
 
 LOOPBACK = "mesh://127.0.0.1:0"
 
 
-def port_of(serving: Serving) -> int:
+def port_of(serving: ListenerThread) -> int:
     return int(serving.address.text.partition("?")[0].rpartition(":")[2])
 
 
@@ -327,7 +328,7 @@ def test_a_transport_that_nobody_holds_ends_its_threads(bench: Bench) -> None:
 def test_a_transport_that_is_closed_can_be_used_again(bench: Bench) -> None:
     transport = bench.mesh()
     for _ in range(3):
-        serving = Serving(transport.listen(LOOPBACK))
+        serving = ListenerThread(transport.listen(LOOPBACK))
         channel = transport.connect(serving.address, 5)
         assert ask(channel, [b"x"]) == [b"x"]
         channel.close()

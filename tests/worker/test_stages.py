@@ -18,7 +18,8 @@ from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spans import BlockSpan
-from mesh_core.worker.stages import Loaded, StageKey, StageStore
+from mesh_core.worker.stage_table import StageKey
+from mesh_core.worker.stages import Loaded, StageStore
 from tests.adapters import tiny
 from tests.support import loras
 from tests.support.splitting import checkpoint_at
@@ -29,9 +30,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
     folder, plugins = tmp_path_factory.mktemp("models"), load_plugins()
-    for seed in (0, 1):
-        tiny.transformer(guidance=False, seed=seed).save_pretrained(folder / str(seed))
-    return [checkpoint_at(Path(folder / str(seed)), plugins) for seed in (0, 1)]
+    return [checkpoint_at(tiny.saved(folder / str(seed), seed=seed), plugins) for seed in (0, 1)]
 
 
 @pytest.fixture
@@ -153,13 +152,13 @@ def test_loras_change_though_the_untouched_weights_have_left_the_device(checkpoi
     ink = read_lora(file, checkpoint)
     store = StageStore(CPU, 3 * size(checkpoint, 0, 5))
     loaded = store.adjust(checkpoint, acquire(store, checkpoint, 0, 5), [Applied(ink, 1.0)])
-    patched = store._entries[loaded.key].patched
+    patched = store.table[loaded.key].patched
     # As after parking on a GPU with room for one version: what is kept in host memory is not the device's.
     for name, base in list(patched.base.items()):
         patched._base[name] = nn.Parameter(base.data.clone(), requires_grad=False)
     del base
-    store.budget = store.nbytes
-    assert store.budget < 1.2 * size(checkpoint, 0, 5)
+    store.memory.budget = store.nbytes
+    assert store.memory.budget < 1.2 * size(checkpoint, 0, 5)
     for strength in (0.5, 0.2):
         changed = store.adjust(checkpoint, loaded, [Applied(ink, strength)])
         assert changed.bytes_read == 0 and changed.stage is loaded.stage

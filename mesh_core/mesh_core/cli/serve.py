@@ -114,7 +114,7 @@ def _announce(worker: Worker, address: str) -> None:
 
     for checkpoint in worker.library.scan():
         click.echo(f"  {checkpoint.name}: {checkpoint.spec.family} {checkpoint.spec.variant}", err=True)
-    if known := worker.hosting.lora_library.listing():
+    if known := worker.loras.lora_library.listing():
         click.echo(f"  {len(known)} LoRAs", err=True)
     place = parse_place(address)
     if place.insecure:

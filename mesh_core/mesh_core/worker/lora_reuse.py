@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Stretch = tuple[int, int, str]
 
 
-class Known:
+class KnownTensors:
     """The stretches of an arriving file of ``size`` bytes whose content is here.
 
     Args:
@@ -62,7 +62,9 @@ class Known:
         return None
 
 
-def known_tensors(draft: Path, have: int, size: int, library: LoraLibrary, checkpoint: Checkpoint) -> Known | None:
+def known_tensors(
+    draft: Path, have: int, size: int, library: LoraLibrary, checkpoint: Checkpoint
+) -> KnownTensors | None:
     """What is here of a file of ``size`` bytes, of which ``have`` lie in ``draft``; None while its head is not whole.
 
     Nothing in the head is trusted: at worst the file is not what was offered, which its own hash shows.
@@ -74,7 +76,7 @@ def known_tensors(draft: Path, have: int, size: int, library: LoraLibrary, check
             return None
         stretches = _stretches(file.read(length), 8 + length) if length <= MAX_HEADER_BYTES else []
     hashes = {digest for _, _, digest in stretches}
-    return Known(size, stretches, library.tensors(hashes, checkpoint) if hashes else {})
+    return KnownTensors(size, stretches, library.tensors(hashes, checkpoint) if hashes else {})
 
 
 def _stretches(head: bytes, offset: int) -> list[Stretch]:

@@ -25,7 +25,7 @@ from mesh_core.loras.stored import TensorFile
 from mesh_core.loras.tensors import check_finite
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
-from mesh_core.worker.lora_reuse import Known, known_tensors
+from mesh_core.worker.lora_reuse import KnownTensors, known_tensors
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,14 @@ class _Draft:
     checkpoint: Checkpoint
     path: Path
     lock: threading.Lock
-    known: Known | None = None
+    known: KnownTensors | None = None
 
 
 class Receiver:
-    """Thread-safe.
+    """Takes in LoRAs of many hosts at once: `offer`, then `chunk` until all is here. Thread-safe.
 
     Args:
+        library: where whole ones are kept; drafts lie in its folder ``incoming``.
         find_model: the checkpoint of a family and structure, against which a LoRA is checked.
     """
 

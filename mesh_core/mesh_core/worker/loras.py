@@ -1,85 +1,77 @@
-"""The LoRAs of a worker's sessions: looking them up, taking them in, changing those of a session.
-
-Knows messages and sessions; how messages come and go is the worker's.
-"""
+"""The LoRAs of a worker: looking them up for sessions and for hosts that ask, and taking in those that hosts send."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from time import monotonic, sleep
+from collections.abc import Sequence
 from typing import Any
 
 from mesh_core import wire
-from mesh_core.errors import LoraMissing, LoraUnmatched, PlanError, SessionUnknown, TransportTimeout
+from mesh_core.errors import LoraMissing, LoraUnmatched
 from mesh_core.loras.library import LoraLibrary
-from mesh_core.loras.lora import Applied, Lora
+from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.model.spans import BlockSpan
-from mesh_core.transport.base import Frame, Peer
-from mesh_core.worker.executor import Executor
+from mesh_core.transport.base import Peer
+from mesh_core.worker.agreement import span_of
 from mesh_core.worker.lora_upload import Receiver
-from mesh_core.worker.session import HostedSession
-from mesh_core.worker.stages import StageStore
+from mesh_core.worker.replies import Replies
+from mesh_core.worker.session import WorkerSession
 
 log = logging.getLogger(__name__)
 
-Send = Callable[[bytes, wire.Message, list[Frame]], None]
-Owned = Callable[[Peer, bytes], HostedSession]
 
-_STOPS_WITHIN = 60.0
-"""Seconds for a step that nobody waits for any more to come to the end of its block."""
+class WorkerLoras:
+    """What a worker does with LoRAs. Any thread may call it.
 
+    Args:
+        library: the checkpoints here, against which LoRAs are matched.
+        preset: names and strengths of those that every session has before its own.
+    """
 
-@dataclass
-class LoraHosting:
-    """What a worker does with LoRAs. ``default``: those of sessions that ask for none of their own."""
-
-    lora_library: LoraLibrary
-    library: CheckpointLibrary
-    stages: StageStore
-    executor: Executor
-    send: Send
-    owned: Owned
-    default: tuple[tuple[str, float], ...] = ()
-
-    def __post_init__(self) -> None:
-        self.receiver = Receiver(self.lora_library, self.library.like)
-        self._held: dict[bytes, tuple[Applied, ...]] = {}
+    def __init__(
+        self,
+        lora_library: LoraLibrary,
+        library: CheckpointLibrary,
+        replies: Replies,
+        preset: Sequence[tuple[str, float]] = (),
+    ) -> None:
+        self.lora_library = lora_library
+        self._library, self._replies, self._preset = library, replies, preset
+        self._receiver = Receiver(lora_library, library.like)
         self._lock = threading.Lock()
 
     def listing(self, peer: Peer, message: wire.Shelf) -> None:
-        self.send(peer.route, wire.Shelved(message.id, self.lora_library.listing()), [])
+        """Say which LoRAs are kept here, whatever model they are for."""
+        self._replies.send(peer.route, wire.Shelved(message.id, self.lora_library.listing()))
 
     def discard(self, peer: Peer, message: wire.Discard) -> None:
+        """Delete one that a host sent."""
         self.lora_library.received.remove(message.lora)
-        self.send(peer.route, wire.Ok(message.id), [])
+        self._replies.send(peer.route, wire.Ok(message.id))
 
     def seek(self, peer: Peer, message: wire.Seek) -> None:
         """Say which LoRAs are here. Runs in a loading thread: files whose content is not known yet are read."""
-        checkpoint = self.library.like(message.family, message.structure)
-        span = BlockSpan(*message.span)
-        if span.stop > checkpoint.spec.blocks:
-            raise PlanError(
-                f"Span {span} is not in {checkpoint.name}.", hint=f"a span within :{checkpoint.spec.blocks}"
-            )
+        checkpoint = self._library.like(message.family, message.structure)
+        span = span_of(checkpoint, message.span, may_be_empty=True)
         parameters = checkpoint.spec.parameters_of(span).keys()
         held = [
             i
             for i, use in enumerate(message.loras)
             if self.lora_library.find(use["id"], use["outline"], checkpoint, parameters) is not None
         ]
-        self.send(peer.route, wire.Sought(message.id, held), [])
+        self._replies.send(peer.route, wire.Sought(message.id, held))
 
     def offer(self, peer: Peer, message: wire.Offer) -> None:
-        have = self.receiver.offer(peer.key, message)
-        self.send(peer.route, wire.Offered(message.id, have), [])
+        """A host wants to send one: say how much of it is here already."""
+        have = self._receiver.offer(peer.key, message)
+        self._replies.send(peer.route, wire.Offered(message.id, have))
 
     def chunk(self, peer: Peer, message: wire.Chunk, buffers: list[memoryview]) -> None:
-        have = self.receiver.chunk(peer.key, message, buffers[0])
-        self.send(peer.route, wire.Offered(message.id, have), [])
+        """Take in a piece of one, and say how much is here then."""
+        have = self._receiver.chunk(peer.key, message, buffers[0])
+        self._replies.send(peer.route, wire.Offered(message.id, have))
 
     def resolve(
         self, uses: Sequence[dict[str, Any]], checkpoint: Checkpoint, span: BlockSpan, held: Sequence[Applied] = ()
@@ -94,7 +86,7 @@ class LoraHosting:
         """
         parameters = checkpoint.spec.parameters_of(span).keys()
         found: list[Applied] = []
-        for name, strength in self.default:
+        for name, strength in self._preset:
             try:
                 found.append(Applied(self.lora_library.named(name, checkpoint, parameters), strength))
             except LoraUnmatched as error:
@@ -113,43 +105,13 @@ class LoraHosting:
             found.append(Applied(lora, use["strength"], use["base"]))
         return tuple(a for a in found if a.lora)
 
-    def adjust(self, peer: Peer, message: wire.Adjust) -> None:
-        """Give a session other LoRAs. Runs in a loading thread, beside the steps of other sessions."""
-        began = monotonic()
-        session = self.owned(peer, message.session)
-        held = self._held.get(session.id, ())
-        applied = self.resolve(message.loras, session.checkpoint, session.loaded.stage.span, held)
-        self._quiet(session)
-        session.loaded = self.stages.adjust(session.checkpoint, session.loaded, applied)
-        try:
-            self.owned(peer, message.session)
-        except SessionUnknown:
-            # It ended meanwhile, and gave back the stage under the name that it had before.
-            self.stages.release(session.loaded.key)
-            raise
-        self.keep(session, applied)
-        info = {"bytes_read": session.loaded.bytes_read, "seconds": monotonic() - began, "loaded": self.stages.nbytes}
-        self.send(peer.route, wire.Opened(message.id, info), [])
-
-    def keep(self, session: HostedSession, applied: tuple[Applied, ...]) -> None:
-        """The session uses these from now on; their files stay."""
-        loras: list[Lora] = [a.lora for a in applied]
-        self.lora_library.received.hold(loras)
+    def keep(self, session: WorkerSession, applied: tuple[Applied, ...]) -> None:
+        """The session uses these from now on instead of what it had; their files stay."""
+        self.lora_library.received.hold([a.lora for a in applied])
         with self._lock:
-            before = self._held.get(session.id, ())
-            self._held[session.id] = applied
+            before, session.loras = session.loras, applied
         self.lora_library.received.let_go([a.lora for a in before])
 
-    def forget(self, session: HostedSession) -> None:
-        with self._lock:
-            before = self._held.pop(session.id, ())
-        self.lora_library.received.let_go([a.lora for a in before])
-
-    def _quiet(self, session: HostedSession) -> None:
-        """Wait until nothing of the session computes: a step that was given up may still be in its last block."""
-        self.executor.cancel(session.id)
-        end = monotonic() + _STOPS_WITHIN
-        while session.id in self.executor.busy():
-            if monotonic() > end:
-                raise TransportTimeout("A step of the session does not stop.", hint="the same again")
-            sleep(0.001)
+    def forget(self, session: WorkerSession) -> None:
+        """The session ended."""
+        self.keep(session, ())

@@ -1,4 +1,4 @@
-"""A worker: one process that hosts stages for many hosts.
+"""A worker: one process that computes stages for many hosts.
 
 Four kinds of thread: the one that calls `Worker.serve` owns the listener and answers at once whatever needs no
 computing; two load stages; one takes in LoRAs; one computes, each session in turn. Nothing that arrives may stop any
@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,37 @@ from mesh_core.model.library import CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.device import free_memory, label
-from mesh_core.transport.base import Frame, Listener, Peer
-from mesh_core.wire.failure import describe
+from mesh_core.transport.base import Listener, Peer
+from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor
-from mesh_core.worker.session import QUOTA
-from mesh_core.worker.sessions import Hosting
+from mesh_core.worker.loras import WorkerLoras
+from mesh_core.worker.opening import SessionOpener
+from mesh_core.worker.quota import QUOTA
+from mesh_core.worker.replies import Replies
+from mesh_core.worker.requests import RequestThreads
+from mesh_core.worker.sessions import WorkerSessions
 from mesh_core.worker.stages import StageStore
+from mesh_core.worker.steps import WorkerSteps
 
 log = logging.getLogger(__name__)
 
 _TICK = 0.25
 """Seconds between looks at sessions whose host may be gone."""
 
-_Handler = Callable[[Peer, Any, list[memoryview]], None]
+
+@dataclass(frozen=True)
+class _Handler:
+    """Who answers one kind of message.
+
+    Attributes:
+        answer: called with peer and message.
+        threads: where it runs; None: at once, in the thread of the listener.
+        buffers: whether it is given the message's buffers too.
+    """
+
+    answer: Callable[..., None]
+    threads: ThreadPoolExecutor | None = None
+    buffers: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,52 +93,44 @@ class Worker:
 
     def __init__(self, options: WorkerOptions, listener: Listener, plugins: Plugins) -> None:
         self.options, self.listener, self.plugins = options, listener, plugins
+        name, settings = options.name, options.settings
         self._device = torch.device(options.device)
-        self._executor = Executor(QUOTA.steps)
+        self._executor = executor = Executor(QUOTA.steps)
         budget = options.memory if options.memory is not None else free_memory(self._device)
-        self.stages = StageStore(self._device, budget, self._executor.check)
-        self.library = CheckpointLibrary(options.roots, plugins)
+        self.stages = stages = StageStore(self._device, budget, executor.check)
+        self.library = library = CheckpointLibrary(options.roots, plugins)
         self.speeds = SpeedBook(self._device)
-        self.hosting = Hosting(
-            name=options.name,
-            device=self._device,
-            settings=options.settings,
-            plugins=plugins,
-            library=self.library,
-            stages=self.stages,
-            executor=self._executor,
-            listener=listener,
-            speeds=self.speeds,
-            send=self._send,
-            fail=self._fail,
-            lora_library=own_library(options.settings, options.loras),
-            preset=options.preset,
-        )
-        # Of its own, so that what arrives over a slow link and what loads do not wait for each other.
-        self._receiver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lora")
-        self._loader = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
-        self._requests: Counter[str] = Counter()
-        self._requests_lock = threading.Lock()
+        self.replies = replies = Replies(listener, name)
+        self.loras = loras = WorkerLoras(own_library(settings, options.loras), library, replies, options.preset)
+        self.sessions = sessions = WorkerSessions(name, settings, stages, executor, listener, loras, replies)
+        self.opener = SessionOpener(settings, plugins, library, stages, executor, loras, sessions, self.speeds, replies)
+        constants = ConstantsCache(self._device, settings.worker.constants_cache)
+        self.steps = WorkerSteps(name, self._device, plugins, sessions, constants, executor, replies)
+        self._requests = RequestThreads(replies)
         self._stopping = threading.Event()
-        hosting, loras = self.hosting, self.hosting.loras
-        self._handlers: dict[type[wire.Message], _Handler] = {
-            wire.Hello: lambda p, m, b: self._hello(p, m),
-            wire.Enrol: lambda p, m, b: self._enrol(p, m),
-            wire.Catalogue: lambda p, m, b: self._load(p, m, lambda: self._catalogue(p, m)),
-            wire.Open: lambda p, m, b: self._load(p, m, lambda: hosting.open(p, m)),
-            wire.Admit: lambda p, m, b: hosting.admit(p, m),
-            wire.Constants: hosting.keep_constants,
-            wire.Step: hosting.step,
-            wire.Cancel: lambda p, m, b: hosting.cancel(p, m),
-            wire.Close: lambda p, m, b: hosting.close(p, m),
-            wire.Ping: lambda p, m, b: self._ping(p, m),
-            wire.Shelf: lambda p, m, b: self._load(p, m, lambda: loras.listing(p, m)),
-            wire.Discard: lambda p, m, b: self._load(p, m, lambda: loras.discard(p, m)),
-            wire.Seek: lambda p, m, b: self._load(p, m, lambda: loras.seek(p, m)),
-            wire.Offer: lambda p, m, b: self._load(p, m, lambda: loras.offer(p, m), self._receiver),
-            wire.Chunk: lambda p, m, b: self._load(p, m, lambda: loras.chunk(p, m, b), self._receiver),
-            wire.Adjust: lambda p, m, b: self._load(p, m, lambda: loras.adjust(p, m)),
-            wire.Probe: self._probe,
+        self._handlers = self._table()
+
+    def _table(self) -> dict[type[wire.Message], _Handler]:
+        """Every kind of message that a worker takes; a new one needs a line here and somebody who answers it."""
+        loading, receiving = self._requests.loading, self._requests.receiving
+        return {
+            wire.Hello: _Handler(self._hello),
+            wire.Enrol: _Handler(self._enrol),
+            wire.Ping: _Handler(self._ping),
+            wire.Probe: _Handler(self._probe, buffers=True),
+            wire.Catalogue: _Handler(self._catalogue, loading),
+            wire.Open: _Handler(self.opener.open, loading),
+            wire.Adjust: _Handler(self.opener.adjust, loading),
+            wire.Admit: _Handler(self.sessions.admit),
+            wire.Close: _Handler(self.sessions.close),
+            wire.Constants: _Handler(self.steps.keep_constants, buffers=True),
+            wire.Step: _Handler(self.steps.queue, buffers=True),
+            wire.Cancel: _Handler(self.steps.cancel),
+            wire.Shelf: _Handler(self.loras.listing, loading),
+            wire.Discard: _Handler(self.loras.discard, loading),
+            wire.Seek: _Handler(self.loras.seek, loading),
+            wire.Offer: _Handler(self.loras.offer, receiving),
+            wire.Chunk: _Handler(self.loras.chunk, receiving, buffers=True),
         }
 
     def serve(self) -> None:
@@ -131,11 +141,10 @@ class Worker:
             got = self.listener.receive(_TICK)
             if got is not None:
                 self._dispatch(*got)
-            self.hosting.stop_orphans()
+            self.sessions.stop_orphans()
         self._executor.stop()
-        for threads in (self._loader, self._receiver):
-            threads.shutdown(wait=True, cancel_futures=True)
-        self.hosting.close_all()
+        self._requests.stop()
+        self.sessions.close_all()
         self.listener.close()
         self.speeds.close()
         survey.join()
@@ -159,10 +168,14 @@ class Worker:
             handler = self._handlers.get(type(message))
             if handler is None:
                 raise WireMalformed(f"A worker does not take {type(message).__name__} messages.")
-            handler(peer, message, buffers)
+            answer = partial(handler.answer, peer, message, *([buffers] if handler.buffers else []))
+            if handler.threads is None:
+                answer()
+            else:
+                self._requests.submit(handler.threads, peer, message, answer)
         except Exception as error:
             log.info("refused what %s sent: %s", peer.key or "a peer", error)
-            self._fail(peer.route, message, error)
+            self.replies.fail(peer.route, message, error)
 
     def _check_trust(self, peer: Peer, message: wire.Message) -> None:
         if peer.trust == "member":
@@ -191,67 +204,32 @@ class Worker:
             devices=[self._device_report()],
             adapters=self.plugins.adapter_versions(),
         )
-        self._send(peer.route, welcome)
+        self.replies.send(peer.route, welcome)
 
     def _device_report(self) -> dict[str, Any]:
         return {
             "device": str(self._device),
             "name": label(self._device),
-            "budget": self.stages.budget,
+            "budget": self.stages.memory.budget,
             "loaded": self.stages.nbytes,
-            "sessions": len(self.hosting),
+            "sessions": len(self.sessions),
             "speeds": self.speeds.plain(),
         }
 
     def _enrol(self, peer: Peer, message: wire.Enrol) -> None:
         self.listener.enrol(peer, message.key, message.name)
-        self._send(peer.route, wire.Enrolled(message.id, self.options.name))
+        self.replies.send(peer.route, wire.Enrolled(message.id, self.options.name))
 
     def _catalogue(self, peer: Peer, message: wire.Catalogue) -> None:
-        self._send(peer.route, wire.Catalogued(message.id, self.library.catalogue()))
+        self.replies.send(peer.route, wire.Catalogued(message.id, self.library.catalogue()))
 
     def _ping(self, peer: Peer, message: wire.Ping) -> None:
-        self.hosting.seen(peer, message.session)
-        self._send(peer.route, wire.Pong(message.id))
+        self.sessions.seen(peer, message.session)
+        self.replies.send(peer.route, wire.Pong(message.id))
 
     def _probe(self, peer: Peer, message: wire.Probe, buffers: list[memoryview]) -> None:
         if message.size and peer.trust != "member":
             raise NotAuthorised("Only a member may ask for bytes back.", hint="mesh join INVITE")
         if sum(b.nbytes for b in buffers) > wire.PROBE_BYTES:
             raise WireTooLarge(f"A probe carries more than {wire.PROBE_BYTES} bytes.")
-        self._send(peer.route, wire.Probed(message.id), [bytes(message.size)])
-
-    def _load(
-        self, peer: Peer, message: wire.Message, work: Callable[[], None], threads: ThreadPoolExecutor | None = None
-    ) -> None:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                log.info("%s failed: %s", type(message).__name__, error)
-                self._fail(peer.route, message, error)
-            finally:
-                with self._requests_lock:
-                    self._requests -= Counter([peer.key])
-
-        with self._requests_lock:
-            if self._requests[peer.key] >= QUOTA.requests:
-                raise WireTooLarge(f"{QUOTA.requests} requests of one host wait already.", hint="wait for the answers")
-            self._requests[peer.key] += 1
-        (threads or self._loader).submit(run)
-
-    def _send(self, route: bytes, message: wire.Message, buffers: list[Frame] | None = None) -> None:
-        self.listener.send(route, wire.pack(message, buffers or []))
-
-    def _fail(self, route: bytes, message: wire.Message | None, error: BaseException) -> None:
-        step = message if isinstance(message, wire.Step) else None
-        failed = wire.Failed(
-            id=message.id if message is not None else 0,
-            session=getattr(message, "session", b""),
-            step=step.step if step is not None else 0,
-            worker=self.options.name,
-            **describe(error),
-        )
-        if failed.traceback:
-            log.error("%s", failed.traceback)
-        self._send(route, failed)
+        self.replies.send(peer.route, wire.Probed(message.id), [bytes(message.size)])

@@ -1,4 +1,4 @@
-"""For adapter authors: what an adapter must prove, as functions that a test calls. Raise AssertionError.
+"""For authors of adapters: what an adapter must prove, as functions that a test calls. They raise AssertionError.
 
 The reference is always the model class's own forward, on the same device and dtype, and the demand is equality of
 every bit.

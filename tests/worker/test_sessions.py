@@ -18,6 +18,7 @@ from mesh_core.errors import (
     ConstantsMissing,
     MeshError,
     NotAuthorised,
+    PeerLost,
     PlanDoesNotFit,
     PlanError,
     PluginNotFound,
@@ -31,21 +32,15 @@ from mesh_core.model.spans import BlockSpan
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.config import Worker as WorkerSettings
-from mesh_core.transport.base import Address
+from mesh_core.transport.base import Address, Channel, Frames
 from mesh_core.transport.keys import KeyStore
+from mesh_core.worker import opening
 from tests.adapters import tiny
 from tests.support.splitting import checkpoint_at, split
 from tests.support.workers import ThreadWorker, mesh_home, thread_workers, wait_until
 
 SETTINGS = Settings()
 RAW = {"codec": "raw", "settings": {}}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "klein"
-    tiny.transformer(guidance=False).save_pretrained(path)
-    return path
 
 
 @pytest.fixture
@@ -109,8 +104,8 @@ def test_a_session_that_changes_its_span_loads_or_frees_the_difference_only(host
     assert host.open("2:5")["bytes_read"] == size(host, "2:5")
     assert host.open("1:5")["bytes_read"] == size(host, "1:5") - size(host, "2:5")
     assert host.open("3:5")["bytes_read"] == 0
-    assert len(worker.worker.hosting) == 1
-    users = {str(k.span): e.users for k, e in worker.worker.stages._entries.items()}
+    assert len(worker.worker.sessions) == 1
+    users = {str(key.span): n for key, n in worker.worker.stages.table.users().items()}
     assert users == {"2:5": 0, "1:5": 0, "3:5": 1}
 
 
@@ -293,7 +288,7 @@ def test_a_neighbour_is_shown_out_when_the_session_ends(
         key = KeyStore().identity().client.public
     host.ask(wire.Admit(wire.next_id(), host.remote.session, key))
     host.remote.tell(wire.Close(wire.next_id(), host.remote.session))
-    wait_until(lambda: len(worker.worker.hosting) == 0, what="the end of the session")
+    wait_until(lambda: len(worker.worker.sessions) == 0, what="the end of the session")
     with mesh_home(home), pytest.raises(NotAuthorised):
         Host(worker, plugins, path, server_key)
 
@@ -307,8 +302,8 @@ def test_a_session_that_nobody_used_for_long_is_forgotten_and_comes_back_with_it
         split(path, ":1", [worker], plugins) as run,
     ):
         expected = run(inputs)
-        wait_until(lambda: len(worker.worker.hosting) == 0, what="forgetting the session")
-        assert sum(e.users for e in worker.worker.stages._entries.values()) == 0
+        wait_until(lambda: len(worker.worker.sessions) == 0, what="forgetting the session")
+        assert sum(worker.worker.stages.table.users().values()) == 0
         assert torch.equal(run(inputs), expected)
 
 
@@ -320,3 +315,27 @@ def test_a_span_that_does_not_fit_says_so_and_a_smaller_one_is_served(path: Path
             host.open("1:5")
         assert host.open("2:5")["bytes_read"] == size(host, "2:5")
         host.remote.close()
+
+
+def test_a_way_that_cannot_be_measured_is_closed_again(
+    host: Host, worker: ThreadWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(Channel):
+        closed = False
+
+        def send(self, frames: Frames) -> None:
+            raise PeerLost("the next worker is gone")
+
+        def receive(self, timeout: float) -> list[memoryview] | None: ...
+
+        def close(self) -> None:
+            self.closed = True
+
+    deaf = Deaf()
+    monkeypatch.setattr(opening, "connect_next", lambda *_: (deaf, b"n" * 16))
+    following = {"address": "inproc://next", "server_key": "", "session": b"n" * 16}
+    with pytest.raises(PeerLost, match="next worker is gone"):
+        host.ask(replace(host.opening(), next=following, options={"measure": True}), wire.Opened)
+    assert deaf.closed
+    assert list(worker.worker.stages.table.users().values()) == [0]
+    assert len(worker.worker.sessions) == 0

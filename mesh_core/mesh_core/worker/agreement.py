@@ -1,0 +1,67 @@
+"""What a host and a worker agree on when a session opens, checked against the model that is here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mesh_codec.base import CodecChoice, Limits
+from mesh_codec.dtypes import from_name
+from mesh_core.crossing.streams import Streams
+from mesh_core.errors import PlanError, WireMalformed
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.spans import BlockSpan
+from mesh_core.plugins.registry import Plugins
+
+
+def span_of(checkpoint: Checkpoint, bounds: Sequence[int], *, may_be_empty: bool = False) -> BlockSpan:
+    """The span of the model's blocks with these bounds.
+
+    Raises:
+        PlanError: it is empty, backwards, or not within the model.
+    """
+    span, blocks = BlockSpan(*bounds), checkpoint.spec.blocks
+    if span.stop > blocks or not (len(span) or may_be_empty):
+        raise PlanError(
+            f"Span {span} is not in {checkpoint.name}, which has {blocks} blocks.", hint=f"a span within :{blocks}"
+        )
+    return span
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type that a stage computes in.
+
+    Raises:
+        PlanError: it holds whole numbers.
+        CodecUnsupported: nothing has that name.
+    """
+    dtype = from_name(name)
+    if not dtype.lossy:
+        raise PlanError(f"No model computes in {dtype.name}.", hint="float32, float16 or bfloat16")
+    return dtype.torch
+
+
+def streams_of(choices: Mapping[str, Any], plugins: Plugins) -> Streams:
+    """The streams of one direction, from ``tensor -> {"codec": name, "settings": {...}}``.
+
+    Raises:
+        WireMalformed: a choice has another form, or names a codec that is not installed here.
+    """
+    try:
+        chosen = {name: CodecChoice(c["codec"], c["settings"]) for name, c in choices.items()}
+    except (KeyError, TypeError) as error:
+        raise WireMalformed("A codec choice is a map with 'codec' and 'settings'.") from error
+    return Streams(chosen, plugins.codecs(), Limits())
+
+
+def check_crossing(checkpoint: Checkpoint, cut: int, streams: Streams) -> None:
+    """Whether ``streams`` are for exactly the tensors that exist at ``cut``.
+
+    Raises:
+        WireMalformed: they are for others.
+    """
+    if streams.names != checkpoint.spec.states[cut].keys():
+        wanted = ", ".join(sorted(checkpoint.spec.states[cut]))
+        raise WireMalformed(f"At block {cut} of {checkpoint.name}, {wanted} cross; other tensors were agreed on.")

@@ -1,0 +1,56 @@
+"""The worker that continues a chain: connecting to it, and measuring the way there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mesh_core import wire
+from mesh_core.crossing.bandwidth import measure_one_way, plain_link
+from mesh_core.errors import TransportTimeout, WireMalformed
+from mesh_core.plugins.registry import Plugins
+from mesh_core.transport.base import Address, Channel
+from mesh_core.wire.failure import rebuild
+
+
+def connect_next(following: Mapping[str, Any], plugins: Plugins, timeout: float) -> tuple[Channel, bytes]:
+    """A channel to the worker that ``following`` names, and the session there.
+
+    Args:
+        following: ``address``, ``server_key`` and ``session``.
+        timeout: seconds.
+
+    Raises:
+        WireMalformed: one of the three is missing.
+        PluginNotFound: no transport for the scheme of the address.
+        TransportError: see `Transport.connect`.
+    """
+    try:
+        address, session = Address(following["address"], following["server_key"]), following["session"]
+    except KeyError as error:
+        raise WireMalformed(f"The next worker of a chain came without {error}.") from error
+    return plugins.transport(address.scheme).connect(address, timeout), session
+
+
+def measured_link(channel: Channel, timeout: float) -> dict[str, Any]:
+    """How fast ``channel`` is in the direction that states take, as a message carries it.
+
+    Args:
+        timeout: seconds that each probe may take.
+
+    Raises:
+        TransportTimeout: the worker there does not answer.
+    """
+
+    def send(nbytes: int) -> None:
+        probe = wire.Probe(wire.next_id(), 0)
+        channel.send(wire.pack(probe, [bytes(nbytes)] if nbytes else []))
+        while (frames := channel.receive(timeout)) is not None:
+            answer, _ = wire.unpack(frames)
+            if isinstance(answer, wire.Failed):
+                raise rebuild(answer)
+            if answer.id == probe.id:
+                return
+        raise TransportTimeout("The next worker does not answer a probe.", hint="mesh doctor on this machine")
+
+    return plain_link(measure_one_way(send))

@@ -1,0 +1,145 @@
+"""Opening a session at a worker, and changing the LoRAs of one that is open: both give it another stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic, sleep
+from typing import Any
+
+from mesh_core import wire
+from mesh_core.crossing.codec_speed import SpeedBook
+from mesh_core.errors import PlanDoesNotFit, SessionUnknown, TransportTimeout
+from mesh_core.loras.lora import Applied, set_key
+from mesh_core.model.checkpoint import ReadingProgress
+from mesh_core.model.library import Checkpoint, CheckpointLibrary
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Settings
+from mesh_core.transport.base import Channel, Peer
+from mesh_core.worker.agreement import check_crossing, dtype_of, span_of, streams_of
+from mesh_core.worker.executor import Executor
+from mesh_core.worker.loras import WorkerLoras
+from mesh_core.worker.neighbour import connect_next, measured_link
+from mesh_core.worker.replies import Replies
+from mesh_core.worker.session import StepMemory, WorkerSession
+from mesh_core.worker.sessions import WorkerSessions
+from mesh_core.worker.stage_table import StageKey
+from mesh_core.worker.stages import Loaded, StageStore
+
+_REPORT_EVERY = 0.2
+"""Seconds between two progress messages of one load."""
+
+_STOPS_WITHIN = 60.0
+"""Seconds for a step that nobody waits for any more to come to the end of its block."""
+
+
+@dataclass
+class SessionOpener:
+    """Runs in loading threads, beside the steps of other sessions."""
+
+    settings: Settings
+    plugins: Plugins
+    library: CheckpointLibrary
+    stages: StageStore
+    executor: Executor
+    loras: WorkerLoras
+    sessions: WorkerSessions
+    speeds: SpeedBook
+    replies: Replies
+
+    def open(self, peer: Peer, message: wire.Open) -> None:
+        """Load the stage and open, or reopen with another span, a session."""
+        progress = _ThrottledProgress(lambda *p: self.replies.send(peer.route, wire.Progress(message.id, *p)))
+        memory = StepMemory(streams_of(message.inputs, self.plugins), streams_of(message.outputs, self.plugins))
+        if message.session in self.sessions:
+            self.sessions.owned(peer, message.session)
+        checkpoint = self.library.find(
+            message.family, message.structure, message.fingerprint, progress.phase("checking weights")
+        )
+        span, dtype = span_of(checkpoint, message.span), dtype_of(message.dtype)
+        check_crossing(checkpoint, span.start, memory.inputs)
+        check_crossing(checkpoint, span.stop, memory.outputs)
+        loras = self.loras.resolve(message.loras, checkpoint, span)
+        key = StageKey(message.fingerprint, span, dtype, set_key(loras))
+        loaded = self._acquire(checkpoint, key, progress.phase("loading"), loras)
+        try:
+            channel, session_there, link = self._follow(message.next, measure=message.options.get("measure") is True)
+        except BaseException:
+            self.stages.release(key)
+            raise
+        session = WorkerSession(
+            message.session, peer.key, peer.route, loaded, checkpoint, memory, channel, session_there
+        )
+        self.loras.keep(session, loras)
+        self.sessions.put(session)
+        info = self._cost(loaded, loaded.seconds) | {"speeds": self.speeds.plain(), **link}
+        self.replies.send(peer.route, wire.Opened(message.id, info))
+
+    def adjust(self, peer: Peer, message: wire.Adjust) -> None:
+        """Give an open session other LoRAs."""
+        began = monotonic()
+        session = self.sessions.owned(peer, message.session)
+        span = session.loaded.stage.span
+        applied = self.loras.resolve(message.loras, session.checkpoint, span, session.loras)
+        self._end_steps(session)
+        session.loaded = self.stages.adjust(session.checkpoint, session.loaded, applied)
+        try:
+            self.sessions.owned(peer, message.session)
+        except SessionUnknown:
+            # It ended meanwhile, and gave back the stage under the name that it had before.
+            self.stages.release(session.loaded.key)
+            raise
+        self.loras.keep(session, applied)
+        self.replies.send(peer.route, wire.Opened(message.id, self._cost(session.loaded, monotonic() - began)))
+
+    def _cost(self, loaded: Loaded, seconds: float) -> dict[str, Any]:
+        return {"bytes_read": loaded.bytes_read, "seconds": seconds, "loaded": self.stages.nbytes}
+
+    def _acquire(
+        self, checkpoint: Checkpoint, key: StageKey, progress: ReadingProgress, loras: tuple[Applied, ...]
+    ) -> Loaded:
+        try:
+            return self.stages.acquire(checkpoint, key, progress, loras)
+        except PlanDoesNotFit:
+            # Hosts that crashed did not close their sessions; one that is only idle opens its session again.
+            if not self.sessions.forget_silent(self.settings.worker.yields_after):
+                raise
+            return self.stages.acquire(checkpoint, key, progress, loras)
+
+    def _follow(
+        self, following: Mapping[str, Any] | None, *, measure: bool
+    ) -> tuple[Channel | None, bytes, dict[str, Any]]:
+        """The channel to the next worker and the session there, and what the answer says of the way."""
+        if following is None:
+            return None, b"", {}
+        timeout = self.settings.deadlines.connect
+        channel, session = connect_next(following, self.plugins, timeout)
+        try:
+            return channel, session, {"link": measured_link(channel, timeout)} if measure else {}
+        except BaseException:
+            channel.close()
+            raise
+
+    def _end_steps(self, session: WorkerSession) -> None:
+        """Wait until nothing of the session computes: a step that was given up may still be in its last block."""
+        self.executor.cancel(session.id)
+        end = monotonic() + _STOPS_WITHIN
+        while session.id in self.executor.busy():
+            if monotonic() > end:
+                raise TransportTimeout("A step of the session does not stop.", hint="the same again")
+            sleep(0.001)
+
+
+class _ThrottledProgress:
+    """Sends progress, but not more often than a person can read it."""
+
+    def __init__(self, send: Callable[[str, int, int], None]) -> None:
+        self._send, self._last = send, 0.0
+
+    def phase(self, name: str) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if done >= total or monotonic() - self._last > _REPORT_EVERY:
+                self._last = monotonic()
+                self._send(name, done, total)
+
+        return report

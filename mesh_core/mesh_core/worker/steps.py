@@ -1,0 +1,135 @@
+"""The steps of a worker's sessions: queued as they come, decoded, computed, encoded, and handed on.
+
+A step is one job of the executor, and nobody waits for it here: its result leaves when it is there, for the host or for
+the next worker. What a session keeps from one step for the next is its `StepMemory`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import monotonic, perf_counter
+from typing import Any
+
+import torch
+
+from mesh_core import wire
+from mesh_core.crossing.streams import Payload
+from mesh_core.errors import TransportTimeout, WireMalformed
+from mesh_core.model.adapter import Stage
+from mesh_core.model.spec import Conditioning, State
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.device import synchronise
+from mesh_core.transport.base import Peer
+from mesh_core.worker.constants import ConstantsCache
+from mesh_core.worker.executor import Executor, Job
+from mesh_core.worker.replies import Replies
+from mesh_core.worker.session import WorkerSession
+from mesh_core.worker.sessions import WorkerSessions
+
+
+@dataclass
+class WorkerSteps:
+    """Takes constants and steps in any thread; computes in the executor's.
+
+    Attributes:
+        name: of the worker, for the trace of a step.
+        device: where stages and constants are.
+    """
+
+    name: str
+    device: torch.device
+    plugins: Plugins
+    sessions: WorkerSessions
+    constants: ConstantsCache
+    executor: Executor
+    replies: Replies
+
+    def keep_constants(self, peer: Peer, message: wire.Constants, buffers: list[memoryview]) -> None:
+        """Decode and cache constants that steps will name by their hashes."""
+        self.sessions.owned(peer, message.session)
+        self.constants.take(message.tensors, buffers, self.plugins.codec("raw").decoder({}))
+        self.replies.send(peer.route, wire.Ok(message.id))
+
+    def queue(self, peer: Peer, message: wire.Step, buffers: list[memoryview]) -> None:
+        """Queue a step; its owner sends it, or a neighbour that was admitted for the session."""
+        session = self.sessions.fed(peer, message.session)
+        arrived = monotonic()
+        if peer.key == session.owner and not message.trace:
+            session.route = peer.route
+        job = Job(
+            session.id,
+            message.step,
+            # Must not refer to the job: a cycle would keep the buffers until the garbage collector runs.
+            run=lambda: self._compute(session, message, buffers, monotonic() - arrived),
+            fail=lambda error: self.replies.fail(session.route, message, error),
+        )
+        self.executor.submit(job)
+
+    def cancel(self, peer: Peer, message: wire.Cancel) -> None:
+        """Stop a step, whether it waits or runs."""
+        self.executor.cancel(self.sessions.owned(peer, message.session).id, message.step)
+
+    def _compute(self, session: WorkerSession, message: wire.Step, buffers: list[memoryview], waited: float) -> None:
+        """All of one step. ``waited``: seconds that it was queued."""
+        if waited * 1e3 > message.deadline_ms:
+            raise TransportTimeout(f"Step {message.step} waited {waited:.0f} s, longer than its deadline.")
+        began = perf_counter()
+        session.memory.begin(message.attempt)
+        stage = session.loaded.stage
+        conditioning = self._conditioning(stage, message)
+        state = session.memory.inputs.decode(message.sequence, message.tensors, buffers, self.device)
+        _check_complete(stage, state)
+        decoded = perf_counter()
+        with torch.no_grad():
+            result = stage(state, conditioning)
+        synchronise(self.device)
+        computed = perf_counter()
+        payload = session.memory.outputs.encode(message.sequence, result)
+        report = {
+            "worker": self.name,
+            "span": str(stage.span),
+            "in_coded": sum(b.nbytes for b in buffers),
+            "in_raw": sum(t.nbytes for t in state.values()),
+            "out_coded": payload.coded_bytes,
+            "out_raw": payload.raw_bytes,
+            "queue_ms": waited * 1e3,
+            "decode_ms": (decoded - began) * 1e3,
+            "compute_ms": (computed - decoded) * 1e3,
+            "encode_ms": payload.ms,
+            "busy_ms": (waited + perf_counter() - began) * 1e3,
+        }
+        self._hand_on(session, message, payload, [*message.trace, report])
+
+    def _conditioning(self, stage: Stage, message: wire.Step) -> Conditioning:
+        wanted = set(stage.spec.constants_of(stage.span))
+        if unnamed := sorted(wanted - stage.spec.optional - message.constants.keys()):
+            raise WireMalformed(f"Step {message.step} does not name the constant {unnamed[0]!r}.")
+        constants = self.constants.get({n: h for n, h in message.constants.items() if n in wanted})
+        return Conditioning(constants, dict(message.options))
+
+    def _hand_on(
+        self, session: WorkerSession, message: wire.Step, payload: Payload, trace: list[dict[str, Any]]
+    ) -> None:
+        """Send the result to the host, or the state to the worker that continues."""
+        if session.next is None:
+            result = wire.Result(message.id, message.session, message.step, message.attempt, payload.entries, trace)
+            self.replies.send(session.route, result, payload.buffers)
+            return
+        onward = wire.Step(
+            id=message.id,
+            session=session.next_session,
+            step=message.step,
+            attempt=message.attempt,
+            sequence=message.sequence,
+            constants=message.constants,
+            options=message.options,
+            tensors=payload.entries,
+            trace=trace,
+            deadline_ms=message.deadline_ms,
+        )
+        session.next.send(wire.pack(onward, payload.buffers))
+
+
+def _check_complete(stage: Stage, state: State) -> None:
+    if missing := stage.spec.states[stage.span.start].keys() - stage.spec.optional - state.keys():
+        raise WireMalformed(f"Tensor {min(missing)!r} was agreed on but did not come.")
