@@ -16,7 +16,7 @@ from mesh_core.model.spans import BlockSpan
 
 @dataclass(frozen=True)
 class StageKey:
-    """What makes two stages the same stage. ``loras``: see `mesh_core.loras.patch.set_key`."""
+    """What makes two stages the same stage. ``loras``: see `mesh_core.loras.lora.set_key`."""
 
     fingerprint: str
     span: BlockSpan
