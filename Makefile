@@ -23,11 +23,11 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
-	$(BIN)/mypy
+	printf '%s\n' linux win32 darwin | xargs -P 3 -I{} $(BIN)/mypy --platform {} --cache-dir .mypy_cache/{}
 	$(BIN)/lint-imports --no-cache
 
 bench: $(READY)
-	$(BIN)/mesh bench step
+	$(BIN)/python -m benchmarks.step
 
 docs: $(READY)
 	$(BIN)/python docs/_generate.py

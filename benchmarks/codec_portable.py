@@ -5,7 +5,7 @@ log-normal channel gains, means as large as the deviations, a few massive channe
 real model differ; so does what an error does to a picture, which this does not measure.
 
 Predicted tensors differ from the one before by 6 % of their deviation, as measured in the middle of 28 steps.
-    python benchmarks/codec_portable.py [--tokens 4096] [--channels 4096] [--repeats 5]
+    python -m benchmarks.codec_portable [--tokens 4096] [--channels 4096] [--repeats 5]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Would a transform before the quantiser save bits? Rotations of channels and of the token grid, on final pictures.
 
-    python benchmarks/codec_transforms.py --save benchmarks/results
+    python -m benchmarks.codec_transforms --save benchmarks/results
 
 tiny-klein draws prompts with its hidden state coded at the middle cut, by the entropy codec alone and behind
 orthonormal transforms: ``klt``, the channels' principal axes; ``klt of changes``, those of the change between two
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mesh_codec import Codec, Decoder, Encoded, Encoder, EntropyCodec
 from mesh_core.bench.codec_pictures import PROMPTS, Pictures
-from mesh_core.bench.codec_rows import Row
+from mesh_core.bench.codec_settings import CodecSetting
 from mesh_core.bench.report import save
 from mesh_core.builtin import installed_plugins
 
@@ -148,7 +148,7 @@ def main() -> None:
         for steps in arguments.steps:
             for name, (there, back) in known.items():
                 settings = [{"step": step, "temporal": temporal} for step in STEPS]
-                rows = [Row(name, lambda t=there, b=back: Turned(t, b), one) for one in settings]
+                rows = [CodecSetting(name, lambda t=there, b=back: Turned(t, b), one) for one in settings]
                 found = [pictures.measure(row, steps) for row in rows]
                 points += [asdict(quality) | {"temporal": temporal} for quality in found]
                 cells = [bits_at(found, target) for target in TARGETS]

@@ -1,4 +1,4 @@
-"""What the ComfyUI node adds to a step, next to the script host, on tiny-klein: ``python benchmarks/comfy_node.py``.
+"""What the ComfyUI node adds to a step, next to the script host, on tiny-klein: ``python -m benchmarks.comfy_node``.
 
 Everything is remote (cut 0), so what a step takes besides the worker's computing, the codec and the wire is the host's
 own work: in ComfyUI its patching of latents, the node and the session; in the script the adapter and the session.

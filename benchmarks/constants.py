@@ -1,4 +1,4 @@
-"""What the host spends per step on naming its constants, as ComfyUI gives them: ``python benchmarks/constants.py``.
+"""What the host spends per step on naming its constants, as ComfyUI gives them: ``python -m benchmarks.constants``.
 
 In inference mode, with the tensors made anew for every step and two passes by turns. Names by hashing every time
 stand beside names by comparing with copies on the device, step by step in one run. ``--device cuda`` for a GPU;

@@ -5,7 +5,7 @@ and lossless codecs zstandard frames that are well formed with contents that are
 those two are the ones that run there. Every round ends with an intact key frame, which must decode. Memory is watched.
 The first failure is printed with its seed, and the exit code is 1.
 
-    python benchmarks/fuzz_codecs.py [--minutes 10] [--codecs raw,lossless,entropy] [--seed 0]
+    python -m benchmarks.fuzz_codecs [--minutes 10] [--codecs raw,lossless,entropy] [--seed 0]
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An illegal access ends CUDA for its process, so that each kind of damage has a process of its own. The outcome of a
 payload is an error before it is decoded, a status of nvCOMP, or other bytes, which the sum over the symbols shows.
 
-    python benchmarks/fuzz_headers.py [--payloads 2000] [--seeds 5] [--kind parts --seed 3]
+    python -m benchmarks.fuzz_headers [--payloads 2000] [--seeds 5] [--kind parts --seed 3]
 """
 
 from __future__ import annotations

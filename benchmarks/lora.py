@@ -1,7 +1,7 @@
 """LoRAs on a worker: how fast a strength changes, what a second use sends, and what a transfer costs other sessions.
 
-    python benchmarks/lora.py                                   # tiny-klein on the CPU
-    python benchmarks/lora.py --geometry klein-9b --device cuda --rank 128 --large 0
+    python -m benchmarks.lora                                   # tiny-klein on the CPU
+    python -m benchmarks.lora --geometry klein-9b --device cuda --rank 128 --large 0
 
 All blocks run in one worker process, reached over encrypted loopback. In one run: loading the span from disk, which is
 what a changed strength costs where LoRAs are baked in at loading; then the first use of a LoRA on every linear layer
@@ -19,7 +19,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
-from split_on_gpu import pictures, random_inputs, random_model, report_and_save, start_worker
+from benchmarks.split_on_gpu import pictures, random_inputs, random_model, report_and_save, start_worker
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-klein" / "model" / "transformer"
 

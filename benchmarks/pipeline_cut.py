@@ -1,7 +1,7 @@
 """Whole pipelines with their second half on a worker: what a step costs beyond computing, and what coding does to it.
 
-    python benchmarks/pipeline_cut.py --label "2-core virtual machine" --save benchmarks/results
-    python benchmarks/pipeline_cut.py models/LTX-2.3 --device cuda --prompt "rain on a tin roof"
+    python -m benchmarks.pipeline_cut --label "2-core virtual machine" --save benchmarks/results
+    python -m benchmarks.pipeline_cut models/LTX-2.3 --device cuda --prompt "rain on a tin roof"
 
 Without folders it compares tiny-klein, which is trained, and an LTX-2.3 with random weights, 16 blocks,
 128 and 64 wide: its activations are those of a network that has learnt nothing, on noise that becomes a video of

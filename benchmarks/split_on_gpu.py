@@ -1,7 +1,7 @@
 """A transformer of real size cut over two processes on one GPU: is it exact, and what does the cut cost?
 
-    python benchmarks/split_on_gpu.py --geometry klein-9b --save benchmarks/results/split_on_gpu.md
-    python benchmarks/split_on_gpu.py --geometry ltx-2.3 --worker-memory 48GB --steps 4 --save ...
+    python -m benchmarks.split_on_gpu --geometry klein-9b --save benchmarks/results/split_on_gpu.md
+    python -m benchmarks.split_on_gpu --geometry ltx-2.3 --worker-memory 48GB --steps 4 --save ...
 
 Weights are random, in bfloat16, written to a temporary folder (18 GB for klein-9b, 38 GB for ltx-2.3) so that stages
 are read from disk as users read them. In one run: the uncut model's step; then, for each cut and quality, the same step

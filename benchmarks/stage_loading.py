@@ -5,7 +5,7 @@ folder and as a single file in the naming of Black Forest Labs, and loads spans 
 Targets: at most 2 % more bytes read than the stage has, and a peak of host memory of at most the stage and 512 MB.
 Ratios are what counts; seconds depend on the disk.
 
-    python benchmarks/stage_loading.py [--doubles 2] [--singles 6] [--folder DIR] [--save DIR] [--label TEXT]
+    python -m benchmarks.stage_loading [--doubles 2] [--singles 6] [--folder DIR] [--save DIR] [--label TEXT]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the mesh transport costs next to bare ZeroMQ: 33 MB messages and small ones, there and back, on loopback.
 
-    python benchmarks/transport.py [--rounds 20]
+    python -m benchmarks.transport [--rounds 20]
 
 Each echo runs in a process of its own. The rounds of the mesh and of bare ZeroMQ alternate, so that both see the same
 machine. A rate counts the bytes of both directions; the table gives the median and the best round.

@@ -1,6 +1,6 @@
 """A FLUX.2 transformer of real size cut over two GPUs of one machine: what does each way of crossing cost?
 
-    python benchmarks/two_gpus.py --save benchmarks/results/two-gpus.md
+    python -m benchmarks.two_gpus --save benchmarks/results/two-gpus.md
 
 The host's blocks are on the first GPU, the others in a worker process on the second. Weights are random, in bfloat16;
 the steps are those of an Euler sampler, so that the state changes from step to step as in a real generation. In one
@@ -21,7 +21,15 @@ from statistics import median
 from time import monotonic, perf_counter
 from typing import Any
 
-from split_on_gpu import forward_of, generate, pictures, random_inputs, random_model, report_and_save, start_worker
+from benchmarks.split_on_gpu import (
+    forward_of,
+    generate,
+    pictures,
+    random_inputs,
+    random_model,
+    report_and_save,
+    start_worker,
+)
 
 WAYS: tuple[tuple[str, str | None], ...] = (
     ("lossless", "raw"),

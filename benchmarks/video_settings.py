@@ -1,12 +1,12 @@
 """What settings of the hevc codec cost in bits and in the picture, beside the entropy codec and the common min/max way.
 
-    python benchmarks/video_settings.py --save benchmarks/results
+    python -m benchmarks.video_settings --save benchmarks/results
 
 tiny-klein draws each prompt uncoded, then with its hidden state coded and decoded at one cut, at 4, 8 and 28 steps.
 The cut is late, before the last single block but one, where an error shows most. Bits are of all payload bytes, per
 element; PSNR is of the final picture against the uncoded one, minimum and mean over the prompts. ``minmax`` is
 per-channel min/max uint8 in mosaics of 8 x 8, an IDR picture and predicted ones for each tensor: see
-`mesh_core.bench.minmax_codec`.
+`benchmarks.minmax_codec`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.minmax_codec import QPS, MinMaxCodec
 from mesh_codec import Codec, EntropyCodec, HevcCodec
 from mesh_codec.entropy import FORMAT
 from mesh_codec.hevc.settings import DEFAULTS
 from mesh_codec.qualities import lossy
-from mesh_core.bench.minmax_codec import QPS, MinMaxCodec
 from mesh_core.bench.report import save
 
 MODEL = Path(__file__).parents[1] / "examples" / "tiny-klein" / "model"

@@ -16,7 +16,7 @@ import click
 
 import mesh_codec.errors
 from mesh_core import errors, hookspecs
-from mesh_core.cli import COMMANDS, cli
+from mesh_core.cli import cli
 
 REFERENCE = Path(__file__).parent / "reference"
 BRANCH = re.compile(r"^[│├└─ ]*(\w+)\s{2,}(\S.*)$")
@@ -96,7 +96,7 @@ def cli_page() -> str:
     context = click.Context(cli, info_name="mesh", terminal_width=100, max_content_width=100, **cli.context_settings)
     parts = ["# Command line", f"```\n{_help(cli, context)}\n```"]
     for name in cli.list_commands(context):
-        if name in COMMANDS and (command := cli.get_command(context, name)):
+        if command := cli.get_command(context, name):
             for path, text in _helps(command, name, context):
                 parts += [f"## mesh {path}", f"```\n{text}\n```"]
     return _page("the commands' own help", parts)

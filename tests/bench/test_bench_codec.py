@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from mesh_codec import EntropyCodec, LosslessCodec, RawCodec
-from mesh_core.bench.codec_pictures import Pictures, Quality
+from mesh_core.bench.codec_pictures import PictureQuality, Pictures
 from mesh_core.bench.codec_report import plot, table, verdicts
-from mesh_core.bench.codec_rows import ROWS, Row
+from mesh_core.bench.codec_settings import SETTINGS, CodecSetting
 from mesh_core.builtin import load_plugins
 
 MODEL = Path(__file__).parents[2] / "examples" / "tiny-klein" / "model"
@@ -17,30 +17,32 @@ MODEL = Path(__file__).parents[2] / "examples" / "tiny-klein" / "model"
 
 @pytest.fixture(scope="module")
 def pictures() -> Pictures:
-    return Pictures(MODEL, load_plugins(), prompts=2, cut=None, text=40, size=128)
+    return Pictures(MODEL, load_plugins(), prompts=2, cut=None, text_tokens=40, size=128)
 
 
 def test_exact_codecs_give_one_picture_and_the_lossy_one_nearly_that(pictures: Pictures) -> None:
-    raw, lossless = (pictures.measure(Row("", make, {}), 2) for make in (RawCodec, LosslessCodec))
+    raw, lossless = (pictures.measure(CodecSetting("", make, {}), 2) for make in (RawCodec, LosslessCodec))
     assert raw.psnr_min == lossless.psnr_min and 16 < raw.bits < 16.2 and lossless.bits < 12
-    lossy = pictures.measure(Row("", EntropyCodec, {"step": 0.1}), 2)
+    lossy = pictures.measure(CodecSetting("", EntropyCodec, {"step": 0.1}), 2)
     assert 38 < lossy.psnr_min <= lossy.psnr_mean < raw.psnr_mean and lossy.bits < 5
 
 
 def test_prediction_costs_fewer_bits_at_the_same_picture(pictures: Pictures) -> None:
-    alone, predicted = (pictures.measure(Row("", EntropyCodec, {"step": 0.2, "temporal": t}), 4) for t in (False, True))
+    alone, predicted = (
+        pictures.measure(CodecSetting("", EntropyCodec, {"step": 0.2, "temporal": t}), 4) for t in (False, True)
+    )
     assert predicted.bits < 0.7 * alone.bits and abs(predicted.psnr_mean - alone.psnr_mean) < 3
 
 
 def test_two_streams_cross_before_the_stacks_are_joined() -> None:
-    early = Pictures(MODEL, load_plugins(), prompts=1, cut=2, text=40, size=128)
-    assert early.measure(Row("", RawCodec, {}), 1).psnr_min > 50
+    early = Pictures(MODEL, load_plugins(), prompts=1, cut=2, text_tokens=40, size=128)
+    assert early.measure(CodecSetting("", RawCodec, {}), 1).psnr_min > 50
 
 
 RESULTS = [
-    Quality("entropy", "entropy step 0.1", 4, 2.5, 41.0, 43.0),
-    Quality("entropy", "entropy step 0.2", 4, 2.0, 39.9, 42.0),
-    Quality("entropy", "entropy step 0.1", 28, 1.5, 44.0, 45.0),
+    PictureQuality("entropy", "entropy step 0.1", 4, 2.5, 41.0, 43.0),
+    PictureQuality("entropy", "entropy step 0.2", 4, 2.0, 39.9, 42.0),
+    PictureQuality("entropy", "entropy step 0.1", 28, 1.5, 44.0, 45.0),
 ]
 
 
@@ -59,4 +61,4 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 def test_labels_are_one_each() -> None:
-    assert len({row.label for row in ROWS}) == len(ROWS)
+    assert len({row.label for row in SETTINGS}) == len(SETTINGS)

@@ -1,4 +1,4 @@
-"""``mesh bench link``: the link has the rate that it was asked for, and every row of the table is a whole step."""
+"""Slow links, shaped: each has the rate that it was asked for, and every row of the table is a whole step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from time import perf_counter
 
 import pytest
 
-from mesh_core.bench.link import Workload, measure, rows, table, with_ratios
-from mesh_core.bench.networks import namespaces_possible, shaped
-from mesh_core.bench.shaper import Shaper
+from benchmarks.link import Workload, measure, rows, table, with_ratios
+from benchmarks.networks import namespaces_possible, shaped
+from benchmarks.shaper import Shaper
 from mesh_core.errors import ConfigError
 
 

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import click
@@ -14,9 +16,13 @@ import pytest
 from click.testing import CliRunner
 
 from mesh_codec.errors import CodecCorrupt
-from mesh_core import __version__
+from mesh_core import __version__, builtin
+from mesh_core.bench import plugin as bench_plugin
+from mesh_core.builtin import installed_plugins
 from mesh_core.cli import COMMANDS, FAILED, MeshGroup, cli
 from mesh_core.errors import PeerLost, RemoteError
+from mesh_core.hookspecs import ENTRY_POINT_GROUP, hookimpl
+from mesh_core.plugins.registry import Plugins
 
 HEAVY = [
     "torch",
@@ -29,6 +35,14 @@ HEAVY = [
     "mesh_flux2",
     "mesh_core.plugins.registry",
 ]
+
+
+@pytest.fixture(autouse=True)
+def fresh_plugins() -> Iterator[None]:
+    """A command is a process of its own; here others may have cached the plugins of another environment."""
+    installed_plugins.cache_clear()
+    yield
+    installed_plugins.cache_clear()
 
 
 def loaded_by(code: str) -> set[str]:
@@ -116,3 +130,30 @@ def test_the_table_of_plugins_names_what_is_in_use(monkeypatch: pytest.MonkeyPat
     assert "core.split" in result.output
     assert "codec raw" in result.output
     assert "Disabled in the settings" in result.output
+
+
+@hookimpl
+def mesh_add_commands(cli: click.Group) -> None:
+    """This module as a plugin that wants the core's name for its own command, beside another one."""
+    cli.add_command(click.Command("bench", callback=lambda: click.echo("theirs")))
+    cli.add_command(click.Command("theirs", callback=lambda: click.echo("theirs")))
+
+
+def test_a_plugin_cannot_take_the_name_of_a_command_that_the_core_adds_as_a_plugin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rival = EntryPoint("rival", __name__, ENTRY_POINT_GROUP)
+    plugins = Plugins({"core.bench": bench_plugin}, [rival])
+    monkeypatch.setattr(builtin, "installed_plugins", lambda: plugins)
+    assert "step" in CliRunner().invoke(cli, ["bench", "--help"]).output
+    assert CliRunner().invoke(cli, ["theirs"]).output == "theirs\n"
+    reports = {r["name"]: r for r in json.loads(CliRunner().invoke(cli, ["plugins", "--json"]).stdout)["plugins"]}
+    assert (reports["core.bench"]["status"], reports["core.bench"]["provides"]) == ("loaded", ["command bench"])
+    assert (reports["rival"]["status"], reports["rival"]["provides"]) == ("conflict", ["command theirs"])
+
+
+def test_a_command_of_the_core_s_own_plugin_says_so_when_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "installed_plugins", lambda: Plugins({}, []))
+    result = CliRunner().invoke(cli, ["bench"])
+    assert result.exit_code == FAILED
+    assert "'bench' is not in use" in result.stderr and "mesh plugins" in result.stderr

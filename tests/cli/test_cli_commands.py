@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from PIL import Image, ImageChops
 
 from mesh_codec import EntropyCodec
+from mesh_codec.qualities import names
 from mesh_core.builtin import installed_plugins
 from mesh_core.cli import FAILED, cli
 from tests.adapters import tiny
@@ -245,8 +246,28 @@ def test_bench_step_measures_both_kinds_of_link_and_saves_the_results(tmp_path: 
     for measured in printed["results"]:
         assert measured["steps"] == 3
         assert 0 < measured["overhead_ms"] < measured["total_ms"]
-        assert measured["bare_ms"] > 0
     saved = json.loads((tmp_path / "results" / "step-a-test-machine.json").read_text())
     assert saved["hardware"] == "A Test Machine"
     assert saved["results"] == printed["results"]
-    assert "bare pyzmq" in (tmp_path / "results" / "step-a-test-machine.md").read_text()
+    assert "overhead ms" in (tmp_path / "results" / "step-a-test-machine.md").read_text()
+
+
+def test_bench_link_tells_what_each_quality_costs_over_the_link_to_a_worker(worker: ProcessWorker) -> None:
+    result = mesh("bench", "link", worker.address, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert "attic" in found["worker"] and found["encrypted"]
+    assert min(found["there"]["bandwidth"], found["back"]["bandwidth"]) > 1e6
+    qualities = {q["quality"]: q for q in found["qualities"]}
+    assert list(qualities) == list(names())
+    for q in qualities.values():
+        assert q["total_ms"] == pytest.approx(q["encode_ms"] + q["wire_ms"] + q["decode_ms"])
+        assert q["round_trip_ms"] > 0
+        assert q["state_bytes"] == pytest.approx(q["bits"] * 4608 * 4096 / 8, abs=1)
+    assert qualities["fast"]["bits"] <= qualities["lossless"]["bits"] <= 16
+
+
+def test_bench_link_to_nobody_says_so() -> None:
+    result = mesh("bench", "link", f"mesh://127.0.0.1:{free_port()}")
+    assert result.exit_code == FAILED
+    assert result.stderr.startswith("error: ") and "try: " in result.stderr

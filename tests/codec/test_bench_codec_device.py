@@ -10,7 +10,7 @@ import torch
 
 from mesh_codec.hevc.nvvideo import NvVideoEngine
 from mesh_core.bench import codec_device
-from mesh_core.bench.codec_device import Row, states, table
+from mesh_core.bench.codec_device import EngineTiming, states, table
 from mesh_core.errors import ConfigError
 
 from .emulated_ans import EmulatedAns
@@ -29,7 +29,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(codec_device, "_QPS", (18,))
 
 
-def rows(shape: tuple[int, int]) -> list[Row]:
+def rows(shape: tuple[int, int]) -> list[EngineTiming]:
     tensors = states(shape, CPU)
     found = list(codec_device._entropy_rows(shape, tensors, CPU))
     return found + list(codec_device._video_rows(shape, tensors, CPU))

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.shaper import Shaper
 from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, Encoder, Estimate, Quality
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.raw import RawCodec
 from mesh_core.bench import processes
-from mesh_core.bench.shaper import Shaper
 from mesh_core.bench.through import ThroughModel
 from mesh_core.builtin import builtin_plugins
 from mesh_core.hookspecs import ENTRY_POINT_GROUP, hookimpl

@@ -48,7 +48,7 @@ _QPS = (10, 18)
 
 
 @dataclass(frozen=True)
-class Row:
+class EngineTiming:
     """Medians of a codec on one shape.
 
     Attributes:
@@ -67,7 +67,9 @@ class Row:
     note: str = ""
 
 
-def run(device: torch.device, shapes: Sequence[tuple[int, int]] = SHAPES, *, video: bool = True) -> Iterator[Row]:
+def run(
+    device: torch.device, shapes: Sequence[tuple[int, int]] = SHAPES, *, video: bool = True
+) -> Iterator[EngineTiming]:
     """The rows as they are measured.
 
     Raises:
@@ -185,7 +187,7 @@ def _same(expected: Tensor, found: Tensor, tolerance: float) -> None:
         raise ConfigError("A fused kernel and plain torch differ: report this with the GPU's name.")
 
 
-def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.device) -> Iterator[Row]:
+def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.device) -> Iterator[EngineTiming]:
     engine = NvComp()
     if engine.available():
         exact = LosslessCodec(engine)
@@ -207,7 +209,9 @@ def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.d
                 note,
             )
     else:
-        yield Row(shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-libnvcomp-cu13")
+        yield EngineTiming(
+            shape, "entropy, nvCOMP ANS", None, None, 0.0, 0.0, "no nvCOMP: pip install nvidia-libnvcomp-cu13"
+        )
     lossless = LosslessCodec()
     yield _timed(shape, "lossless, portable", lossless.encoder({}), lossless.decoder({}), tensors, 5, "on the CPU")
     portable, settings = EntropyCodec(), {"step": _STEP}
@@ -216,7 +220,7 @@ def _entropy_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.d
     )
 
 
-def _video_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.device) -> Iterator[Row]:
+def _video_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.device) -> Iterator[EngineTiming]:
     hardware = NvVideoEngine()
     encodes, decodes = hardware.probe()
     software = HevcCodec(Engines([PyAvEngine()]))
@@ -233,12 +237,12 @@ def _video_rows(shape: tuple[int, int], tensors: list[Tensor], device: torch.dev
             if decodes:
                 yield _decoded(shape, f"{name}, libx265 and NVDEC", software, nvdec, settings, tensors, device)
             else:
-                yield Row(shape, name, None, None, 0.0, 0.0, "no NVDEC")
+                yield EngineTiming(shape, name, None, None, 0.0, 0.0, "no NVDEC")
 
 
 def _timed(
     shape: tuple[int, int], name: str, encoder: Encoder, decoder: Decoder, tensors: list[Tensor], count: int, note: str
-) -> Row:
+) -> EngineTiming:
     device, encoding, decoding = tensors[0].device, [], []
     for number in range(_WARM + count):
         # Back and forth, so that each differs from the one before as much.
@@ -248,13 +252,15 @@ def _timed(
         ms, back = _events(lambda c=coded: decoder.decode(c, device))  # type: ignore[misc]
         decoding.append(ms)
     bits = 8 * coded.nbytes / tensor.numel()
-    return Row(shape, name, median(encoding[_WARM:]), median(decoding[_WARM:]), bits, _error(tensor, back), note)
+    return EngineTiming(
+        shape, name, median(encoding[_WARM:]), median(decoding[_WARM:]), bits, _error(tensor, back), note
+    )
 
 
 def _decoded(
     shape: tuple[int, int], name: str, coding: Codec, decoding: Codec, settings: dict[str, int], tensors: list[Tensor],
     device: torch.device,
-) -> Row:  # fmt: skip
+) -> EngineTiming:  # fmt: skip
     """NVDEC on a short stream of libx265's, compared with FFmpeg picture by picture."""
     encoder, reference = coding.encoder(settings), coding.decoder(settings)
     coded: list[Encoded] = [encoder.encode(tensor) for tensor in tensors[:3]]
@@ -269,7 +275,7 @@ def _decoded(
     keys = f"key tensor {8 * coded[0].nbytes / tensors[0].numel():.2f} bits"
     note = f"{keys}; {'bit for bit as FFmpeg' if same else 'NOT AS FFMPEG'}; {settings['strips']} strips"
     bits = 8 * coded[-1].nbytes / tensors[0].numel()
-    return Row(shape, name, None, median(times), bits, _error(tensors[2], back), note)
+    return EngineTiming(shape, name, None, median(times), bits, _error(tensors[2], back), note)
 
 
 def _there_and_back(number: int, count: int) -> int:
@@ -313,7 +319,7 @@ def _error(tensor: Tensor, back: Tensor) -> float:
     return float((noise.median() / tensor.double().var(0).median()).sqrt())
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[EngineTiming]) -> str:
     """Markdown."""
     lines = ["| shape | codec | encode ms | decode ms | bits | error | |", "|---|---|---|---|---|---|---|"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mesh_codec import Codec, Encoded
-from mesh_core.bench.codec_rows import Row
+from mesh_core.bench.codec_settings import CodecSetting
 from mesh_core.host.runner import SplitRunner
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import recognise
@@ -36,8 +36,8 @@ _CEILING = 1e-10
 
 
 @dataclass(frozen=True)
-class Quality:
-    """One row at one number of steps. ``bits``: per element of the hidden state, all steps, headers included."""
+class PictureQuality:
+    """One setting at one number of steps. ``bits``: per element of the hidden state, all steps, headers included."""
 
     family: str
     label: str
@@ -74,10 +74,10 @@ class _Cut:
 
 @dataclass
 class _Streams:
-    """The two ends of every picture's streams for one row."""
+    """The two ends of every picture's streams for one setting."""
 
     codec: Codec
-    row: Row
+    setting: CodecSetting
     ends: dict[tuple[int, str], Any] = field(default_factory=dict)
     sent: int = 0
     elements: int = 0
@@ -85,7 +85,7 @@ class _Streams:
     def __call__(self, picture: int, name: str, tensor: Tensor) -> Tensor:
         key = picture, name
         if key not in self.ends:
-            self.ends[key] = self.codec.encoder(self.row.settings), self.codec.decoder(self.row.settings)
+            self.ends[key] = self.codec.encoder(self.setting.settings), self.codec.decoder(self.setting.settings)
         encoder, decoder = self.ends[key]
         # A state crosses in bfloat16, whatever the model computes in here.
         coded = encoder.encode(tensor[None].bfloat16())
@@ -102,10 +102,13 @@ class Pictures:
     Args:
         model: a pipeline's folder.
         cut: block before which the state crosses; None for the middle.
-        text: tokens that a prompt is padded to. Few, so that the picture's tokens have a say in the bits.
+        text_tokens: that a prompt is padded to. Few, so that the picture's tokens have a say in the bits.
+        size: height and width in pixels.
     """
 
-    def __init__(self, model: Path, plugins: Plugins, prompts: int, cut: int | None, text: int, size: int) -> None:
+    def __init__(
+        self, model: Path, plugins: Plugins, prompts: int, cut: int | None, text_tokens: int, size: int
+    ) -> None:
         from diffusers import DiffusionPipeline
 
         self.pipeline = DiffusionPipeline.from_pretrained(str(model))
@@ -121,25 +124,28 @@ class Pictures:
         attach(transformer, cast(SplitRunner, self.cut), torch.device("cpu"), transformer.dtype)
         self.size, self.prompts = size, PROMPTS[:prompts]
         with torch.no_grad():
-            self.text, *_ = self.pipeline.encode_prompt(prompt=list(self.prompts), max_sequence_length=text)
+            self.text, *_ = self.pipeline.encode_prompt(prompt=list(self.prompts), max_sequence_length=text_tokens)
         self.expected: dict[int, Tensor] = {}
 
-    def measure(self, row: Row, steps: int) -> Quality:
-        """Raises:
-        ImportError: the codec needs a package that is not installed.
+    def measure(self, setting: CodecSetting, steps: int) -> PictureQuality:
+        """The pictures of so many ``steps`` with the state coded, beside those without.
+
+        Raises:
+            ImportError: the codec needs a package that is not installed.
         """
         if steps not in self.expected:
             self.expected[steps] = self.draw(steps, None)
-        streams = _Streams(row.codec(), row)
+        streams = _Streams(setting.codec(), setting)
         errors = (self.draw(steps, streams) - self.expected[steps]).square().mean(dim=(1, 2, 3)).clamp_min(_CEILING)
         psnr = -10 * torch.log10(errors)
         bits = streams.sent * 8 / streams.elements
-        return Quality(row.family, row.label, steps, bits, float(psnr.min()), float(psnr.mean()))
+        return PictureQuality(setting.family, setting.label, steps, bits, float(psnr.min()), float(psnr.mean()))
 
-    def measure_all(self, rows: Sequence[Row], all_steps: Sequence[int]) -> Iterator[Quality]:
-        for row in rows:
+    def measure_all(self, settings: Sequence[CodecSetting], all_steps: Sequence[int]) -> Iterator[PictureQuality]:
+        """Each setting at each number of steps, as they are measured."""
+        for setting in settings:
             for steps in all_steps:
-                yield self.measure(row, steps)
+                yield self.measure(setting, steps)
 
     def draw(self, steps: int, cross: Callable[[int, str, Tensor], Tensor] | None) -> Tensor:
         """Pictures [prompts, 3, height, width] in [0, 1], of 8 bits; ``cross`` is given each picture's state."""

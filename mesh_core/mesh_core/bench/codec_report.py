@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mesh_codec.qualities import FINE, find
-from mesh_core.bench.codec_pictures import Quality
+from mesh_core.bench.codec_pictures import PictureQuality
 
 TARGET_BITS = {28: 1.4, 8: 2.8, 4: 4.2}
 """Bits per element by number of steps, that keep `LEAST_DB`."""
@@ -20,7 +20,7 @@ bits: per element of the hidden state over all steps, payload and headers. PSNR:
 that of the uncut model, least and mean over the prompts; 100 dB is no difference. The state crosses in bfloat16."""
 
 
-def table(results: Sequence[Quality]) -> str:
+def table(results: Sequence[PictureQuality]) -> str:
     """Plain text: a row per codec and setting, three columns per number of steps."""
     steps = sorted({q.steps for q in results})
     labels = list(dict.fromkeys(q.label for q in results))
@@ -36,7 +36,7 @@ def table(results: Sequence[Quality]) -> str:
     return "\n".join([*lines, "", LEGEND])
 
 
-def verdicts(results: Sequence[Quality]) -> list[str]:
+def verdicts(results: Sequence[PictureQuality]) -> list[str]:
     """For each number of steps, the fewest bits that kept 40 dB, beside the target."""
     lines = []
     for steps, target in TARGET_BITS.items():
@@ -52,12 +52,25 @@ def verdicts(results: Sequence[Quality]) -> list[str]:
     return lines
 
 
-def plain(results: Sequence[Quality], setup: dict[str, Any]) -> dict[str, Any]:
+def in_words(found: PictureQuality) -> str:
+    """One of the results as a line, for whoever waits for the others."""
+    return f"{found.label}, {found.steps} steps: {found.bits:.2f} bits, {found.psnr_min:.1f} dB"
+
+
+def text(results: Sequence[PictureQuality], setup: Mapping[str, Any]) -> str:
+    """The whole report: what was measured with, the table, the targets."""
+    listed = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in setup.items() if value is not None)
+    return "\n".join([listed, "", table(results), "", *verdicts(results)])
+
+
+def plain(results: Sequence[PictureQuality], setup: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole report as JSON takes it."""
+    setup = {name.replace("_", " "): value for name, value in setup.items()}
     return {"setup": setup, "results": [asdict(q) for q in results], "targets": verdicts(results)}
 
 
-def plot(results: Sequence[Quality], path: Path) -> None:
-    """Rate against distortion, a panel per number of steps.
+def plot(results: Sequence[PictureQuality], path: Path) -> Path:
+    """Rate against distortion, a panel per number of steps, written to ``path``, which is returned.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -80,3 +93,4 @@ def plot(results: Sequence[Quality], path: Path) -> None:
     figure.axes[0].set_ylabel("PSNR of the final picture, dB, least over prompts")
     figure.axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
+    return path

@@ -1,144 +1,162 @@
-"""Whole split steps over a link of a chosen rate: uncoded, at each quality, and with the codec chosen by itself.
+"""What a worker's link can carry, and what each quality would cost over it. Needs no model and opens no session.
 
-Host and worker are processes of their own at the two ends of a `mesh_core.bench.networks` network.
+Codecs are chosen as a session would choose them before its first step: by ``mesh_choose_codec``, from what was measured
+of the link and what both ends know of their codecs' speeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from statistics import median
+from time import perf_counter
 
-from safetensors.torch import save_file
+import torch
 
-from mesh_codec.qualities import lossy, names
-from mesh_core.bench.networks import Network, shaped
-from mesh_core.bench.processes import Child, plugins
-from mesh_core.bench.through import ThroughModel
-from mesh_core.transport.keys import KeyStore
+from mesh_codec.base import CodecChoice
+from mesh_codec.qualities import Quality, names
+from mesh_core import wire
+from mesh_core.bench.report import aligned
+from mesh_core.crossing.bandwidth import Link
+from mesh_core.crossing.codec_speed import read_speeds
+from mesh_core.crossing.cost import Cost, Crossing, End
+from mesh_core.crossing.speed_book import SpeedBook
+from mesh_core.host.remote import Remote
+from mesh_core.host.remote import measure as measure_link
+from mesh_core.plugins.registry import Plugins
+from mesh_core.system.config import Settings
+from mesh_core.transport.base import Address
 
-RATES: Mapping[str, float] = {"100mbit": 12.5e6, "1gbit": 125e6, "2.5gbit": 312.5e6, "10gbit": 1250e6}
-"""Bytes per second by the names that people know."""
+STATE = (4608, 4096)
+"""Tokens and channels: a picture of 1024x1024 with 512 text tokens, in a model 4096 wide."""
 
-LARGE = (1, 4608, 4096)
-"""Of the synthetic state: a picture of 1024x1024 with 512 text tokens in a 9B model, 37.7 MB in bfloat16."""
+PREDICTION = (4096, 128)
+"""What comes back: packed latents of the picture."""
 
-SMALL = (1, 512, 2048)
-
-LOSSY = "entropy"
+DTYPE = torch.bfloat16
+_BACK = PREDICTION[0] * PREDICTION[1] * DTYPE.itemsize
+_ROUND_TRIPS = 3
 
 
 @dataclass(frozen=True)
-class Workload:
-    """What is run.
+class QualityCost:
+    """What one quality costs for a state of `STATE`. Milliseconds.
 
     Attributes:
-        model: a pipeline's folder; None for the synthetic geometry.
-        local: the host's span of it.
-        shape: of the synthetic state.
-        steps: that count, of each row.
-        size: pixels of the pipeline's pictures.
+        codec: that would be chosen, as people call it.
+        bits: per element, as expected before anything was coded.
+        state_bytes: that the coded state has.
+        encode_ms, decode_ms: here and there; as far as a worker tells its speeds, else as here.
+        wire_ms: as the measured bandwidth says.
+        total_ms: of the three.
+        round_trip_ms: of as many bytes there and an uncoded prediction back, just exchanged; median of some.
     """
 
-    name: str
-    steps: int
-    model: Path | None = None
-    local: str = ":1"
-    shape: Sequence[int] = LARGE
-    size: int = 128
-    prompt: str = "crying face"
+    quality: Quality
+    codec: str
+    bits: float
+    state_bytes: int
+    encode_ms: float
+    wire_ms: float
+    decode_ms: float
+    total_ms: float
+    round_trip_ms: float
 
 
-def rows(codecs: Sequence[str]) -> list[dict[str, Any]]:
-    """What is compared: codecs by name at the quality that they give, then each quality with the codec left open."""
-    fixed = [("raw", "lossless", "raw"), *(("lossless", "lossless", c) for c in ("lossless",) if c in codecs)]
-    coded = [(quality, quality, LOSSY) for quality in lossy()]
-    chosen = [(f"auto {quality}", quality, None) for quality in names()]
-    return [{"name": n, "quality": q, "codec": c} for n, q, c in (*fixed, *coded, *chosen)]
+@dataclass(frozen=True)
+class LinkReport:
+    """A worker's link: bytes per second each way, seconds there and back, and what each quality costs."""
+
+    worker: str
+    encrypted: bool
+    there: Link
+    back: Link
+    qualities: tuple[QualityCost, ...]
 
 
-def measure(rate: str, workload: Workload, *, relay: bool = False) -> Iterator[dict[str, Any]]:
-    """The rows of one workload at one rate, as they come.
+def measure(address: str, plugins: Plugins, settings: Settings, device: torch.device) -> LinkReport:
+    """Connect to the worker at ``address`` and measure; ``device`` codes at this end. Takes seconds, or as long as
+    some uncoded states need to cross.
 
     Raises:
-        TransportError: a process did not start, or the system refused the network.
+        Unreachable, NotAuthorised, TransportTimeout, PeerLost: as for any connection.
     """
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(ignore_cleanup_errors=True)))
-        network = stack.enter_context(shaped(RATES[rate], relay=relay))
-        host = stack.enter_context(_host(folder, network, workload, stack))
-        while "done" not in (row := host.hear()):
-            yield {"rate": rate, "workload": workload.name, "network": network.kind, **row}
+    remote, book = Remote(Address(address), plugins, settings), SpeedBook(device)
+    try:
+        remote.connect()
+        there, back = measure_link(remote)
+        book.survey(codec for name, codec in plugins.codecs().items() if name in remote.welcome.codecs)
+        costs = tuple(_costs(remote, there, book))
+        return LinkReport(remote.name, bool(remote.address.server_key), there, back, costs)
+    finally:
+        book.close()
+        remote.close()
 
 
-def _host(folder: Path, network: Network, workload: Workload, stack: ExitStack) -> Child:
-    home, model = folder / "home", workload.model
-    if model is None:
-        model = folder / "through.safetensors"
-        save_file(ThroughModel(1, head=True).state_dict(), model)
-    store = KeyStore(home / "config")
-    store.authorise(store.identity().client.public, "benchmark")
-    installed = workload.model is not None
-    told = {"model": str(model.absolute()), "installed": installed, "insecure": False}
-    serving = {**told, "name": "worker", "bind": network.bind, "memory": 4 << 30, "survey": True}
-    worker = stack.enter_context(Child("mesh_core.bench.worker", serving, home, network.worker_prefix))
-    told |= {
-        "address": network.reach(worker.hear()["address"]),
-        "rows": rows(list(plugins().codecs())),
-        "steps": workload.steps,
-        "shape": list(workload.shape),
-        "local": workload.local,
-        "size": workload.size,
-        "prompt": workload.prompt,
-    }
-    return Child("mesh_core.bench.link_host", told, home, network.host_prefix)
+def _costs(remote: Remote, link: Link, book: SpeedBook) -> Iterator[QualityCost]:
+    there = End()
+    for device in remote.welcome.devices:
+        there.claimed |= read_speeds(device.get("speeds"))
+    elements = STATE[0] * STATE[1]
+    crossing = Crossing(elements, DTYPE, End(book=book), there, book, link)
+    trips: dict[int, float] = {}
+    for quality in names():
+        if (found := _chosen(remote, quality, crossing)) is None:
+            continue
+        nbytes = round(elements * found.bits / 8)
+        if nbytes not in trips:
+            trips[nbytes] = median(_round_trip(remote, nbytes) for _ in range(_ROUND_TRIPS))
+        parts = (found.encode * 1e3, found.wire * 1e3, found.decode * 1e3)
+        yield QualityCost(quality, found.label, found.bits, nbytes, *parts, found.total * 1e3, trips[nbytes] * 1e3)
 
 
-_COLUMNS = (
-    ("rate", "rate", "{}"),
-    ("setting", "name", "{}"),
-    ("codec", "used", "{}"),
-    ("step ms", "step_ms", "{:.1f}"),
-    ("wire ms", "wire_ms", "{:.1f}"),
-    ("codec ms", "codec_ms", "{:.1f}"),
-    ("compute ms", "compute_ms", "{:.1f}"),
-    ("MB there", "there_mb", "{:.2f}"),
-    ("MB back", "back_mb", "{:.2f}"),
-    ("of raw", "of_raw", "{:.2f}"),
-    ("against raw", "against_raw", "{:.2f}x"),
-)
-
-LEGEND = """\
-Medians of a step as the host program sees it, without the host's own blocks; the first two steps do not count.
-MB there: the state from host to worker. MB back: the prediction. against raw: raw's step over this one's, same rate
-and run. auto: the codec was left open. Encrypted with CURVE, as by default."""
-
-
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """Plain text, one block per workload, and the reasons that the choices gave."""
-    parts = []
-    for workload in dict.fromkeys(row["workload"] for row in found):
-        mine = with_ratios([row for row in found if row["workload"] == workload])
-        cells = [[head for head, _, _ in _COLUMNS]]
-        cells += [[form.format(row[key]) for _, key, form in _COLUMNS] for row in mine if "failed" not in row]
-        widths = [max(len(line[c]) for line in cells) for c in range(len(_COLUMNS))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-        failed = [f"{row['rate']} {row['name']} failed: {row['failed']}" for row in mine if "failed" in row]
-        reasons = [f"{row['rate']} {row['name']}: {row['reason']}" for row in mine if row.get("codec", 0) is None]
-        kinds = ", ".join(dict.fromkeys(row["network"] for row in mine))
-        parts.append("\n".join([f"{workload} ({kinds})", *lines, *failed, "", *reasons]))
-    return "\n\n".join([*parts, LEGEND])
+def _chosen(remote: Remote, quality: Quality, crossing: Crossing) -> Cost | None:
+    """What the state costs with the codec that a session would begin with; None if no common one gives the quality."""
+    theirs, ours = remote.welcome.codecs, remote.plugins.codecs()
+    able = [codec for name, codec in ours.items() if name in theirs]
+    choice: CodecChoice | None = remote.plugins.hook.mesh_choose_codec(
+        role="hidden",
+        link=crossing.link,
+        quality=quality,
+        codecs=able,
+        peer={codec.name: theirs[codec.name] for codec in able},
+        crossing=crossing,
+    )
+    if choice is None:
+        return None
+    # The survey has coded with settings like these; with these very ones it takes a moment more.
+    crossing.here.find(ours[choice.codec], choice.settings, DTYPE)
+    return crossing.cost(ours[choice.codec], choice.settings)
 
 
-def with_ratios(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """``found`` with how much faster each row was than raw at the same rate."""
-    raw = {row["rate"]: row["step_ms"] for row in found if row["name"] == "raw" and "failed" not in row}
-    return [
-        {**row, "against_raw": raw.get(row["rate"], float("nan")) / row["step_ms"]}
-        if "failed" not in row
-        else dict(row)
-        for row in found
+def _round_trip(remote: Remote, nbytes: int) -> float:
+    """Seconds for so many bytes there, and a prediction back."""
+    payload = bytes(min(nbytes, wire.PROBE_BYTES))
+    probe = wire.Probe(wire.next_id(), _BACK)
+    began = perf_counter()
+    remote.ask(probe, wire.Probed, timeout=remote.settings.deadlines.step, buffers=[payload])
+    return perf_counter() - began
+
+
+_HEADS = ("quality", "codec", "bits", "state MB", "encode ms", "wire ms", "decode ms", "sum ms", "round trip ms")
+
+LEGEND = f"""\
+For a state of {STATE[0]} x {STATE[1]} in bfloat16, a picture of 1024x1024. encode, wire, decode: expected from the
+speeds of both ends' codecs and the bandwidth there. round trip: measured, so many bytes there and a prediction of
+{_BACK / 1e6:.1f} MB back; a step takes as long, and what coding and computing take."""
+
+
+def table(found: LinkReport) -> str:
+    """Plain text: the link, then a row per quality."""
+    cells = [list(_HEADS)]
+    for q in found.qualities:
+        times = (q.encode_ms, q.wire_ms, q.decode_ms, q.total_ms, q.round_trip_ms)
+        row = (q.quality, q.codec, f"{q.bits:.2f}", f"{q.state_bytes / 1e6:.2f}", *(f"{ms:.1f}" for ms in times))
+        cells.append(list(row))
+    lines = [
+        f"{found.worker}, {'encrypted' if found.encrypted else 'NOT encrypted'}",
+        f"there: {found.there}",
+        f"back:  {found.back}",
+        f"{found.there.latency * 1e3:.1f} ms there and back",
     ]
+    return "\n".join([*lines, "", *aligned(cells), "", LEGEND])

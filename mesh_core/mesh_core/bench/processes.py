@@ -1,4 +1,4 @@
-"""The processes of a benchmark: workers of the mesh, and the ends of a loop over bare ZeroMQ.
+"""The processes of a benchmark: workers of the mesh, hosts behind a slow link, the ends of a loop over bare ZeroMQ.
 
 Each is a Python of its own that prints one line of JSON when it is ready and ends when its standard input closes.
 """
@@ -38,12 +38,21 @@ class Child(AbstractContextManager["Child"]):
     Args:
         home: MESH_HOME of the process.
         prefix: what is to run the Python, for example ``ip netns exec NAME``.
+        folder: where it runs, for modules that are not installed; by default as this process.
     """
 
-    def __init__(self, module: str, settings: Mapping[str, Any], home: Path, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        module: str,
+        settings: Mapping[str, Any],
+        home: Path,
+        prefix: Sequence[str] = (),
+        folder: Path | None = None,
+    ) -> None:
         self._module = module
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-m", module],
+            cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -54,6 +63,7 @@ class Child(AbstractContextManager["Child"]):
         self.tell(settings)
 
     def tell(self, message: Mapping[str, Any]) -> None:
+        """A line that it gets from `read_line`."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(message) + "\n")
         self._process.stdin.flush()

@@ -42,8 +42,10 @@ class Narrow(Copy):
 
 
 class ThroughModel(nn.Module):
-    """Args:
-    head: whether it ends in a prediction, not in the state.
+    """So many blocks that copy.
+
+    Args:
+        head: whether it ends in a prediction, not in the state.
     """
 
     def __init__(self, blocks: int, *, head: bool = False) -> None:

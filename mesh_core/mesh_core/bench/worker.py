@@ -12,6 +12,11 @@ from mesh_core.worker.server import Worker, WorkerOptions
 
 
 def main() -> None:
+    """Serve until the input closes.
+
+    Is told ``model``, ``name`` and ``insecure``; perhaps ``bind``, ``memory`` in bytes, ``installed`` to use all
+    plugins of the environment, ``survey`` to measure its codecs before it says its ``address``.
+    """
     # That a case runs without encryption is what it is for.
     logging.basicConfig(level=logging.ERROR)
     told = read_line()

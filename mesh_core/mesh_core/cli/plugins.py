@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from mesh_core.cli import COMMANDS
-from mesh_core.errors import PluginConflict
-from mesh_core.plugins.report import ONE_OF_THEM, conflict, contention
+from mesh_core.errors import PluginConflict, PluginNotFound
+from mesh_core.plugins.report import CORE, FIRST, ONE_OF_THEM, conflict, contention
 
 if TYPE_CHECKING:
     from mesh_core.plugins.registry import Plugins
@@ -44,16 +44,23 @@ def plugin_command(name: str) -> click.Command | None:
     """The command ``name`` that an installed plugin adds, or None.
 
     Raises:
-        PluginConflict: more than one plugin adds it.
+        PluginConflict: more than one plugin adds it, none of which is the core's.
+        PluginNotFound: it comes with the core, and the core's plugin is not in use.
     """
     from mesh_core.builtin import installed_plugins
 
     plugins = installed_plugins()
     found = {owner: commands[name] for owner, commands in _added(plugins).items() if name in commands}
-    if len(found) > 1:
-        rivals = [report for report in plugins.report() if report.name in found]
+    rivals = [report for report in plugins.report() if report.name in found]
+    first = [report for report in rivals if report.distribution in FIRST]
+    if len(rivals) > 1 and not first:
         raise PluginConflict(contention(f"command {name!r}", rivals), hint=ONE_OF_THEM)
-    return next(iter(found.values()), None)
+    if not found and name in COMMANDS:
+        raise PluginNotFound(
+            f"The plugin of {CORE} that adds the command {name!r} is not in use.",
+            hint=f"mesh plugins says why; where it is not listed, install {CORE} anew",
+        )
+    return found[(first or rivals)[0].name] if found else None
 
 
 def full_report(plugins: Plugins) -> list[PluginReport]:
@@ -69,9 +76,9 @@ def _with_commands(
         return report
     for command in added[report.name]:
         rivals = [r for r in reports if command in added.get(r.name, ())]
-        if command in COMMANDS:
+        if command in COMMANDS and COMMANDS[command].target:
             rivals = [reports[0], report]
-        if len(rivals) > 1:
+        if len(rivals) > 1 and report.distribution not in FIRST:
             report = conflict(report, f"command {command!r}", rivals)
         else:
             report = replace(report, provides=(*report.provides, f"command {command}"))

@@ -1,6 +1,6 @@
-"""The loop that the benchmarks compare with: the same processes and bytes over bare ZeroMQ, and nothing else.
+"""The loop that `benchmarks.step` compares with: the same processes and bytes over bare ZeroMQ, and nothing else.
 
-Not used by the product. A message is a small frame and a large one, sent without copies; CURVE, where it is on, takes
+A message is a small frame and a large one, sent without copies; CURVE, where it is on, takes
 any client key. Knows nothing of the mesh.
 """
 
@@ -22,6 +22,7 @@ Keys = tuple[str, str] | None
 
 
 def new_keys() -> tuple[str, str]:
+    """A CURVE key pair, public and secret, in Z85."""
     public, secret = zmq.curve_keypair()
     return public.decode(), secret.decode()
 

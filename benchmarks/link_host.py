@@ -15,16 +15,11 @@ import torch
 from torch import Tensor
 
 from mesh_core.bench.processes import plugins, read_line, say
+from mesh_core.bench.step import open_session
 from mesh_core.bench.through import ThroughModel
 from mesh_core.crossing.stats import StepStats
 from mesh_core.errors import MeshError
-from mesh_core.host.options import ModelIdentity, SessionOptions
-from mesh_core.host.remote import Remote
-from mesh_core.host.session import Session
-from mesh_core.model import fingerprint
-from mesh_core.model.checkpoint import read_header
-from mesh_core.model.library import recognise
-from mesh_core.model.spans import BlockSpan
+from mesh_core.host.options import SessionOptions
 from mesh_core.model.spec import Conditioning
 from mesh_core.system.config import Settings
 from mesh_core.transport.base import Address
@@ -38,6 +33,7 @@ CHANGE = 0.1
 
 
 def main() -> None:
+    """Is told where the worker is and the rows; says each when it was measured, then that it is done."""
     logging.basicConfig(level=logging.ERROR)
     torch.set_num_threads(1)
     told = read_line()
@@ -74,24 +70,17 @@ def summary(row: Mapping[str, Any], steps: Sequence[StepStats]) -> dict[str, Any
 
 
 def _synthetic(told: Mapping[str, Any]) -> None:
-    installed, path = plugins(), Path(told["model"])
-    whole = ThroughModel(1, head=True)
-    spec = recognise(read_header(path), installed).spec
-    identity = ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
+    installed, path, whole = plugins(), Path(told["model"]), ThroughModel(1, head=True)
     states = list(drifting(told["shape"], told["steps"] + WARM_UP))
     for row in told["rows"]:
         options = SessionOptions(torch.bfloat16, torch.device("cpu"), row["quality"], Settings(), row["codec"])
-        remote = Remote(Address(told["address"]), installed, options.settings)
-        session = Session(identity, [(remote, BlockSpan(0, 1))], options, installed)
         try:
-            session.open()
-            for state in states:
-                session.run({"hidden_states": state}, Conditioning())
-            say(summary(row, session.stats.steps))
+            with open_session([Address(told["address"])], path, whole, options, installed) as session:
+                for state in states:
+                    session.run({"hidden_states": state}, Conditioning())
+                say(summary(row, session.stats.steps))
         except MeshError as error:
             say({**row, "failed": error.message})
-        finally:
-            session.close()
 
 
 def _pipeline(told: Mapping[str, Any]) -> None:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesh_codec import Codec, EntropyCodec, LosslessCodec, RawCodec
-from mesh_core.bench.minmax_codec import QPS, MinMaxCodec
 
 
 @dataclass(frozen=True)
-class Row:
-    """Attributes:
-    family: rows of one family are joined by a line in the plot.
-    codec: makes it; may raise ImportError where it needs a package that is not installed.
+class CodecSetting:
+    """A codec with one choice of settings.
+
+    Attributes:
+        family: what is joined by a line in the plot.
+        codec: makes it.
     """
 
     family: str
@@ -23,16 +24,16 @@ class Row:
 
     @property
     def label(self) -> str:
+        """The family, and the settings that are no mere switches."""
         listed = ", ".join(f"{k} {v}" for k, v in self.settings.items() if not isinstance(v, bool))
         return f"{self.family} {listed}".strip()
 
 
 _STEPS = (0.06, 0.1, 0.2, 0.36)
 
-ROWS: tuple[Row, ...] = (
-    Row("raw", RawCodec, {}),
-    Row("lossless", LosslessCodec, {}),
-    *(Row("entropy, predicted", EntropyCodec, {"step": s, "temporal": True}) for s in _STEPS),
-    *(Row("entropy, each tensor alone", EntropyCodec, {"step": s, "temporal": False}) for s in _STEPS[1:]),
-    *(Row("per-channel min/max + HEVC", MinMaxCodec, {"qp": qp}) for qp in QPS),
+SETTINGS: tuple[CodecSetting, ...] = (
+    CodecSetting("raw", RawCodec, {}),
+    CodecSetting("lossless", LosslessCodec, {}),
+    *(CodecSetting("entropy, predicted", EntropyCodec, {"step": s, "temporal": True}) for s in _STEPS),
+    *(CodecSetting("entropy, each tensor alone", EntropyCodec, {"step": s, "temporal": False}) for s in _STEPS[1:]),
 )

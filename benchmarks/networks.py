@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 
 import psutil
 
-from mesh_core.bench.shaper import Shaper
+from benchmarks.shaper import Shaper
 from mesh_core.errors import ConfigError, TransportError
 
 _HOST, _WORKER = "10.213.77.1", "10.213.77.2"
