@@ -75,16 +75,19 @@ class Statuses:
         self._told: dict[str, float] = {}
 
     def all(self) -> dict[str, Any]:
+        """Every node's values by its id, as JSON takes them."""
         with self._lock:
             return {node: dict(vars(status)) for node, status in self._nodes.items()}
 
     def start(self, node: str, workers: Sequence[Mapping[str, Any]], blocks: int, local: int) -> None:
+        """The node begins anew with these workers; ``local`` of the ``blocks`` run here."""
         with self._lock:
             listed = [dict(worker) for worker in workers]
             self._nodes[node] = NodeStatus(node, blocks=blocks, local=local, workers=listed)
         self._tell(node)
 
     def holds(self, node: str, held: int, bytes_read: int) -> None:
+        """How many bytes of weights are on this machine for the node, and how many were read for it."""
         with self._lock:
             self._nodes[node].held, self._nodes[node].bytes_read = held, bytes_read
 
@@ -108,9 +111,11 @@ class Statuses:
         self.change(node, state, detail, activity.done, activity.total, activity.unit)
 
     def fail(self, node: str, error: Exception) -> None:
+        """What the node did ended with ``error``."""
         self.change(node, NodeState.WRONG_KEY if isinstance(error, NotAuthorised) else NodeState.FAILED, str(error))
 
     def step(self, node: str, step: StepStats, reconnects: int) -> None:
+        """A step came back."""
         with self._lock:
             status = self._nodes.setdefault(node, NodeStatus(node))
             status.state, status.detail, status.steps, status.reconnects = (

@@ -27,6 +27,9 @@ PACKAGES = {
 
 LONGEST_FILE, MEDIAN_FILE, LONGEST_FUNCTION = 400, 100, 50
 
+COMFY_NODE = {"define_schema", "validate_inputs", "execute", "get_node_list"}
+"""What ComfyUI calls on nodes and extensions; its documentation says what they are for."""
+
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -85,19 +88,28 @@ def _public(body: list[ast.stmt], within: tuple[str, ...]) -> Iterator[tuple[tup
 
 def _overrides(path: Path, names: tuple[str, ...]) -> bool:
     """Whether a method stands for one of a base class, which has the docstring, or fills a hook."""
+    if names[-1] in vars(hookspecs):
+        return True
     if len(names) < 2:
         return False
-    if names[-1] in vars(hookspecs) or any(names[-1] in methods for methods in _inherited(names[-2])):
+    if names[-1] in _promised() or any(names[-1] in methods for methods in _inherited(names[-2])):
         return True
     try:
         owner: object = importlib.import_module(_module(path))
     except ModuleNotFoundError as error:
         # What imports ComfyUI is only imported inside it.
         assert str(error.name).partition(".")[0] in ("comfy", "folder_paths", "nodes", "server", "comfy_api"), error
-        return False
+        return names[-1] in COMFY_NODE
     for name in names[:-1]:
         owner = getattr(owner, name)
     return isinstance(owner, type) and any(names[-1] in vars(base) for base in owner.__mro__[1:])
+
+
+@cache
+def _promised() -> set[str]:
+    """The methods of the product's protocols, which say there what is meant."""
+    protocols = [c for c in _classes().values() if any(ast.unparse(b) == "Protocol" for b in c.bases)]
+    return {n.name for c in protocols for n in c.body if isinstance(n, Definition)}
 
 
 @cache

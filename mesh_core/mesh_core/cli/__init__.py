@@ -15,34 +15,11 @@ from typing import Any, NamedTuple
 import click
 
 from mesh_core import __version__
+from mesh_core.cli.commands import COMMANDS, Command
 from mesh_core.errors import MeshError, RemoteError
 
 FAILED = 2
 """Exit code after an error that the mesh raised on purpose."""
-
-
-class Command(NamedTuple):
-    """Where a command is (``module:attribute``) and its one line of help.
-
-    The target is empty for what a plugin of the core's own adds: listed here, it is known without loading a plugin.
-    """
-
-    target: str
-    help: str
-
-
-COMMANDS: Mapping[str, Command] = {
-    "serve": Command("mesh_core.cli.serve:serve", "Run a worker: host spans of the checkpoints in some folders."),
-    "join": Command("mesh_core.cli.join:join", "Accept a worker's invite."),
-    "keys": Command("mesh_core.cli.keys:keys", "List, invite and revoke those who may use this machine's workers."),
-    "inspect": Command("mesh_core.cli.inspect:inspect", "Show what a checkpoint is, its blocks and where to cut it."),
-    "generate": Command("mesh_core.cli.generate:generate", "Make a picture over several machines."),
-    "lora": Command("mesh_core.cli.lora:lora", "List, send, remove and examine LoRAs."),
-    "comfy": Command("mesh_core.cli.comfy:comfy", "Make the nodes known to a ComfyUI."),
-    "bench": Command("", "Measure the mesh: on this machine, and over the link to a worker."),
-    "doctor": Command("mesh_core.cli.doctor:doctor", "Check this machine, its plugins and its connections."),
-    "plugins": Command("mesh_core.cli.plugins:plugins", "List plugins, what they provide and which failed to load."),
-}
 
 
 class MeshGroup(click.Group):
@@ -56,7 +33,7 @@ class MeshGroup(click.Group):
             module, _, attribute = target.partition(":")
             command: click.Command = getattr(import_module(module), attribute)
             return command
-        from mesh_core.cli.plugins import plugin_command
+        from mesh_core.cli.plugin_commands import plugin_command
 
         return plugin_command(cmd_name)
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from mesh_core.cli import COMMANDS
-from mesh_core.errors import PluginConflict, PluginNotFound
-from mesh_core.plugins.report import CORE, FIRST, ONE_OF_THEM, conflict, contention
+from mesh_core.cli.plugin_commands import full_report
 
 if TYPE_CHECKING:
-    from mesh_core.plugins.registry import Plugins
     from mesh_core.plugins.report import PluginReport
 
 _COLOURS = {"loaded": "green", "disabled": "yellow", "broken": "red", "conflict": "red", "incompatible": "red"}
@@ -38,62 +35,6 @@ def plugins(as_json: bool) -> None:
         click.echo(json.dumps({"group": ENTRY_POINT_GROUP, "plugins": listed}, indent=2))
     else:
         _table(reports)
-
-
-def plugin_command(name: str) -> click.Command | None:
-    """The command ``name`` that an installed plugin adds, or None.
-
-    Raises:
-        PluginConflict: more than one plugin adds it, none of which is the core's.
-        PluginNotFound: it comes with the core, and the core's plugin is not in use.
-    """
-    from mesh_core.builtin import installed_plugins
-
-    plugins = installed_plugins()
-    found = {owner: commands[name] for owner, commands in _added(plugins).items() if name in commands}
-    rivals = [report for report in plugins.report() if report.name in found]
-    first = [report for report in rivals if report.distribution in FIRST]
-    if len(rivals) > 1 and not first:
-        raise PluginConflict(contention(f"command {name!r}", rivals), hint=ONE_OF_THEM)
-    if not found and name in COMMANDS:
-        raise PluginNotFound(
-            f"The plugin of {CORE} that adds the command {name!r} is not in use.",
-            hint=f"mesh plugins says why; where it is not listed, install {CORE} anew",
-        )
-    return found[(first or rivals)[0].name] if found else None
-
-
-def full_report(plugins: Plugins) -> list[PluginReport]:
-    """`Plugins.report` with the commands that plugins add: what they provide, or what they contend for."""
-    added = _added(plugins)
-    return [_with_commands(report, added, plugins.report()) for report in plugins.report()]
-
-
-def _with_commands(
-    report: PluginReport, added: dict[str, dict[str, click.Command]], reports: list[PluginReport]
-) -> PluginReport:
-    if report.status == "broken" or report.name not in added:
-        return report
-    for command in added[report.name]:
-        rivals = [r for r in reports if command in added.get(r.name, ())]
-        if command in COMMANDS and COMMANDS[command].target:
-            rivals = [reports[0], report]
-        if len(rivals) > 1 and report.distribution not in FIRST:
-            report = conflict(report, f"command {command!r}", rivals)
-        else:
-            report = replace(report, provides=(*report.provides, f"command {command}"))
-    return report
-
-
-def _added(plugins: Plugins) -> dict[str, dict[str, click.Command]]:
-    """Commands by the name of the plugin that adds them."""
-    added: dict[str, dict[str, click.Command]] = {}
-    for report in plugins.report():
-        group = click.Group()
-        plugins.call_one(report.name, "mesh_add_commands", cli=group)
-        if group.commands:
-            added[report.name] = dict(group.commands)
-    return added
 
 
 def _table(reports: list[PluginReport]) -> None:

@@ -22,6 +22,7 @@ class Speed:
     rate: float
 
     def seconds(self, nbytes: float) -> float:
+        """That a tensor of ``nbytes`` takes."""
         return self.fixed + nbytes / self.rate
 
 

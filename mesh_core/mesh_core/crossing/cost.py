@@ -41,6 +41,7 @@ class Cost:
 
     @property
     def total(self) -> float:
+        """Seconds from tensor to tensor."""
         return self.encode + self.wire + self.decode
 
 

@@ -88,6 +88,7 @@ class RunStats:
     loras: list[dict[str, Any]] = field(default_factory=list)
 
     def clear(self) -> None:
+        """Count anew from here on; what was decided for LoRAs stays."""
         self.steps.clear()
         self.constants_bytes = self.reconnects = 0
 

@@ -84,6 +84,7 @@ class Streams:
         return held
 
     def encode(self, sequence: str, state: State) -> Payload:
+        """``state`` as the next message of ``sequence``: the tensors that were agreed on, of any shape."""
         started = perf_counter()
         encoders = self._of(sequence).encoders
         entries: list[dict[str, Any]] = []

@@ -69,10 +69,12 @@ class Remote:
 
     @property
     def connected(self) -> bool:
+        """Whether there is a connection, as far as this end knows."""
         return self._channel is not None
 
     @property
     def channel(self) -> Channel:
+        """That messages go over; raises PeerLost without one."""
         if self._channel is None:
             raise PeerLost(f"{self.name} is not connected.")
         return self._channel

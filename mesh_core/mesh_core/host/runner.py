@@ -46,6 +46,7 @@ class SplitRunner:
 
     @property
     def stats(self) -> RunStats:
+        """Of the session; empty where all blocks run here."""
         return self.session.stats if self.session is not None else RunStats()
 
     def __call__(self, inputs: Mapping[str, Any], sequence: str = "") -> Tensor | tuple[Tensor, ...]:
@@ -123,6 +124,7 @@ class Placement:
     remotes: tuple[Remote, ...]
 
     def close(self) -> None:
+        """Hang up on the workers. May be called twice."""
         for remote in self.remotes:
             remote.close()
 
