@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
