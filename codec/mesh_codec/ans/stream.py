@@ -25,13 +25,13 @@ from mesh_codec.ans.findings import DeviceFindings, Findings, in_one_copy
 from mesh_codec.ans.lattice import Lattice
 from mesh_codec.ans.stream_coder import StreamCoder, current_device
 from mesh_codec.base import DecodeLimits, Decoder, Encoded, Encoder
-from mesh_codec.chains import ChainPosition, positive_number
+from mesh_codec.chains import ChainPosition
 from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost
 from mesh_codec.exact import listed, outliers_of
 from mesh_codec.lossy import check_lossy_form, read_lossy_form
 from mesh_codec.outliers import read_outliers
-from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, whole_number
+from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, positive_number, whole_number
 from mesh_codec.quantiser import Grid
 
 _EVERY = 17
