@@ -77,7 +77,7 @@ class AnsEncoder(Encoder):
     def _coded(self, tokens: Tensor, form: Form, grid: Grid, coder: ByteCoder) -> Encoded:
         findings = self._findings(grid, tokens.device)
         chain = self._continued(tokens, grid, findings) or self._begun(tokens, grid, findings)
-        # Whatever fails from here leaves a state that the decoder does not have.
+        # If anything below fails, the state is one that the decoder does not have.
         self._chain = None
         symbols = quantise(chain.lattice, tokens, chain.state, findings)
         if chain.position.key and chain.state is not None:
@@ -169,7 +169,7 @@ class AnsDecoder(Decoder):
         outliers = listed(read_outliers(exact, count, form.dtype.itemsize, form.elements), place)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
         if not chain.position.key:
-            # What follows changes the state of the last tensor.
+            # Before what follows changes the state of the last tensor.
             check(checks, total)
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
         if chain.state is None:
