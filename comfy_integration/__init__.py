@@ -22,7 +22,8 @@ def problem() -> str:
     except ImportError:
         return "This ComfyUI is too old for ComfyUI-Mesh. Try: update ComfyUI to 0.3.75 or newer."
     try:
-        import mesh_codec  # noqa: F401
+        # The codecs themselves: the package alone would not show that what they need is missing.
+        import mesh_codec.entropy  # noqa: F401
         import mesh_core  # noqa: F401
     except ImportError as error:
         return (

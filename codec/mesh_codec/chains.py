@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mesh_codec.errors import CodecCorrupt
 from mesh_codec.payload import whole_number
 
 _LARGEST = (1 << 62) - 1
@@ -52,15 +51,3 @@ class ChainPosition:
     def header(self) -> dict[str, Any]:
         """The entries that `read` finds again."""
         return {"chain": self.name, "index": self.index}
-
-
-def positive_number(header: Mapping[str, Any], key: str) -> float:
-    """``header[key]``, a float32 number from 0.
-
-    Raises:
-        CodecCorrupt: it is anything else.
-    """
-    value = header.get(key)
-    if type(value) is not float or not 0 <= value <= 3.4028234663852886e38:
-        raise CodecCorrupt(f"A payload's {key!r} is {str(value)[:40]}, not a float32 number from 0.")
-    return value

@@ -30,7 +30,7 @@ from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost
 from mesh_codec.lossy import check_lossy_form, read_lossy_form
 from mesh_codec.outliers import Outliers, read_outliers
-from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, whole_number
+from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, positive_number, whole_number
 from mesh_codec.pieces import Coded, Packed, cheapest, pack, read_table, sample_of, table
 from mesh_codec.quantiser import Bits, Cut, Grid, bits_of, coded_order, extent
 from mesh_codec.reference import Reference, chain
@@ -174,9 +174,7 @@ def _facts(step: float, outliers: int, frame: int, before: bytes) -> dict[str, A
 
 
 def _read_facts(header: Mapping[str, Any], form: Form) -> tuple[float, int, int, bytes]:
-    step, before = header.get("step"), header.get("reference")
-    if type(step) is not float or not 0 <= step <= torch.finfo(torch.float32).max:
-        raise CodecCorrupt(f"A payload's 'step' is {str(step)[:40]}, not a float32 number from 0.")
+    step, before = positive_number(header, "step"), header.get("reference")
     if type(before) is not bytes or len(before) not in (0, 8):
         raise CodecCorrupt(f"A payload's 'reference' is {str(before)[:40]}, not a digest of 8 bytes, nor empty.")
     count = whole_number(header, "outliers", form.elements)

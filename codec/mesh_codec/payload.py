@@ -98,6 +98,18 @@ def whole_number(header: Mapping[str, Any], key: str, largest: int) -> int:
     return value
 
 
+def positive_number(header: Mapping[str, Any], key: str) -> float:
+    """``header[key]``, a float32 number from 0.
+
+    Raises:
+        CodecCorrupt: it is anything else.
+    """
+    value = header.get(key)
+    if type(value) is not float or not 0 <= value <= 3.4028234663852886e38:
+        raise CodecCorrupt(f"A payload's {key!r} is {str(value)[:40]}, not a float32 number from 0.")
+    return value
+
+
 def flat_bytes(buffer: Buffer, nbytes: int | None, what: str) -> memoryview:
     """``buffer`` as a flat view of bytes: ``nbytes`` of them, unless None.
 

@@ -19,7 +19,7 @@ from mesh_codec.symbols import RADIUS, Symbols
 
 _FRACTION_BITS = 16
 _FURTHEST = 64.0
-"""Ratio of two steps beyond which the old symbols say nothing of the new ones."""
+"""Ratio of two steps beyond which symbols of one do not help to predict those of the other."""
 
 _TOLERANCE = 1.2
 """Ratio of the step that a tensor asks for to the one in use up to which that is kept: a change of step costs bits,

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh_codec import CodecCorrupt, CodecError, CodecStateLost, DecodeLimits, Encoded
+from mesh_codec import CodecCorrupt, CodecError, CodecStateLost, Encoded
 from mesh_codec.hevc import HevcCodec
 from mesh_codec.hevc.bitstream import check_unit
 from mesh_codec.hevc.geometry import Geometry
@@ -243,16 +243,6 @@ def test_a_bitstream_that_announces_a_huge_picture_allocates_nothing():
 def test_packets_that_are_no_video(packet):
     with pytest.raises(CodecCorrupt):
         CODEC.decoder(SETTINGS).decode(with_packet(KEY, packet))
-
-
-def test_limits_hold():
-    for limits in (
-        DecodeLimits(max_elements=TENSOR.numel() - 1),
-        DecodeLimits(max_bytes=TENSOR.nbytes - 1),
-        DecodeLimits(max_dims=1),
-    ):
-        with pytest.raises(CodecCorrupt):
-            CODEC.decoder(SETTINGS, limits).decode(KEY)
 
 
 def test_ends_with_other_settings_say_so():

@@ -11,7 +11,7 @@ PERIOD = 65521
 
 def checksum(data: Tensor) -> Tensor:
     """A number, int64 [1], that damage to flat uint8 ``data`` changes, order included: the sum of its bytes, each by a
-    weight from 1 to `PERIOD` in turn. Not a signature: it is no help against who means to deceive."""
+    weight from 1 to `PERIOD` in turn. No protection against forgery."""
     # Sums of at most 2**31 products of less than 2**24: nothing wraps.
     weights = torch.arange(1, PERIOD + 1, device=data.device)
     whole = data[: data.numel() // PERIOD * PERIOD].view(-1, PERIOD)

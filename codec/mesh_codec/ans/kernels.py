@@ -221,7 +221,7 @@ def _pack(  # type: ignore[no-untyped-def]
         number = start + tl.arange(0, PACKED)
         word = tl.load(source + number, number * 8 < size, other=0)
         left = tl.minimum(size - number * 8, 8)
-        # Behind the chunk there is whatever was in the memory before.
+        # Past the end of the chunk lies what was in the memory before: zeros are sent.
         word = tl.where(left < 8, word & ((tl.full((PACKED,), 1, tl.int64) << (tl.maximum(left, 0) * 8)) - 1), word)
         tl.store(target + number, word, number < whole)
 

@@ -1,4 +1,4 @@
-"""Starts Triton kernels with half of Triton's own overhead: by a key of the caller's instead of looks at arguments.
+"""Starts Triton kernels with half of Triton's own overhead: the caller's key finds what was compiled.
 
 Triton looks at every argument of every launch for what a kernel is compiled by: its type, whether it is divisible by
 16, whether it is 1. That takes tens of microseconds, more than most kernels here run.

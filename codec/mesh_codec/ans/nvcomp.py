@@ -55,7 +55,7 @@ class NvComp(CoderFactory):
 
     @cached_property
     def _found(self) -> str:
-        """What coding something brought to light; empty if all is well."""
+        """Why coders do not work, found out by coding something; empty if they do."""
         try:
             self._try()
         except CodecError as error:
@@ -68,7 +68,7 @@ class NvComp(CoderFactory):
         # Triton may be missing, or the compiler that it starts kernels with.
         with torch.cuda.device(device), named(CodecUnsupported, "Triton's kernels do not run here"):
             data = torch.arange(3 * CHUNK // 2, device=device).remainder_(7).to(torch.uint8)
-            # Twice: the second time a kernel is started otherwise than the first (`mesh_codec.ans.launch`).
+            # Twice: from the second time on a kernel is started in another way (`mesh_codec.ans.launch`).
             seen, expected = {int(checksum(data)) for _ in range(2)}, {int(checksum(data.cpu()))}
         if seen != expected:
             raise CodecUnsupported("Triton's kernels sum up to something else than plain torch.")
@@ -80,7 +80,8 @@ class NvComp(CoderFactory):
 
 
 class ChunkCoder(ByteCoder):
-    """``library`` takes addresses of ``device``'s memory; with one that codes on the CPU, this does too."""
+    """Codes chunks side by side. ``library`` gets addresses of ``device``'s memory; where it codes on the CPU, so does
+    this."""
 
     def __init__(self, device: torch.device, library: NvCompLibrary) -> None:
         self._device, self._library, self._cuda = device, library, device.type == "cuda"
@@ -91,9 +92,9 @@ class ChunkCoder(ByteCoder):
     def compress(self, data: Tensor) -> PendingBytes:
         (places, sizes), stream = plain_chunks(len(data)), self._stream()
         count = len(sizes)
-        # What the library leaves out between its parts would tell others what was in this memory.
+        # Zeros: the library leaves gaps between its parts, and what was in this memory before must not be sent.
         rooms = torch.zeros(count * self._room, dtype=torch.uint8, device=self._device)
-        # Memory that was given back is mostly given again: then the device knows where all is.
+        # Freed memory is mostly allocated again at the same place: then these addresses are on the device already.
         known = rooms.data_ptr(), data.data_ptr(), len(data)
         if self._known != known:
             coded = rooms.data_ptr() + places // CHUNK * self._room

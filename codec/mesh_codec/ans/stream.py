@@ -25,13 +25,13 @@ from mesh_codec.ans.findings import DeviceFindings, Findings, in_one_copy
 from mesh_codec.ans.lattice import Lattice
 from mesh_codec.ans.stream_coder import StreamCoder, current_device
 from mesh_codec.base import DecodeLimits, Decoder, Encoded, Encoder
-from mesh_codec.chains import ChainPosition, positive_number
+from mesh_codec.chains import ChainPosition
 from mesh_codec.channels import pack_channels, read_channels
 from mesh_codec.errors import CodecCorrupt, CodecStateLost
 from mesh_codec.exact import listed, outliers_of
 from mesh_codec.lossy import check_lossy_form, read_lossy_form
 from mesh_codec.outliers import read_outliers
-from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, whole_number
+from mesh_codec.payload import Form, buffers_of, flat_bytes, form_of, positive_number, whole_number
 from mesh_codec.quantiser import Grid
 
 _EVERY = 17
@@ -77,7 +77,7 @@ class AnsEncoder(Encoder):
     def _coded(self, tokens: Tensor, form: Form, grid: Grid, coder: ByteCoder) -> Encoded:
         findings = self._findings(grid, tokens.device)
         chain = self._continued(tokens, grid, findings) or self._begun(tokens, grid, findings)
-        # Whatever fails from here leaves a state that the decoder does not have.
+        # If anything below fails, the state is one that the decoder does not have.
         self._chain = None
         symbols = quantise(chain.lattice, tokens, chain.state, findings)
         if chain.position.key and chain.state is not None:
@@ -169,7 +169,7 @@ class AnsDecoder(Decoder):
         outliers = listed(read_outliers(exact, count, form.dtype.itemsize, form.elements), place)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
         if not chain.position.key:
-            # What follows changes the state of the last tensor.
+            # Before what follows changes the state of the last tensor.
             check(checks, total)
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
         if chain.state is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mesh_codec.base import DecodeLimits, Decoder, Encoded
-from mesh_codec.chains import ChainPosition, positive_number
+from mesh_codec.chains import ChainPosition
 from mesh_codec.channels import read_channels
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost
 from mesh_codec.exact import write_outliers
@@ -23,7 +23,7 @@ from mesh_codec.hevc.pixels import Calibration
 from mesh_codec.hevc.settings import HevcSettings
 from mesh_codec.lossy import read_lossy_form
 from mesh_codec.outliers import read_outliers
-from mesh_codec.payload import buffers_of, crc_of, flat_bytes, whole_number
+from mesh_codec.payload import buffers_of, crc_of, flat_bytes, positive_number, whole_number
 from mesh_codec.quantiser import Grid
 
 
