@@ -35,7 +35,7 @@ PUBLIC: Mapping[str, str] = {
         Address Channel Frame Frames Listener Peer Transport Trust
     """,
     "mesh_core.testing": """
-        TRANSPORT_CHECKS ThreadWorker check_every_cut check_reads_only_its_own check_recognises_without_data
+        TRANSPORT_CHECKS ThreadWorker check_codec check_every_cut check_reads_only_its_own check_recognises_without_data
         check_transport mesh_home thread_workers wait_until
     """,
 }
