@@ -131,7 +131,7 @@ def _loras_of(worker: KnownWorker, hub: Hub) -> dict[str, Any]:
     from mesh_core import wire
 
     with _connected(worker, hub) as remote:
-        shelved = remote.ask(wire.Shelf(wire.next_id()), wire.Shelved, timeout=_TEST_WITHIN)
+        shelved = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=_TEST_WITHIN)
     return {"loras": [str(item.get("name", "")) for item in shelved.loras]}
 
 

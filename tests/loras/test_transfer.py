@@ -260,7 +260,7 @@ def test_a_worker_that_is_killed_in_the_middle_and_a_transfer_that_is_cancelled(
     sent = desk.send(remote, lora, structure, Settings(), None)
     assert sent == size - stopped[0] < size - 4 * STEP
     assert desk.send(remote, lora, structure, Settings(), None) == 0
-    listed = remote.ask(wire.Shelf(wire.next_id()), wire.Shelved, timeout=20).loras
+    listed = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=20).loras
     assert [x["id"] for x in listed] == [lora.id]
     with pytest.raises(CheckpointMismatch):
         desk.send(remote, make(model, seed=3), "0" * 64, Settings(), None)

@@ -20,7 +20,7 @@ from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.curve import new_key_pair
 from mesh_core.transport.keys import KnownWorker
 from mesh_core.transport.zeromq import ZeroMqTransport
-from mesh_core.wire import Limits
+from mesh_core.wire import MessageLimits
 
 from .conftest import Bench
 
@@ -260,7 +260,7 @@ def test_too_many_frames_are_cut_short_but_not_hidden(bench: Bench) -> None:
         counts.append(len(frames))
         listener.send(peer.route, [b"x"])
 
-    limits = Limits(buffers=4)
+    limits = MessageLimits(buffers=4)
     serving = bench.serve(bench.mesh(limits=limits), LOOPBACK, count)
     channel = bench.connect(bench.mesh(), serving.address)
     ask(channel, [b"x"] * 5)

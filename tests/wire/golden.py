@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from mesh_core import wire
 FOLDER = Path(__file__).parents[1] / "data" / "wire"
 _SCRIPT: dict[str, Any] = runpy.run_path(str(FOLDER / "write.py"))
 EXAMPLES: dict[str, tuple[wire.Message, list[bytes]]] = {
-    type(message).__name__.lower(): (message, buffers) for message, buffers in _SCRIPT["EXAMPLES"]
+    wire.type_name(type(message)): (message, buffers) for message, buffers in _SCRIPT["EXAMPLES"]
 }
+
+as_msgpack: Callable[[wire.Message, list[bytes]], bytes] = _SCRIPT["as_msgpack"]
+"""Frame 0 of a message as msgpack writes it, which the product does not use."""
 
 
 def golden(kind: str) -> bytes:

@@ -59,3 +59,14 @@ def test_golden_messages_with_another_value_in_a_field(kind: str, value: Any, da
 @settings(max_examples=200, deadline=None)
 def test_golden_headers_cut_and_with_other_buffers(kind: str, buffers: list[bytes], cut: int) -> None:
     read([golden(kind)[: len(golden(kind)) - cut], *buffers])
+
+
+@given(st.dictionaries(st.text(max_size=8), PLAIN, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_open_maps_are_written_as_another_writer_writes_them(info: dict[str, Any]) -> None:
+    """Or refused, where a float is not finite or the nesting too deep."""
+    try:
+        (header,) = wire.pack(wire.Opened(4, info))
+    except WireError:
+        return
+    assert header == msgpack.packb({"v": wire.VERSION, "t": "opened", "id": 4, "info": info, "b": []})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
+import msgpack
 import pytest
+from msgspec.structs import fields
 
 from mesh_core import wire
 
-from .golden import EXAMPLES, FOLDER, golden
+from .golden import EXAMPLES, FOLDER, as_msgpack, golden
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reference" / "wire-format.md"
 
@@ -22,6 +23,15 @@ def test_there_is_one_golden_message_of_each_type() -> None:
 def test_packing_gives_the_golden_bytes(kind: str) -> None:
     message, buffers = EXAMPLES[kind]
     assert wire.pack(message, buffers) == [golden(kind), *buffers]
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_another_writer_and_reader_of_msgpack_agree(kind: str) -> None:
+    message, buffers = EXAMPLES[kind]
+    assert as_msgpack(message, buffers) == golden(kind)
+    header = msgpack.unpackb(golden(kind))
+    values = {name: getattr(message, name) for name in message.__struct_fields__}
+    assert {name: header[name] for name in values} == values
 
 
 @pytest.mark.parametrize("kind", EXAMPLES)

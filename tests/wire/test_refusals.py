@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from mesh_core import wire
 from mesh_core.errors import MeshError, WireMalformed, WireTooLarge, WireUnsupportedVersion
@@ -25,6 +26,11 @@ def without(kind: str, name: str) -> bytes:
     return bytes(msgpack.packb(header))
 
 
+def opened_with(info: bytes) -> bytes:
+    """An ``opened`` message with an open map that no writer would write."""
+    return golden("opened").replace(msgpack.packb({"seconds": 1.5}), info)
+
+
 def nested(depth: int) -> Any:
     value: Any = 1
     for _ in range(depth):
@@ -33,6 +39,9 @@ def nested(depth: int) -> Any:
 
 
 ENTRY = {"n": "a", "c": "raw", "s": {}, "h": {}, "k": 0}
+
+IDS = b"\xa3ids\xa6c0ffee"
+LORA = {"id": "", "outline": "", "name": "ink", "strength": 1.0, "base": 1.0}
 
 MALFORMED: dict[str, list[bytes]] = {
     "no frames": [],
@@ -78,6 +87,35 @@ MALFORMED: dict[str, list[bytes]] = {
     "sizes are no list": [altered("pong", b=0)],
     "buffers that no tensor accounts for": [altered("result", b=[1] * 4), b"1", b"2", b"3", b"4"],
     "buffers on a message without": [altered("pong", b=[1]), b"1"],
+    "whole number for a float": [altered("adjust", loras=[{**LORA, "strength": 1}])],
+    "float of 32 bits": [golden("opened").replace(b"\xcb\x3f\xf8" + bytes(6), b"\xca\x3f\xc0\x00\x00")],
+    "number wider than it needs": [golden("pong").replace(b"id\x0b", b"id\xcc\x0b")],
+    "text longer written than it needs": [golden("enrolled").replace(b"\xa4blue", b"\xd9\x04blue")],
+    "truth value in a list of numbers": [altered("sought", held=[True])],
+    "float in a list of numbers": [altered("sought", held=[0.0])],
+    "entry with an unknown key": [altered("step", tensors=[{**ENTRY, "x": 1}], b=[])],
+    "entry without a key": [altered("step", tensors=[{"n": "a"}], b=[])],
+    "not a number deep inside": [altered("opened", info={"x": [{"y": [float("nan")]}]})],
+    "not a number in an entry": [altered("adjust", loras=[{**LORA, "base": float("nan")}])],
+    "infinite in a trace": [altered("result", tensors=[], b=[], trace=[{"ms": float("-inf")}])],
+    "key twice in an open map": [opened_with(b"\x82\xa1a\x01\xa1a\x01")],
+    "key twice deep inside": [opened_with(b"\x81\xa1a\x91\x82\xa1b\x01\xa1b\x02")],
+    "key twice and as short as without": [opened_with(b"\x83\xa1a\x01\xa1a\x01\xa1b\xca\x3f\xc0\x00\x00")],
+    "key twice in a map of texts": [
+        golden("step").replace(b"\x81\xa3ids\xa6c0ffee", b"\x82" + b"\xa3ids\xa6c0ffee" * 2)
+    ],
+    "field twice": [b"\x85" + golden("pong")[1:-3] + b"\xa2id\x0b" + golden("pong")[-3:]],
+    "version twice": [b"\x85" + golden("pong")[1:-3] + b"\xa1v\x01" + golden("pong")[-3:]],
+    "fields in another order": [msgpack.packb(dict(reversed(msgpack.unpackb(golden("pong")).items())))],
+    "key is no text deep inside": [altered("opened", info={"x": [{1: 1}]})],
+    "key is a list": [opened_with(b"\x81\x91\x01\x01")],
+    "extension type for a number": [altered("cancel", step=msgpack.ExtType(5, b"x"))],
+    "extension type deep inside": [altered("opened", info={"x": [msgpack.ExtType(5, b"x")]})],
+    "nesting bomb in an open map": [opened_with(b"\x81\xa1a" + b"\x91" * 100_000 + b"\x90")],
+    "nesting bomb in a field": [altered("sought", held=nested(500))],
+    "half a surrogate pair": [golden("enrolled").replace(b"\xa4blue", b"\xa4\xed\xa0\x80x")],
+    "more bytes announced than there are": [opened_with(b"\x81\xa1a\xc6\xff\xff\xff\xff")],
+    "more entries announced than there are": [opened_with(b"\x81\xa1a\xdd\xff\xff\xff\xff")],
 }
 
 TOO_LARGE: dict[str, list[bytes]] = {
@@ -88,6 +126,9 @@ TOO_LARGE: dict[str, list[bytes]] = {
     "list": [altered("catalogued", checkpoints=[{}] * 4097)],
     "map": [altered("opened", info={str(i): 1 for i in range(4097)})],
     "number of buffers": [golden("result"), *[b""] * 257],
+    "keys of a map of texts": [altered("step", constants={str(i): "" for i in range(4097)}, tensors=[], b=[])],
+    "numbers": [altered("sought", held=[0] * 4097)],
+    "key": [altered("opened", info={"x" * ((64 << 10) + 1): 1})],
     "probe": [altered("probe", size=(64 << 20) + 1)],
 }
 
@@ -97,6 +138,32 @@ def test_what_breaks_the_format_is_malformed(case: str) -> None:
     with pytest.raises(WireMalformed) as caught:
         wire.unpack(MALFORMED[case])
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("frame", "named"),
+    [
+        (altered("pong", extra=1), "unknown field 'extra'"),
+        (without("cancel", "step"), "lacks 'step'"),
+        (altered("cancel", step="3"), "step"),
+        (altered("cancel", step=-1), "step"),
+        (altered("cancel", session=b"123"), "session"),
+        (altered("step", tensors=[{**ENTRY, "k": -1}], b=[]), "tensors.*k"),
+        (altered("open", inputs={"hidden": {"codec": "raw"}}), "settings.*inputs"),
+        (opened_with(b"\x82\xa1a\x01\xa1a\x01"), "occurs twice"),
+        (altered("pong", **{"\x1b[2J" + "x" * 1000: 1}), r"unknown field '\\x1b"),
+    ],
+)
+def test_a_refusal_names_what_is_wrong(frame: bytes, named: str) -> None:
+    with pytest.raises(WireMalformed, match=named):
+        wire.unpack([frame])
+
+
+def test_a_message_is_frozen_and_equal_to_what_it_was_read_as() -> None:
+    message, _ = EXAMPLES["cancel"]
+    with pytest.raises(AttributeError):
+        message.id = 3  # type: ignore[misc]
+    assert wire.unpack([golden("cancel")])[0] == message
 
 
 @pytest.mark.parametrize("case", TOO_LARGE)
@@ -117,7 +184,7 @@ def test_another_version_names_both_and_the_end_to_update(version: int, where: s
 def test_limits_on_buffers_and_messages_hold_at_both_ends() -> None:
     message, buffers = EXAMPLES["result"]
     frames = wire.pack(message, buffers)
-    for limits in (wire.Limits(buffer=11), wire.Limits(message=100), wire.Limits(buffers=2)):
+    for limits in (wire.MessageLimits(buffer=11), wire.MessageLimits(message=100), wire.MessageLimits(buffers=2)):
         with pytest.raises(WireTooLarge):
             wire.unpack(frames, limits)
         with pytest.raises(WireTooLarge):
@@ -137,6 +204,14 @@ def test_limits_on_buffers_and_messages_hold_at_both_ends() -> None:
         {"options": {1: "x"}},
         {"options": {"x": nested(8)}},
         {"tensors": []},
+        {"step": 3.0},
+        {"step": True},
+        {"attempt": 1 << 63},
+        {"sequence": b"cond"},
+        {"options": {"x": float("inf")}},
+        {"options": {"x": msgspec.msgpack.Ext(5, b"x")}},
+        {"trace": [{"x": {None: 1}}]},
+        {"constants": {"x": 1}},
     ],
 )
 def test_a_sender_learns_of_its_own_mistake(changes: dict[str, Any]) -> None:

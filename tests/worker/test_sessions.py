@@ -267,7 +267,7 @@ def test_a_neighbour_may_send_steps_for_its_session_and_nothing_else(
         wire.Admit(wire.next_id(), session, key),
         wire.Cancel(wire.next_id(), session, 1),
         wire.Adjust(wire.next_id(), session, []),
-        wire.Shelf(wire.next_id()),
+        wire.ListLoras(wire.next_id()),
         wire.Discard(wire.next_id(), "0" * 64),
         wire.Offer(wire.next_id(), "0" * 64, "0" * 64, 1, "klein", "", ""),
     ):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import msgpack
+import msgspec
 import torch
 from torch import Tensor
 
@@ -89,7 +89,7 @@ class _Streams:
         encoder, decoder = self.ends[key]
         # A state crosses in bfloat16, whatever the model computes in here.
         coded = encoder.encode(tensor[None].bfloat16())
-        header = msgpack.unpackb(packed := msgpack.packb(coded.header))
+        header = msgspec.msgpack.decode(packed := msgspec.msgpack.encode(coded.header))
         self.sent += len(packed) + coded.nbytes
         self.elements += tensor.numel()
         back: Tensor = decoder.decode(Encoded(header, [memoryview(bytes(b)) for b in coded.buffers]))

@@ -35,7 +35,7 @@ def list_loras(address: str | None, as_json: bool) -> None:
 
         remote = _connected(address)
         try:
-            found = remote.ask(wire.Shelf(wire.next_id()), wire.Shelved, timeout=60).loras
+            found = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=60).loras
         finally:
             remote.close()
     click.echo(json.dumps(found, indent=2) if as_json else _table(found))
@@ -80,7 +80,7 @@ def rm(address: str, which: str) -> None:
 
     remote = _connected(address)
     try:
-        listed = remote.ask(wire.Shelf(wire.next_id()), wire.Shelved, timeout=60).loras
+        listed = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=60).loras
         received = [x for x in listed if x.get("received")]
         found = [x for x in received if which == x["name"] or (len(which) >= 6 and x["id"].startswith(which))]
         if len(found) != 1:

@@ -130,7 +130,7 @@ class Remote:
                 on_progress(answer)
             return answer if isinstance(answer, reply) and answer.id == message.id else None
 
-        return await_answer([self], message.id, wanted, timeout, f"{type(message).__name__.lower()} request")
+        return await_answer([self], message.id, wanted, timeout, f"{wire.type_name(type(message))} request")
 
     def receive(self) -> tuple[wire.Message, list[memoryview]] | None:
         """The next message if there is one."""

@@ -17,9 +17,9 @@ from mesh_core.errors import ConfigError, MeshError, PeerLost, TransportError, U
 from mesh_core.testing.listeners import Answer, ListenerThread, TransportRig, ask, echo
 from mesh_core.testing.workers import wait_until
 from mesh_core.transport.base import Address, Channel, Frame, Listener, Peer, Transport
-from mesh_core.wire.limits import LIMITS, Limits
+from mesh_core.wire.limits import LIMITS, MessageLimits
 
-MakeTransport = Callable[[Limits], Transport]
+MakeTransport = Callable[[MessageLimits], Transport]
 """A new transport that keeps to these limits."""
 
 _MIB = 1 << 20

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from mesh_core.errors import WireTooLarge
 from mesh_core.transport.base import Frame
 from mesh_core.wire.framing import byte_view
-from mesh_core.wire.limits import Limits
+from mesh_core.wire.limits import MessageLimits
 
 
-def byte_views(frames: Sequence[Frame], limits: Limits) -> list[memoryview]:
+def byte_views(frames: Sequence[Frame], limits: MessageLimits) -> list[memoryview]:
     """Views of bytes of ``frames``; no copy.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import ClassVar
 from mesh_core.errors import ConfigError, PeerLost, TransportError, Unreachable
 from mesh_core.transport.base import Address, Channel, Frame, Listener, Peer, Transport
 from mesh_core.transport.frames import byte_views
-from mesh_core.wire.limits import LIMITS, Limits
+from mesh_core.wire.limits import LIMITS, MessageLimits
 
 _PREFIX = "inproc://"
 
@@ -26,7 +26,7 @@ class InprocTransport(Transport):
 
     scheme: ClassVar[str] = "inproc"
 
-    def __init__(self, limits: Limits = LIMITS) -> None:
+    def __init__(self, limits: MessageLimits = LIMITS) -> None:
         self.limits = limits
         self.changed = Condition()
         self.listeners: dict[str, InprocListener] = {}
@@ -142,6 +142,6 @@ def _check(address: str) -> None:
         raise ConfigError(f"{address[:200]!r} is not an address within a process.", hint="inproc://NAME")
 
 
-def _kept(frames: Sequence[Frame], limits: Limits) -> list[memoryview]:
+def _kept(frames: Sequence[Frame], limits: MessageLimits) -> list[memoryview]:
     views = byte_views(frames, limits)
     return [view if view.readonly else memoryview(bytearray(view)) for view in views]

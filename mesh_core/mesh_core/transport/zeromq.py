@@ -28,7 +28,7 @@ from mesh_core.transport.zmq_channel import WorkerEnded, ZmqChannel, open_channe
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_listener import Gate, ZmqListener
 from mesh_core.transport.zmq_socket import Context, Socket, Wire, milliseconds
-from mesh_core.wire.limits import LIMITS, Limits
+from mesh_core.wire.limits import LIMITS, MessageLimits
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class ZeroMqTransport(Transport):
 
     scheme: ClassVar[str] = "mesh"
 
-    def __init__(self, keys: KeyStore | None = None, limits: Limits = LIMITS) -> None:
+    def __init__(self, keys: KeyStore | None = None, limits: MessageLimits = LIMITS) -> None:
         self._keys, self._limits = keys, limits
         self._running: _Running | None = None
         self._lock = Lock()

@@ -15,7 +15,7 @@ from typing import Any
 
 import zmq
 
-from mesh_core.wire.limits import Limits
+from mesh_core.wire.limits import MessageLimits
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
@@ -54,7 +54,7 @@ class Wire:
         encrypted: whether frames cross in pieces.
     """
 
-    def __init__(self, limits: Limits, *, encrypted: bool) -> None:
+    def __init__(self, limits: MessageLimits, *, encrypted: bool) -> None:
         self.limits = limits
         self._piece = PIECE if encrypted else limits.buffer + 1
         self._largest_part = PIECE + _ENCRYPTION if encrypted else limits.buffer

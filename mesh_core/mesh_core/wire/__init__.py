@@ -2,7 +2,7 @@
 
 from mesh_core.wire.framing import VERSION, pack, unpack
 from mesh_core.wire.ids import next_id
-from mesh_core.wire.limits import LIMITS, PROBE_BYTES, Limits
+from mesh_core.wire.limits import LIMITS, PROBE_BYTES, MessageLimits
 from mesh_core.wire.messages import (
     MESSAGES,
     Adjust,
@@ -18,6 +18,8 @@ from mesh_core.wire.messages import (
     Enrolled,
     Failed,
     Hello,
+    ListLoras,
+    LorasListed,
     Message,
     Offer,
     Offered,
@@ -31,11 +33,10 @@ from mesh_core.wire.messages import (
     Progress,
     Result,
     Seek,
-    Shelf,
-    Shelved,
     Sought,
     Step,
     Welcome,
+    type_name,
 )
 
 __all__ = [
@@ -56,8 +57,10 @@ __all__ = [
     "Enrolled",
     "Failed",
     "Hello",
-    "Limits",
+    "ListLoras",
+    "LorasListed",
     "Message",
+    "MessageLimits",
     "Offer",
     "Offered",
     "Ok",
@@ -70,12 +73,11 @@ __all__ = [
     "Progress",
     "Result",
     "Seek",
-    "Shelf",
-    "Shelved",
     "Sought",
     "Step",
     "Welcome",
     "next_id",
     "pack",
+    "type_name",
     "unpack",
 ]

@@ -1,32 +1,52 @@
 """Messages to frames and back. Frame 0 is a msgpack map, the others are raw buffers. Knows no sockets.
 
-Nothing that arrives is trusted: sizes first, then msgpack with bounds, then plain values, then the message's own
-fields. No object is built from what a peer names but the message classes of `mesh_core.wire.messages`.
+Nothing that arrives is trusted: sizes first, then the envelope, then the fields that the message's class has, then
+what its open maps hold. No object is built from what a peer names but the classes of `mesh_core.wire.messages`.
+
+A header has one form: what `pack` makes of the message that was read is, byte for byte, what came. So a key that
+occurs twice, an unknown key of an entry or a number of another width is refused wherever it stands.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgpack
+import msgspec
 
 from mesh_core.errors import WireMalformed, WireTooLarge, WireUnsupportedVersion
-from mesh_core.wire.limits import LIMITS, Limits
-from mesh_core.wire.messages import MESSAGES, Message
-from mesh_core.wire.schema import check_keys, check_plain, fields_of
+from mesh_core.wire.limits import LIMITS, PROBE_BYTES, MessageLimits
+from mesh_core.wire.messages import MESSAGES, Chunk, Message, Probe, Probed, type_name
+from mesh_core.wire.plain import check_lengths, check_plain
 
 VERSION = 1
 """The wire version that this package speaks."""
 
 Frame = bytes | bytearray | memoryview
 
-_WITH_ONE_BUFFER = frozenset({"Probe", "Probed", "Chunk"})
-_ENVELOPE = frozenset({"v", "t", "b"})
-_CHECKS = {kind: fields_of(kind) for kind in MESSAGES.values()}
+_ENCODER = msgspec.msgpack.Encoder()
+_LONGEST_REASON = 300
 
 
-def pack(message: Message, buffers: Sequence[Frame] = (), limits: Limits = LIMITS) -> list[Frame]:
+class _Envelope(msgspec.Struct):
+    """What is read first: the version, and the type and the sizes of the buffers as they were written."""
+
+    v: int
+    t: msgspec.Raw = msgspec.Raw()
+    b: msgspec.Raw = msgspec.Raw()
+
+
+class _Form(NamedTuple):
+    """How one message class is written: ``outer``, type and fields, then ``b``. The encoder begins with ``inner``."""
+
+    kind: type[Message]
+    name: str
+    outer: bytes
+    inner: bytes
+    decoder: msgspec.msgpack.Decoder[Message]
+
+
+def pack(message: Message, buffers: Sequence[Frame] = (), limits: MessageLimits = LIMITS) -> list[Frame]:
     """Frame 0 of ``message``, then ``buffers`` as they are (contiguous memory of any element type; not copied).
 
     Raises:
@@ -37,21 +57,18 @@ def pack(message: Message, buffers: Sequence[Frame] = (), limits: Limits = LIMIT
     if not all(view.contiguous for view in views):
         raise WireMalformed("A buffer is not contiguous in memory.")
     sizes = [view.nbytes for view in views]
-    kind = type(message).__name__.lower()
-    fields = dict(vars(message))
-    header = {"v": VERSION, "t": kind, **fields, "b": sizes}
-    check_plain(header, limits)
-    _check_fields(type(message), fields, kind)
-    _check_count(message, len(sizes))
+    form = _FORMS[type(message)]
     try:
-        packed: bytes = msgpack.packb(header, use_bin_type=True)
-    except (ValueError, UnicodeEncodeError) as error:
-        raise WireMalformed(f"A {kind} message cannot be packed: {error}.") from error
-    _check_sizes(len(packed), sizes, limits)
-    return [packed, *buffers]
+        written = _ENCODER.encode(message)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise WireMalformed(f"A {form.name} message cannot be packed: {error}.") from error
+    header = b"".join((form.outer, written[len(form.inner) :], _written_sizes(sizes)))
+    _check_sizes(len(header), sizes, limits)
+    _check_count(_read(form, written, limits), len(sizes))
+    return [header, *buffers]
 
 
-def unpack(frames: Sequence[Frame], limits: Limits = LIMITS) -> tuple[Message, list[memoryview]]:
+def unpack(frames: Sequence[Frame], limits: MessageLimits = LIMITS) -> tuple[Message, list[memoryview]]:
     """The message and its buffers, as views of bytes of the frames' own memory.
 
     Raises:
@@ -64,11 +81,12 @@ def unpack(frames: Sequence[Frame], limits: Limits = LIMITS) -> tuple[Message, l
     first, *views = (memoryview(frame) for frame in frames)
     sizes = [view.nbytes for view in views]
     _check_sizes(first.nbytes, sizes, limits)
-    header = _read_header(first, limits)
-    kind = _check_envelope(header, sizes)
-    fields = {name: value for name, value in header.items() if name not in _ENVELOPE}
-    _check_fields(kind, fields, header["t"])
-    message = kind(**fields)
+    header = bytes(first)
+    form = _form_of(header, sizes)
+    ending = _written_sizes(sizes)
+    if not (header.startswith(form.outer) and header.endswith(ending)):
+        raise _misshapen(header, form)
+    message = _read(form, form.inner + header[len(form.outer) : -len(ending)], limits)
     _check_count(message, len(sizes))
     return message, [byte_view(view) for view in views]
 
@@ -81,7 +99,7 @@ def byte_view(buffer: Frame) -> memoryview:
     return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
-def _check_sizes(header: int, buffers: list[int], limits: Limits) -> None:
+def _check_sizes(header: int, buffers: list[int], limits: MessageLimits) -> None:
     if header > limits.header:
         raise WireTooLarge(f"A header of {header} bytes is over the limit of {limits.header}.")
     if len(buffers) > limits.buffers:
@@ -92,67 +110,78 @@ def _check_sizes(header: int, buffers: list[int], limits: Limits) -> None:
         raise WireTooLarge(f"A message of {header + sum(buffers)} bytes is over the limit of {limits.message}.")
 
 
-def _read_header(frame: memoryview, limits: Limits) -> dict[str, Any]:
+def _form_of(header: bytes, sizes: list[int]) -> _Form:
+    """The form of the type that the envelope names; refuses another version, and sizes other than those that came."""
     try:
-        header = msgpack.unpackb(
-            frame,
-            raw=False,
-            strict_map_key=True,
-            object_pairs_hook=_without_duplicates,
-            max_str_len=limits.text,
-            max_bin_len=limits.text,
-            max_array_len=limits.items,
-            max_map_len=limits.items,
-        )
-    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        # msgpack has one class for both; the text is the only difference.
-        kind = WireTooLarge if "exceeds max_" in str(error) else WireMalformed
-        raise kind(f"The header is not acceptable msgpack: {error}.") from error
-    if type(header) is not dict:
-        raise WireMalformed("The header is not a map.")
-    version = header.get("v")
-    if type(version) is int and version != VERSION:
-        raise _other_version(version)
-    check_plain(header, limits)
-    return header
+        envelope = _ENVELOPES.decode(header)
+    except msgspec.ValidationError as error:
+        raise WireMalformed(
+            f"The header is no map with 'v', 't' and 'b': {_reason(error)}.", hint="the same comfyui-mesh at both ends"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise WireMalformed(f"The header is not acceptable msgpack: {_reason(error)}.") from error
+    if envelope.v != VERSION:
+        raise _other_version(envelope.v)
+    name = bytes(envelope.t)
+    form = _BY_NAME.get(name)
+    if form is None:
+        raise WireMalformed(f"There is no message type {name[1:65]!r} in wire version {VERSION}.")
+    if bytes(envelope.b) != _ENCODER.encode(sizes):
+        raise WireMalformed(f"A {form.name} message announces other buffers than the {len(sizes)} that came with it.")
+    return form
 
 
-def _without_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    read = dict(pairs)
-    if len(read) != len(pairs):
-        raise ValueError("a key occurs twice in one map")
-    return read
-
-
-def _check_envelope(header: dict[str, Any], sizes: list[int]) -> type[Message]:
-    if not header.keys() >= _ENVELOPE or type(header["v"]) is not int:
-        raise WireMalformed("The header lacks one of 'v', 't' and 'b'.", hint="the same comfyui-mesh at both ends")
-    kind = header["t"]
-    if type(kind) is not str or kind not in MESSAGES:
-        raise WireMalformed(f"There is no message type {str(kind)[:64]!r} in wire version {VERSION}.")
-    if header["b"] != sizes or any(type(size) is not int for size in header["b"]):
-        raise WireMalformed(f"A {kind} message announces other buffers than the {len(sizes)} that came with it.")
-    return MESSAGES[kind]
-
-
-def _check_fields(kind: type[Message], fields: dict[str, Any], where: str) -> None:
-    checks = _CHECKS[kind]
-    check_keys(fields, checks.keys(), where)
-    for name, check in checks.items():
-        check(fields[name], f"{where}.{name}")
+def _read(form: _Form, written: bytes, limits: MessageLimits) -> Message:
+    """The message of which the encoder wrote ``written``: a map of its type and its fields."""
+    try:
+        if len(written) > min(limits.items, limits.text):  # nothing in a shorter one can be over these limits
+            check_lengths(msgspec.msgpack.decode(written), limits)
+        message = form.decoder.decode(written)
+    except (ValueError, RecursionError) as error:
+        raise WireMalformed(f"A {form.name} message is not acceptable: {_reason(error)}.") from error
+    if _ENCODER.encode(message) != written:
+        raise _not_the_one_form(form)
+    check_plain(msgspec.structs.astuple(message), written, limits)
+    return message
 
 
 def _check_count(message: Message, buffers: int) -> None:
     """The buffers must be those that the message's tensors account for; some types have one of their own."""
-    entries = getattr(message, "tensors", ())
-    wanted = sum(entry["k"] for entry in entries)
-    kind = type(message).__name__
-    if "tensors" in vars(message) and wanted != buffers:
-        raise WireMalformed(f"The tensors account for {wanted} buffers, {buffers} came.")
-    if "tensors" not in vars(message) and buffers > int(kind in _WITH_ONE_BUFFER):
-        raise WireMalformed(f"A {kind.lower()} message has no buffers, {buffers} came.")
-    if kind == "Chunk" and buffers != 1:
+    tensors: list[dict[str, Any]] | None = getattr(message, "tensors", None)
+    if tensors is not None:
+        wanted = sum(entry["k"] for entry in tensors)
+        if wanted != buffers:
+            raise WireMalformed(f"The tensors account for {wanted} buffers, {buffers} came.")
+    elif buffers > isinstance(message, (Probe, Probed, Chunk)):
+        raise WireMalformed(f"A {type_name(type(message))} message has no buffers, {buffers} came.")
+    elif isinstance(message, Chunk) and not buffers:
         raise WireMalformed("A chunk message came without its bytes.")
+    elif isinstance(message, Probe) and message.size > PROBE_BYTES:
+        raise WireTooLarge(f"probe.size asks for {message.size} bytes, the limit is {PROBE_BYTES}.")
+
+
+def _misshapen(header: bytes, form: _Form) -> WireMalformed:
+    """Why a header does not begin or end as those of its type: the first field that lacks or is unknown, by name."""
+    given = msgspec.msgpack.decode(header, type=dict[str, msgspec.Raw]).keys()
+    wanted = {"v", "t", *form.kind.__struct_fields__, "b"}
+    missing, unknown = sorted(wanted - given), sorted(given - wanted)
+    if missing:
+        return WireMalformed(f"A {form.name} message lacks {missing[0]!r}.")
+    if unknown:
+        return WireMalformed(f"A {form.name} message has the unknown field {unknown[0][:64]!r}.")
+    return _not_the_one_form(form)
+
+
+def _not_the_one_form(form: _Form) -> WireMalformed:
+    return WireMalformed(
+        f"A {form.name} message is not in the form of the format: a key that occurs twice, that its map does not have "
+        "or that stands elsewhere, or a number that is of another type or not in its shortest form.",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The decoder's own words, bounded; what they repeat of the message cannot write to a terminal."""
+    return ascii(str(error))[1:-1][:_LONGEST_REASON]
 
 
 def _other_version(theirs: int) -> WireUnsupportedVersion:
@@ -161,3 +190,24 @@ def _other_version(theirs: int) -> WireUnsupportedVersion:
         f"The other end speaks wire version {theirs}, this end speaks version {VERSION}.",
         hint=f"pip install --upgrade comfyui-mesh on {'this' if newer else 'the other'} machine",
     )
+
+
+def _written_sizes(sizes: list[int]) -> bytes:
+    """The end of a header."""
+    return b"\xa1b" + _ENCODER.encode(sizes)
+
+
+def _map_of(entries: int) -> bytes:
+    """How a msgpack map of so many entries begins."""
+    return bytes([0x80 | entries]) if entries < 16 else b"\xde" + entries.to_bytes(2, "big")
+
+
+def _form(kind: type[Message]) -> _Form:
+    fields = len(kind.__struct_fields__)
+    outer = _map_of(fields + 3) + _ENCODER.encode("v") + _ENCODER.encode(VERSION)
+    return _Form(kind, type_name(kind), outer, _map_of(fields + 1), msgspec.msgpack.Decoder(kind))
+
+
+_ENVELOPES = msgspec.msgpack.Decoder(_Envelope)
+_FORMS = {kind: _form(kind) for kind in MESSAGES.values()}
+_BY_NAME = {_ENCODER.encode(form.name): form for form in _FORMS.values()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Limits:
+class MessageLimits:
     """Upper bounds, checked before anything of that size is allocated.
 
     Attributes:
@@ -28,6 +28,6 @@ class Limits:
     message: int = 8 << 30
 
 
-LIMITS = Limits()
+LIMITS = MessageLimits()
 PROBE_BYTES = 64 << 20
 """Largest buffer that a ``probe`` may carry or ask for."""

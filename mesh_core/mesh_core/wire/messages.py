@@ -1,7 +1,8 @@
-"""The messages between hosts and workers: one frozen dataclass per type, named as on the wire in lower case.
+"""The messages between hosts and workers: one frozen class per type, named as on the wire in lower case unless a
+``tag`` says otherwise.
 
-The annotations are the format: `mesh_core.wire.schema` checks what arrives against them, and
-docs/reference/wire-format.md describes them. Knows no sockets, no tensors, no sessions' meaning.
+The annotations are the format: what arrives is decoded by them, and docs/reference/wire-format.md describes them.
+A class is built without checks; packing it checks. Knows no sockets, no tensors, no sessions' meaning.
 
 A message and its answers carry the same ``id``.
 """
@@ -9,48 +10,33 @@ A message and its answers carry the same ``id``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
 
-from mesh_core.wire.limits import PROBE_BYTES
-from mesh_core.wire.schema import Count, Keys, Length, Range, Size
+from msgspec import Struct
 
-Uint = Annotated[int, Range(0, (1 << 63) - 1)]
-SessionId = Annotated[bytes, Length(16, 16)]
-Plain = dict[str, Any]
-"""A map of plain values: None, bool, int, finite float, str, bytes, lists and maps of them."""
-
-CodecChoices = dict[str, Annotated[Plain, Keys(codec=str, settings=Plain)]]
-"""Tensor name -> codec and settings."""
-
-TensorEntry = Annotated[Plain, Keys(n=str, c=str, s=Plain, h=Plain, k=Uint)]
-"""One coded tensor: name, codec, settings, the codec's header, number of buffers; buffers follow in order."""
-
-ConstantEntry = Annotated[Plain, Keys(hash=str, n=str, c=str, s=Plain, h=Plain, k=Uint)]
-"""A tensor entry and the hash that names its content."""
-
-Hash = Annotated[str, Length(64, 64)]
-
-LoraUse = Annotated[
+from mesh_core.wire.entries import (
+    AnySession,
+    CodecChoices,
+    ConstantEntry,
+    Hash,
+    Label,
+    LoraUse,
+    NextWorker,
     Plain,
-    Keys(id=Annotated[str, Length(0, 64)], outline=Annotated[str, Length(0, 64)], name=str, strength=float, base=float),
-]
-"""A LoRA and its strengths: hash of what it does to the span, hash of the same without its tensors' content, a name.
-Without hashes, the one of the worker's own LoRAs that has the name."""
+    PublicKey,
+    SessionId,
+    SpanEnds,
+    TensorEntry,
+    Uint,
+)
 
-NextWorker = Annotated[Plain, Keys(address=str, server_key=str, session=SessionId)]
-"""Who continues after this worker, and the session there."""
 
-
-@dataclass(frozen=True)
-class Message:
+class Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="t", tag=str.lower):
     """Base of all messages. ``id`` is chosen by who asks and repeated in every answer."""
 
     id: Uint
 
 
-@dataclass(frozen=True)
-class Hello(Message):
+class Hello(Message, frozen=True):
     """Host to worker, first on every connection: who I am and the wire versions that I speak."""
 
     wire: list[int]
@@ -59,8 +45,7 @@ class Hello(Message):
     name: str
 
 
-@dataclass(frozen=True)
-class Welcome(Message):
+class Welcome(Message, frozen=True):
     """Answer to `Hello`. ``client_key``: under which this worker connects to neighbours; "" if it has none."""
 
     wire: int
@@ -73,35 +58,30 @@ class Welcome(Message):
     adapters: dict[str, str]
 
 
-@dataclass(frozen=True)
-class Enrol(Message):
+class Enrol(Message, frozen=True):
     """Host to worker over an invite's key: make this key of mine a member. Answered by `Enrolled`."""
 
-    key: Annotated[str, Length(40, 40)]
-    name: Annotated[str, Length(0, 256)]
+    key: PublicKey
+    name: Label
 
 
-@dataclass(frozen=True)
-class Enrolled(Message):
+class Enrolled(Message, frozen=True):
     """The key is a member from now on; the invite is used up. ``name`` is the worker's."""
 
     name: str
 
 
-@dataclass(frozen=True)
-class Catalogue(Message):
+class Catalogue(Message, frozen=True):
     """Host to worker: which checkpoints do you have? Answered by `Catalogued`."""
 
 
-@dataclass(frozen=True)
-class Catalogued(Message):
+class Catalogued(Message, frozen=True):
     """The checkpoints that the worker recognised."""
 
     checkpoints: list[Plain]
 
 
-@dataclass(frozen=True)
-class Open(Message):
+class Open(Message, frozen=True):
     """Host to worker: hold this span ready. Answered by any number of `Progress`, then `Opened` or `Failed`.
 
     An open session that is opened again changes its span; only the difference is loaded.
@@ -111,7 +91,7 @@ class Open(Message):
     family: str
     structure: str
     fingerprint: str
-    span: Annotated[list[Uint], Count(2, 2)]
+    span: SpanEnds
     dtype: str
     loras: list[LoraUse]
     inputs: CodecChoices
@@ -120,8 +100,7 @@ class Open(Message):
     options: Plain
 
 
-@dataclass(frozen=True)
-class Progress(Message):
+class Progress(Message, frozen=True):
     """How far the request of the same id has come; ``total`` is 0 while it is not known."""
 
     phase: str
@@ -129,36 +108,31 @@ class Progress(Message):
     total: Uint
 
 
-@dataclass(frozen=True)
-class Opened(Message):
+class Opened(Message, frozen=True):
     """The session is ready for steps."""
 
     info: Plain
 
 
-@dataclass(frozen=True)
-class Admit(Message):
+class Admit(Message, frozen=True):
     """Host to worker: the neighbour with this key may hand over states for the session. Answered by `Ok`."""
 
     session: SessionId
     key: str
 
 
-@dataclass(frozen=True)
-class Ok(Message):
+class Ok(Message, frozen=True):
     """Done; there is nothing else to say."""
 
 
-@dataclass(frozen=True)
-class Constants(Message):
+class Constants(Message, frozen=True):
     """Host to worker: tensors that are constant for a generation, each named by its hash. Answered by `Ok`."""
 
     session: SessionId
     tensors: list[ConstantEntry]
 
 
-@dataclass(frozen=True)
-class Step(Message):
+class Step(Message, frozen=True):
     """Host to worker, or worker to the next one: run your span on this state. Answered by `Result` to the host.
 
     ``attempt`` counts re-sendings of a step. ``sequence`` names the codec streams (one per kind of pass).
@@ -176,8 +150,7 @@ class Step(Message):
     deadline_ms: Uint
 
 
-@dataclass(frozen=True)
-class Result(Message):
+class Result(Message, frozen=True):
     """The state after the last span of a chain, sent by each worker to whoever opened its session."""
 
     session: SessionId
@@ -187,99 +160,86 @@ class Result(Message):
     trace: list[Plain]
 
 
-@dataclass(frozen=True)
-class Failed(Message):
+class Failed(Message, frozen=True):
     """The request of the same id failed. ``session`` may be empty, ``error`` is a class name, texts are bounded."""
 
-    session: Annotated[bytes, Length(0, 16)]
+    session: AnySession
     step: int
-    error: Annotated[str, Length(0, 256)]
+    error: Label
     message: str
     hint: str
     worker: str
     traceback: str
 
 
-@dataclass(frozen=True)
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """Host to worker: stop this step; nobody waits for it. Not answered."""
 
     session: SessionId
     step: Uint
 
 
-@dataclass(frozen=True)
-class Close(Message):
+class Close(Message, frozen=True):
     """Host to worker: forget the session. Not answered."""
 
     session: SessionId
 
 
-@dataclass(frozen=True)
-class Ping(Message):
+class Ping(Message, frozen=True):
     """Are you there, and do you hold this session, if one is named? Answered at once, also while a step runs, by
     `Pong`, or by `Failed` (SessionUnknown) when a restart made the worker forget it. A host sends pings over a second
     connection, on which no large message keeps them waiting."""
 
-    session: Annotated[bytes, Length(0, 16)]
+    session: AnySession
 
 
-@dataclass(frozen=True)
-class Pong(Message):
+class Pong(Message, frozen=True):
     """Yes."""
 
 
-@dataclass(frozen=True)
-class Probe(Message):
+class Probe(Message, frozen=True):
     """To a worker, to measure the link: answer with one buffer of ``size`` bytes. May carry a buffer of its own, which
     is dropped. A neighbour asks for nothing back: states go one way."""
 
-    size: Annotated[int, Size(PROBE_BYTES)]
+    size: Uint
 
 
-@dataclass(frozen=True)
-class Probed(Message):
+class Probed(Message, frozen=True):
     """Answer to `Probe`."""
 
 
-@dataclass(frozen=True)
-class Shelf(Message):
-    """Host to worker: which LoRAs do you have? Answered by `Shelved`."""
+class ListLoras(Message, frozen=True, tag="shelf"):
+    """Host to worker: which LoRAs do you have? Answered by `LorasListed`."""
 
 
-@dataclass(frozen=True)
-class Shelved(Message):
+class LorasListed(Message, frozen=True, tag="shelved"):
     """The worker's LoRAs: those of its user's folders, and those that it received."""
 
     loras: list[Plain]
 
 
-@dataclass(frozen=True)
-class Discard(Message):
+class Discard(Message, frozen=True):
     """Host to worker: forget this LoRA, which was sent to you. Answered by `Ok`."""
 
     lora: Hash
 
 
-@dataclass(frozen=True)
-class Seek(Message):
+class Seek(Message, frozen=True):
     """Host to worker: which of these do you have, for this span of that model? Answered by `Sought`."""
 
     family: str
     structure: str
-    span: Annotated[list[Uint], Count(2, 2)]
+    span: SpanEnds
     loras: list[LoraUse]
 
 
-@dataclass(frozen=True)
-class Sought(Message):
+class Sought(Message, frozen=True):
     """Places in the list that was asked about, of those that are here."""
 
     held: list[Uint]
 
 
-@dataclass(frozen=True)
-class Offer(Message):
+class Offer(Message, frozen=True):
     """Host to worker: I am going to send this LoRA, a file of ``size`` bytes. Answered by `Offered`.
 
     ``lora`` is the hash of what it does, ``digest`` that of the file's bytes.
@@ -290,26 +250,23 @@ class Offer(Message):
     size: Uint
     family: str
     structure: str
-    name: Annotated[str, Length(0, 256)]
+    name: Label
 
 
-@dataclass(frozen=True)
-class Offered(Message):
+class Offered(Message, frozen=True):
     """How many bytes of the file are here; all of them when it was verified and is kept."""
 
     have: Uint
 
 
-@dataclass(frozen=True)
-class Chunk(Message):
+class Chunk(Message, frozen=True):
     """Host to worker: one buffer, the bytes from ``offset`` of a file that was offered. Answered by `Offered`."""
 
     lora: Hash
     offset: Uint
 
 
-@dataclass(frozen=True)
-class Adjust(Message):
+class Adjust(Message, frozen=True):
     """Host to worker: from now on, the session has these LoRAs. Answered by any number of `Progress`, then `Opened`
     or `Failed`; after a failure it has those that it had."""
 
@@ -339,8 +296,8 @@ _ALL: tuple[type[Message], ...] = (
     Pong,
     Probe,
     Probed,
-    Shelf,
-    Shelved,
+    ListLoras,
+    LorasListed,
     Discard,
     Seek,
     Sought,
@@ -350,5 +307,11 @@ _ALL: tuple[type[Message], ...] = (
     Adjust,
 )
 
-MESSAGES: Mapping[str, type[Message]] = {kind.__name__.lower(): kind for kind in _ALL}
+
+def type_name(kind: type[Message]) -> str:
+    """What a message class is called on the wire."""
+    return str(kind.__struct_config__.tag)
+
+
+MESSAGES: Mapping[str, type[Message]] = {type_name(kind): kind for kind in _ALL}
 """Every message class by its type name on the wire."""

@@ -42,9 +42,9 @@ class WorkerLoras:
         self._receiver = Receiver(lora_library, library.like)
         self._lock = threading.Lock()
 
-    def listing(self, peer: Peer, message: wire.Shelf) -> None:
+    def listing(self, peer: Peer, message: wire.ListLoras) -> None:
         """Say which LoRAs are kept here, whatever model they are for."""
-        self._replies.send(peer.route, wire.Shelved(message.id, self.lora_library.listing()))
+        self._replies.send(peer.route, wire.LorasListed(message.id, self.lora_library.listing()))
 
     def discard(self, peer: Peer, message: wire.Discard) -> None:
         """Delete one that a host sent."""

@@ -126,7 +126,7 @@ class Worker:
             wire.Constants: _Handler(self.steps.keep_constants, buffers=True),
             wire.Step: _Handler(self.steps.queue, buffers=True),
             wire.Cancel: _Handler(self.steps.cancel),
-            wire.Shelf: _Handler(self.loras.listing, loading),
+            wire.ListLoras: _Handler(self.loras.listing, loading),
             wire.Discard: _Handler(self.loras.discard, loading),
             wire.Seek: _Handler(self.loras.seek, loading),
             wire.Offer: _Handler(self.loras.offer, receiving),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgpack
+
 from mesh_core import wire
 
 HERE = Path(__file__).parent
@@ -66,8 +68,8 @@ EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
     (wire.Pong(11), []),
     (wire.Probe(12, 1 << 20), []),
     (wire.Probed(12), [b"\0" * 16]),
-    (wire.Shelf(13), []),
-    (wire.Shelved(13, [{"name": "turbo.safetensors", "bytes": 1 << 31, "trigger": "turbo"}]), []),
+    (wire.ListLoras(13), []),
+    (wire.LorasListed(13, [{"name": "turbo.safetensors", "bytes": 1 << 31, "trigger": "turbo"}]), []),
     (wire.Discard(14, HASH), []),
     (wire.Seek(15, "flux2", "a" * 8, [4, 8], [LORA]), []),
     (wire.Sought(15, [0]), []),
@@ -78,10 +80,17 @@ EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
 ]
 
 
+def as_msgpack(message: wire.Message, buffers: list[bytes]) -> bytes:
+    """Frame 0 as msgpack writes it: another implementation than the product's."""
+    fields = {name: getattr(message, name) for name in message.__struct_fields__}
+    header = {"v": wire.VERSION, "t": wire.type_name(type(message)), **fields, "b": [len(b) for b in buffers]}
+    return bytes(msgpack.packb(header))
+
+
 def write() -> None:
     """Write frame 0 of each example to ``TYPE.bin``."""
     for message, buffers in EXAMPLES:
-        (HERE / f"{type(message).__name__.lower()}.bin").write_bytes(bytes(wire.pack(message, buffers)[0]))
+        (HERE / f"{wire.type_name(type(message))}.bin").write_bytes(as_msgpack(message, buffers))
 
 
 if __name__ == "__main__":
