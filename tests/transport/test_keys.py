@@ -10,10 +10,12 @@ import sys
 import threading
 from pathlib import Path
 from time import time
+from typing import Any
 
 import pytest
 
 from mesh_core.errors import ConfigError, NotAuthorised
+from mesh_core.transport import key_table
 from mesh_core.transport.curve import from_url_text, new_key_pair, public_of, url_text
 from mesh_core.transport.keys import KeyStore, KnownWorker
 
@@ -27,18 +29,36 @@ print(identity.client.public, identity.server.secret)
 """
 
 
+MANY_KEYS = """
+import sys
+from pathlib import Path
+from mesh_core.transport.keys import KeyStore
+sys.stdin.readline()
+for count in range(100):
+    KeyStore(Path(sys.argv[1])).authorise(f"{sys.argv[2]}-{count}", f"{sys.argv[2]}-{count}")
+"""
+HOLDER = """
+import sys, time
+from pathlib import Path
+from mesh_core.transport.key_table import _locked
+with _locked(Path(sys.argv[1]) / "authorised-clients.json"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def _process(script: str, *arguments: object) -> Any:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_processes_that_start_together_end_with_one_identity(tmp_path: Path) -> None:
-    several = [
-        subprocess.Popen(
-            [sys.executable, "-c", OWN_KEY, str(tmp_path / "new" / "home")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(4)
-    ]
+    several = [_process(OWN_KEY, tmp_path / "new" / "home") for _ in range(4)]
     for process in several:
-        assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     answers = {process.communicate(timeout=60)[0] for process in several}
@@ -139,6 +159,50 @@ def test_a_lock_that_a_dead_process_left_is_taken_over(tmp_path: Path) -> None:
     os.utime(lock, (time() - 60, time() - 60))
     KeyStore(tmp_path).authorise("k" * 40, "desk")
     assert not lock.exists()
+
+
+def test_two_processes_that_write_to_one_table_lose_nothing(tmp_path: Path) -> None:
+    several = [_process(MANY_KEYS, tmp_path, name) for name in ("first", "second")]
+    for process in several:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in several:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    names = {client.name for client in KeyStore(tmp_path).clients()}
+    assert names == {f"{name}-{count}" for name in ("first", "second") for count in range(100)}
+    assert [path.name for path in tmp_path.iterdir()] == ["authorised-clients.json"]
+
+
+def test_a_lock_that_another_process_keeps_is_told_and_ends_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder = _process(HOLDER, tmp_path)
+    assert holder.stdout.readline() == "held\n"
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(key_table, "_WAIT", 0.2)
+            with pytest.raises(ConfigError, match=r"authorised-clients\.json locked") as caught:
+                KeyStore(tmp_path).authorise("k" * 40, "desk")
+        assert "end the mesh command" in caught.value.hint
+    finally:
+        holder.kill()
+        holder.communicate(timeout=60)
+    KeyStore(tmp_path).authorise("k" * 40, "desk")
+    assert [client.name for client in KeyStore(tmp_path).clients()] == ["desk"]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"Could not write to .*file") as caught:
+        KeyStore(tmp_path / "file" / "home").authorise("k" * 40, "desk")
+    assert "MESH_HOME" in caught.value.hint
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_new_folder_of_keys_is_the_users_alone(tmp_path: Path) -> None:
+    KeyStore(tmp_path / "home").authorise("k" * 40, "desk")
+    assert stat.S_IMODE((tmp_path / "home").stat().st_mode) == 0o700
 
 
 def test_names_and_addresses_that_are_not_there_list_what_is(tmp_path: Path) -> None:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from time import time
-from typing import Any, Literal
+from typing import Literal
 
 from mesh_core.errors import ConfigError, NotAuthorised
 from mesh_core.system.config import atomic_write, config_dir
-from mesh_core.system.filelock import FileLock
+from mesh_core.transport.key_table import KeyTable, unreadable
 
 _IDENTITY = "identity.json"
 _CLIENTS = "authorised-clients.json"
@@ -37,7 +36,7 @@ class KeyPair:
 
 
 @dataclass(frozen=True)
-class Identity:
+class UserKeys:
     """A user's two key pairs: one to call workers with, one that its own workers prove."""
 
     client: KeyPair
@@ -76,19 +75,19 @@ class KeyStore:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder if folder is not None else config_dir()
-        self._clients = _Table(self._folder / _CLIENTS, Client, "key")
-        self._invites = _Table(self._folder / _INVITES, PendingInvite, "key")
-        self._workers = _Table(self._folder / _WORKERS, KnownWorker, "address")
-        self._identity: Identity | None = None
+        self._clients = KeyTable(self._folder / _CLIENTS, Client, "key")
+        self._invites = KeyTable(self._folder / _INVITES, PendingInvite, "key")
+        self._workers = KeyTable(self._folder / _WORKERS, KnownWorker, "address")
+        self._identity: UserKeys | None = None
 
-    def identity(self) -> Identity:
+    def identity(self) -> UserKeys:
         """This user's keys, made on first use.
 
         Raises:
             ConfigError: the file cannot be read or written.
         """
         if self._identity is None:
-            self._identity = _load_identity(self._folder / _IDENTITY)
+            self._identity = _load_keys(self._folder / _IDENTITY)
         return self._identity
 
     def trust(self, key: str) -> Literal["member", "enrolling"] | None:
@@ -172,72 +171,18 @@ class KeyStore:
         return found
 
 
-class _Table:
-    """Rows of one dataclass in a JSON file, by one of their fields."""
-
-    def __init__(self, path: Path, kind: type[Any], by: str) -> None:
-        self._path, self._kind, self._by = path, kind, by
-        self._stamp: tuple[int, ...] | None = None
-        self._rows: dict[str, Any] = {}
-
-    def rows(self) -> Mapping[str, Any]:
-        """What the file holds now; read only when it changed."""
-        stamp = self._look()
-        if stamp != self._stamp:
-            self._rows = self._read() if stamp else {}
-            self._stamp = stamp
-        return self._rows
-
-    def put(self, row: Any) -> None:
-        with FileLock(self._path):
-            self._write({**self._fresh(), getattr(row, self._by): row})
-
-    def remove(self, key: str) -> Any:
-        """Take a row out and return it; None if it was not there. Of two that remove it, one gets it."""
-        with FileLock(self._path):
-            rows = self._fresh()
-            row = rows.pop(key, None)
-            if row is not None:
-                self._write(rows)
-        return row
-
-    def _look(self) -> tuple[int, ...] | None:
-        try:
-            stat = self._path.stat()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise _unreadable(self._path, error) from error
-        return (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-
-    def _fresh(self) -> dict[str, Any]:
-        return self._read() if self._path.exists() else {}
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(self._path.read_bytes())
-            rows = [self._kind(**row) for row in content["rows"]]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise _unreadable(self._path, error) from error
-        return {getattr(row, self._by): row for row in rows}
-
-    def _write(self, rows: Mapping[str, Any]) -> None:
-        content = {"version": 1, "rows": [asdict(row) for row in rows.values()]}
-        atomic_write(self._path, json.dumps(content, indent=1).encode(), private=True)
-
-
-def _load_identity(path: Path) -> Identity:
+def _load_keys(path: Path) -> UserKeys:
     if not path.exists():
-        _create_identity(path)
+        _create_keys(path)
     try:
         pairs = json.loads(path.read_bytes())
-        return Identity(KeyPair(**pairs["client"]), KeyPair(**pairs["server"]))
+        return UserKeys(KeyPair(**pairs["client"]), KeyPair(**pairs["server"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _create_identity(path: Path) -> None:
-    """Write a new identity unless another process was first: the file appears whole, and only once."""
+def _create_keys(path: Path) -> None:
+    """Write new keys unless another process was first: the file appears whole, and only once."""
     from mesh_core.transport.curve import new_key_pair
 
     pairs = {role: asdict(KeyPair(*new_key_pair())) for role in ("client", "server")}
@@ -252,9 +197,3 @@ def _create_identity(path: Path) -> None:
         raise ConfigError(f"Could not write {path}: {error.strerror}.", hint="MESH_HOME on another disk") from error
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _unreadable(path: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"Could not read {path}: {type(error).__name__}: {error}.", hint=f"restore it, or delete {path} to start anew"
-    )
