@@ -13,12 +13,12 @@ from diffusers import Flux2Transformer2DModel
 
 from mesh_core.builtin import load_plugins
 from mesh_core.plugins.registry import Plugins
-from mesh_core.system.config import Deadlines, Heartbeat, Settings, Worker
+from mesh_core.system.config import Deadlines, Heartbeat, Settings, WorkerSettings
 from tests.adapters import tiny
 from tests.faults.processes import FastWorker, slow_model, workers
 
 IMPATIENT = Settings(
-    worker=Worker(orphaned_after=2.0),
+    worker=WorkerSettings(orphaned_after=2.0),
     heartbeat=Heartbeat(interval=0.2, lost_after=1.0),
     deadlines=Deadlines(connect=5.0, load=30.0, step=60.0, reconnect=20.0),
 )

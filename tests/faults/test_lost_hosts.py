@@ -16,7 +16,7 @@ from diffusers import Flux2Transformer2DModel
 
 from mesh_core.errors import PlanDoesNotFit, TransportTimeout
 from mesh_core.plugins.registry import Plugins
-from mesh_core.system.config import Deadlines, Worker
+from mesh_core.system.config import Deadlines, WorkerSettings
 from tests.adapters import tiny
 from tests.faults.conftest import IMPATIENT, Case
 from tests.faults.processes import FastWorker, LoneHost, slow_model, workers
@@ -37,7 +37,7 @@ def test_a_host_that_dies_in_a_step(quick: Case, endless: dict[str, Any], steady
 def test_a_host_that_slept_in_a_step_sends_it_again(case: Callable[..., Case]) -> None:
     """The worker stops the step of a host that fell silent; the host, awake again, does not fail for that."""
     long = case(height=48, width=40, batch=4)
-    with workers(long.path.parent, 1, replace(IMPATIENT, worker=Worker(orphaned_after=0.6))) as (worker,):
+    with workers(long.path.parent, 1, replace(IMPATIENT, worker=WorkerSettings(orphaned_after=0.6))) as (worker,):
         host = LoneHost(long.path, worker.address, long.inputs, IMPATIENT)
         host.wait_for_step()
         worker.wait_for_work(0.3)
@@ -97,7 +97,7 @@ def test_what_dead_hosts_held_makes_room_for_others(tmp_path: Path, plugins: Plu
     folder = tmp_path / "models"
     first, second = slow_model(folder / "first", seed=1), slow_model(folder / "second", seed=2)
     one_model = sum(f.stat().st_size for f in first.glob("*.safetensors"))
-    settings = replace(IMPATIENT, worker=Worker(yields_after=0.5))
+    settings = replace(IMPATIENT, worker=WorkerSettings(yields_after=0.5))
     host = tiny.inputs(guidance=False)
     with workers(folder, 1, settings, memory=one_model * 3 // 2) as (worker,):
         dead = LoneHost(first, worker.address, host, IMPATIENT)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from mesh_core import wire
@@ -17,8 +18,7 @@ from mesh_core.builtin import load_plugins
 from mesh_core.crossing import constants
 from mesh_core.errors import ConstantsMissing, UnsupportedInput, WireMalformed
 from mesh_core.plugins.registry import Plugins
-from mesh_core.system.config import Deadlines, Heartbeat, Settings
-from mesh_core.system.config import Worker as WorkerSettings
+from mesh_core.system.config import Deadlines, Heartbeat, Settings, WorkerSettings
 from tests.adapters import tiny
 from tests.support.splitting import split
 from tests.support.workers import ThreadWorker, thread_workers, wait_until
@@ -254,7 +254,7 @@ def test_a_worker_that_answers_with_another_codec_than_agreed_is_refused(
     def lying(route: bytes, message: wire.Message, buffers: Any = ()) -> None:
         if isinstance(message, wire.Result):
             change = {"c": "entropy"} if lie == "codec" else {"s": {"step": 0.5}}
-            message = replace(message, tensors=[{**t, **change} for t in message.tensors])
+            message = structs.replace(message, tensors=[{**t, **change} for t in message.tensors])
         send(route, message, buffers)
 
     with split(near.path, ":2", near.workers, near.plugins) as run:

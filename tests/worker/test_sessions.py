@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from secrets import token_bytes
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from mesh_core import wire
 from mesh_core.builtin import load_plugins
@@ -29,8 +29,7 @@ from mesh_core.model import fingerprint
 from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spans import BlockSpan
 from mesh_core.plugins.registry import Plugins
-from mesh_core.system.config import Settings
-from mesh_core.system.config import Worker as WorkerSettings
+from mesh_core.system.config import Settings, WorkerSettings
 from mesh_core.transport.base import Address
 from mesh_core.transport.keys import KeyStore
 from tests.adapters import tiny

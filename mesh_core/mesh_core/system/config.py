@@ -68,7 +68,7 @@ def parse_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerSettings:
     """What `mesh serve` offers.
 
     Attributes:
@@ -140,7 +140,7 @@ class PluginSettings:
 class Settings:
     """All settings; one table of ``config.toml`` per attribute."""
 
-    worker: Worker = field(default_factory=Worker)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
     deadlines: Deadlines = field(default_factory=Deadlines)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     loras: Loras = field(default_factory=Loras)
