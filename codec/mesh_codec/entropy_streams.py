@@ -213,7 +213,7 @@ def _read_piece(piece: Coded, symbols: Symbols) -> None:
         return
     lowest, highest = int(read.min()) + int(symbols.min()), int(read.max()) + int(symbols.max())
     if lowest < -RADIUS or highest > RADIUS:
-        raise CodecCorrupt("A payload's changes lead to symbols that are out of range.")
+        raise CodecCorrupt("A payload's changes lead to symbols out of range: none of these exists.")
     symbols += read
 
 
