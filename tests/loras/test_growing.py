@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import LoraError
-from mesh_core.host import loras as desk
+from mesh_core.host import loras as host_loras
 from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.part import Part, read_part
 from mesh_core.loras.read import lora_of_state
@@ -147,7 +147,7 @@ def test_a_head_that_lies_about_hashes_gains_nothing(inbox: Inbox, lie: Callable
 
 @pytest.mark.parametrize("scheme", ["inproc", "mesh"])
 def test_a_span_that_grows(model: Checkpoint, tmp_path: Path, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(desk, "CHUNK", PIECE)
+    monkeypatch.setattr(host_loras, "CHUNK", PIECE)
     plugins, lora, inputs = load_plugins(), make(model), tiny.inputs(guidance=False)
     path = model.header.path
     with mesh_home(tmp_path / "home"), thread_workers(path, 1, scheme, plugins=plugins) as (worker,):

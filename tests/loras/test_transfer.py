@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from mesh_core import wire
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import CheckpointMismatch, LoraError, LoraMissing, LoraTooLarge, WireMalformed
-from mesh_core.host import loras as desk
+from mesh_core.host import loras as host_loras
 from mesh_core.host.progress import Activity
 from mesh_core.host.remote import Remote
 from mesh_core.loras.lora import Applied, Lora
@@ -227,7 +227,7 @@ def remote_of(worker: FastWorker) -> Remote:
 def test_a_worker_that_is_killed_in_the_middle_and_a_transfer_that_is_cancelled(
     worker: FastWorker, model: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desk, "CHUNK", STEP)
+    monkeypatch.setattr(host_loras, "CHUNK", STEP)
     lora, size = make(model, rank=8), Part(make(model, rank=8)).nbytes
     structure = fingerprint.structure(model.spec)
 
@@ -247,17 +247,17 @@ def test_a_worker_that_is_killed_in_the_middle_and_a_transfer_that_is_cancelled(
 
     remote = remote_of(worker)
     with pytest.raises(Enough):
-        desk.send(remote, lora, structure, Settings(), stop_at(5 * STEP))
+        host_loras.send(remote, lora, structure, Settings(), stop_at(5 * STEP))
     remote.close()
     worker.restart()
     remote = remote_of(worker)
-    sent = desk.send(remote, lora, structure, Settings(), None)
+    sent = host_loras.send(remote, lora, structure, Settings(), None)
     assert sent == size - stopped[0] < size - 4 * STEP
-    assert desk.send(remote, lora, structure, Settings(), None) == 0
+    assert host_loras.send(remote, lora, structure, Settings(), None) == 0
     listed = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=20).loras
     assert [x["id"] for x in listed] == [lora.id]
     with pytest.raises(CheckpointMismatch):
-        desk.send(remote, make(model, seed=3), "0" * 64, Settings(), None)
+        host_loras.send(remote, make(model, seed=3), "0" * 64, Settings(), None)
     remote.close()
 
 
@@ -277,7 +277,8 @@ def test_steps_of_another_session_go_on_during_a_transfer(model: Checkpoint, tmp
                     assert done.wait(30)
 
             sender = threading.Thread(
-                target=desk.send, args=(remote, make(model), fingerprint.structure(model.spec), Settings(), report)
+                target=host_loras.send,
+                args=(remote, make(model), fingerprint.structure(model.spec), Settings(), report),
             )
             sender.start()
             assert middle.wait(30)
