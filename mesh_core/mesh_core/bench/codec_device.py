@@ -9,7 +9,7 @@ NVDEC decodes with those of FFmpeg, bit for bit.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
@@ -125,8 +125,7 @@ def check_kernels(device: torch.device) -> None:
     measure(first, _STEP, findings)
     settled = measure_kernels.settle(measure_kernels.describe(first.to(device), there.means), _STEP, there, RADIUS)
     # Encoder and decoder get at the same tables in two ways.
-    for one, other in zip(settled, kernels.tables(there.ranks, there.means, there.step, RADIUS), strict=True):
-        _same(one, other, 0)
+    _all_same(settled, kernels.tables(there.ranks, there.means, there.step, RADIUS))
     for name in ("ranks", "means", "step"):
         _same(getattr(findings, name).double(), getattr(there, name).cpu().double(), 2e-2)
     plain = Lattice.of(findings.ranks, findings.means, findings.step)
@@ -155,8 +154,7 @@ def check_kernels(device: torch.device) -> None:
             fresh = DeviceFindings(first.shape[1], first.numel(), device)
             wanted.append(symbols)
             got.append(kernels.quantise(fused, tokens, None, fresh, PERIOD))
-        for one, other in zip(wanted, got, strict=True):
-            _same(one, other.cpu(), 0)
+        _all_same(wanted, got)
         _same(values.float(), back.cpu().float(), torch.finfo(tensor.dtype).eps)
         findings, there = (DeviceFindings(first.shape[1], first.numel(), torch.device(d)) for d in ("cpu", device))
         for end in (findings, there):
@@ -180,6 +178,11 @@ def _check_packing(device: torch.device) -> None:
     there = found.to(device)
     kernels.pack(rooms.to(device), sizes.to(device), statuses.to(device), there, table_size(count))
     _same(expected, there.cpu(), 0)
+
+
+def _all_same(expected: Iterable[Tensor], found: Iterable[Tensor]) -> None:
+    for one, other in zip(expected, found, strict=True):
+        _same(one.cpu(), other.cpu(), 0)
 
 
 def _same(expected: Tensor, found: Tensor, tolerance: float) -> None:

@@ -113,4 +113,5 @@ class ThroughAdapter(ModelAdapter):
 
 @hookimpl
 def mesh_register_adapters(register: Callable[[ModelAdapter], None]) -> None:
+    """Registers the adapter of these models."""
     register(ThroughAdapter())

@@ -9,19 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 from mesh_core import __version__
 from mesh_core.builtin import load_plugins
-from mesh_core.cli.checks import Check, Status, guarded
+from mesh_core.cli.findings import Finding, Verdict, guarded
 from mesh_core.errors import ConfigError
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings, atomic_write, cache_dir, config_dir
 
 MACHINE = "this machine"
 _OLDEST_PYTHON = (3, 10)
-_PROBLEMS: dict[str, Status] = {"broken": "FAIL", "conflict": "FAIL", "incompatible": "warn"}
+_PROBLEMS: dict[str, Verdict] = {"broken": "FAIL", "conflict": "FAIL", "incompatible": "warn"}
 
 
-def check_machine(plugins: Plugins) -> Iterator[Check]:
+def check_machine(plugins: Plugins) -> Iterator[Finding]:
     """All checks that need no worker."""
-    parts: dict[str, Callable[[], Iterator[Check]]] = {
+    parts: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": _python,
         "torch": _torch,
         "diffusers": _diffusers,
@@ -43,20 +43,20 @@ def usable_plugins() -> Plugins:
         return load_plugins(disabled=())
 
 
-def _python() -> Iterator[Check]:
+def _python() -> Iterator[Finding]:
     found = f"{platform.python_version()} on {platform.system()} {platform.machine()}, comfyui-mesh {__version__}"
     if sys.version_info[:2] < _OLDEST_PYTHON:
-        yield Check(MACHINE, "python", "FAIL", found, "Python 3.10 or newer")
+        yield Finding(MACHINE, "python", "FAIL", found, "Python 3.10 or newer")
     else:
-        yield Check(MACHINE, "python", "ok", found)
+        yield Finding(MACHINE, "python", "ok", found)
 
 
-def _torch() -> Iterator[Check]:
+def _torch() -> Iterator[Finding]:
     try:
         import torch
     except (ImportError, OSError) as error:
         hint = "install torch anew: https://pytorch.org/get-started/locally"
-        yield Check(MACHINE, "torch", "FAIL", f"torch cannot be imported: {error}", hint)
+        yield Finding(MACHINE, "torch", "FAIL", f"torch cannot be imported: {error}", hint)
         return
     from mesh_core.system.device import default_device, free_memory, label
 
@@ -65,63 +65,65 @@ def _torch() -> Iterator[Check]:
     found = f"{torch.__version__} ({built}); {label(device)}, {free_memory(device) / 1e9:.1f} GB for weights"
     if device.type == "cpu":
         hint = "fine for a host that runs no blocks; else a torch built for this machine's GPU, and its driver"
-        yield Check(MACHINE, "torch", "warn", f"{found}; no GPU is usable", hint)
+        yield Finding(MACHINE, "torch", "warn", f"{found}; no GPU is usable", hint)
     else:
-        yield Check(MACHINE, "torch", "ok", found)
+        yield Finding(MACHINE, "torch", "ok", found)
 
 
-def _diffusers() -> Iterator[Check]:
+def _diffusers() -> Iterator[Finding]:
     try:
-        yield Check(MACHINE, "diffusers", "ok", version("diffusers"))
+        yield Finding(MACHINE, "diffusers", "ok", version("diffusers"))
     except PackageNotFoundError:
         hint = 'pip install "comfyui-mesh[diffusers]"'
-        yield Check(MACHINE, "diffusers", "warn", "not installed; mesh generate and the built-in adapters use it", hint)
+        yield Finding(
+            MACHINE, "diffusers", "warn", "not installed; mesh generate and the built-in adapters use it", hint
+        )
 
 
-def _encryption() -> Iterator[Check]:
+def _encryption() -> Iterator[Finding]:
     from mesh_core.transport.curve import available
 
     found = f"pyzmq {version('pyzmq')}"
     if available():
-        yield Check(MACHINE, "encryption", "ok", f"{found} with CURVE")
+        yield Finding(MACHINE, "encryption", "ok", f"{found} with CURVE")
     else:
         hint = "pip install --force-reinstall pyzmq, for its own build of libzmq"
-        yield Check(MACHINE, "encryption", "FAIL", f"{found} was built without CURVE", hint)
+        yield Finding(MACHINE, "encryption", "FAIL", f"{found} was built without CURVE", hint)
 
 
-def _settings() -> Iterator[Check]:
+def _settings() -> Iterator[Finding]:
     Settings.load()
     file = config_dir() / "config.toml"
-    yield Check(MACHINE, "settings", "ok", str(file) if file.exists() else f"defaults; {file} does not exist")
+    yield Finding(MACHINE, "settings", "ok", str(file) if file.exists() else f"defaults; {file} does not exist")
 
 
-def _keys() -> Iterator[Check]:
+def _keys() -> Iterator[Finding]:
     from mesh_core.transport.keys import KeyStore
 
     store = KeyStore()
     own = store.identity().client.public
     found = f"{len(store.workers())} known workers, {len(store.clients())} authorised clients"
-    yield Check(MACHINE, "keys", "ok", f"{found}; own key {own[:8]}...")
+    yield Finding(MACHINE, "keys", "ok", f"{found}; own key {own[:8]}...")
 
 
-def _cache() -> Iterator[Check]:
+def _cache() -> Iterator[Finding]:
     probe = cache_dir() / "doctor"
     atomic_write(probe, b"")
     probe.unlink()
-    yield Check(MACHINE, "cache", "ok", f"{cache_dir()} can be written")
+    yield Finding(MACHINE, "cache", "ok", f"{cache_dir()} can be written")
 
 
-def _plugins(plugins: Plugins) -> Iterator[Check]:
+def _plugins(plugins: Plugins) -> Iterator[Finding]:
     reports = plugins.report()
     for report in reports:
         if report.status in _PROBLEMS:
             status = _PROBLEMS[report.status]
-            yield Check(MACHINE, f"plugin {report.name}", status, f"{report.label}: {report.detail}", report.hint)
+            yield Finding(MACHINE, f"plugin {report.name}", status, f"{report.label}: {report.detail}", report.hint)
     families = ", ".join(f"{f} {v}" for f, v in sorted(plugins.adapter_versions().items()))
     if families:
-        yield Check(MACHINE, "adapters", "ok", families)
+        yield Finding(MACHINE, "adapters", "ok", families)
     else:
-        yield Check(
+        yield Finding(
             MACHINE,
             "adapters",
             "warn",
@@ -129,7 +131,7 @@ def _plugins(plugins: Plugins) -> Iterator[Check]:
             "pip install comfyui-mesh-FAMILY for your model; mesh plugins",
         )
     codecs = plugins.codecs()
-    yield Check(MACHINE, "codecs", "ok", ", ".join(sorted(codecs)))
+    yield Finding(MACHINE, "codecs", "ok", ", ".join(sorted(codecs)))
     for name, codec in sorted(codecs.items()):
         for wrong, todo in codec.remedies():
-            yield Check(MACHINE, f"codec {name}", "warn", wrong, todo)
+            yield Finding(MACHINE, f"codec {name}", "warn", wrong, todo)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mesh_core import __version__
-from mesh_core.cli.checks import Check, failed
+from mesh_core.cli.findings import Finding, failed
 from mesh_core.errors import MeshError
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
@@ -26,7 +26,7 @@ _SLOW = 10e6
 """Bytes per second under which a hidden state of 33 MB takes longer than most steps compute."""
 
 
-def check_worker(text: str, model: Path | None, plugins: Plugins, settings: Settings) -> Iterator[Check]:
+def check_worker(text: str, model: Path | None, plugins: Plugins, settings: Settings) -> Iterator[Finding]:
     """All checks of the worker at the address ``text``; with ``model``, whether it has the same weights."""
     from mesh_core.host.remote import Remote
 
@@ -43,7 +43,7 @@ def check_worker(text: str, model: Path | None, plugins: Plugins, settings: Sett
         remote = Remote(Address(text), plugins, settings)
         remote.connect()
         secret = "encrypted" if remote.address.server_key else "NOT encrypted"
-        yield Check(text, "handshake", "ok", f"{remote.welcome.name} answers, {secret}, wire {remote.welcome.wire}")
+        yield Finding(text, "handshake", "ok", f"{remote.welcome.name} answers, {secret}, wire {remote.welcome.wire}")
         yield from _versions(text, remote.welcome.package, remote.welcome.plugins, plugins)
         yield from _abilities(text, remote, plugins)
         name = "link"
@@ -63,45 +63,45 @@ def check_worker(text: str, model: Path | None, plugins: Plugins, settings: Sett
 class _Stop(Exception):
     """A failed check, with a better hint than an error has."""
 
-    def __init__(self, check: Check) -> None:
+    def __init__(self, check: Finding) -> None:
         self.check = check
 
 
-def _resolved(text: str, place: Place) -> Check:
+def _resolved(text: str, place: Place) -> Finding:
     try:
         found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         detail = f"{place.host} does not resolve: {error}"
-        raise _Stop(Check(text, "name", "FAIL", detail, "the worker's IP address in place of its name")) from error
-    return Check(text, "name", "ok", ", ".join(sorted({str(entry[4][0]) for entry in found})))
+        raise _Stop(Finding(text, "name", "FAIL", detail, "the worker's IP address in place of its name")) from error
+    return Finding(text, "name", "ok", ", ".join(sorted({str(entry[4][0]) for entry in found})))
 
 
-def _reached(text: str, place: Place, timeout: float) -> Check:
+def _reached(text: str, place: Place, timeout: float) -> Finding:
     try:
         socket.create_connection((place.host, place.port), timeout=timeout).close()
     except ConnectionRefusedError as error:
         hint = f"on that machine: mesh serve --port {place.port}, with --bind 0.0.0.0 if it is not this one"
-        raise _Stop(Check(text, "port", "FAIL", f"nobody listens at port {place.port}", hint)) from error
+        raise _Stop(Finding(text, "port", "FAIL", f"nobody listens at port {place.port}", hint)) from error
     except OSError as error:
         hint = "is the machine awake, on this network or VPN, and the port open in its firewall?"
         detail = f"port {place.port} does not answer within {timeout:g} s: {error}"
-        raise _Stop(Check(text, "port", "FAIL", detail, hint)) from error
-    return Check(text, "port", "ok", f"{place.port} is open")
+        raise _Stop(Finding(text, "port", "FAIL", detail, hint)) from error
+    return Finding(text, "port", "ok", f"{place.port} is open")
 
 
-def _versions(text: str, package: str, theirs: Mapping[str, str], plugins: Plugins) -> Iterator[Check]:
+def _versions(text: str, package: str, theirs: Mapping[str, str], plugins: Plugins) -> Iterator[Finding]:
     mine = plugins.versions()
     other = [
         f"{n} {theirs[n]} there, {mine[n]} here" for n in sorted(mine.keys() & theirs.keys()) if theirs[n] != mine[n]
     ]
     if package != __version__ or other:
         detail = "; ".join(other) or f"comfyui-mesh {package} there, {__version__} here"
-        yield Check(text, "versions", "warn", detail, "pip install --upgrade on the older side")
+        yield Finding(text, "versions", "warn", detail, "pip install --upgrade on the older side")
     else:
-        yield Check(text, "versions", "ok", f"the same here and there: comfyui-mesh {package}")
+        yield Finding(text, "versions", "ok", f"the same here and there: comfyui-mesh {package}")
 
 
-def _abilities(text: str, remote: Remote, plugins: Plugins) -> Iterator[Check]:
+def _abilities(text: str, remote: Remote, plugins: Plugins) -> Iterator[Finding]:
     welcome = remote.welcome
     lacking = sorted(plugins.adapters().keys() - welcome.adapters.keys())
     runs = ", ".join(f"{f} {v}" for f, v in sorted(welcome.adapters.items())) or "no model family"
@@ -109,17 +109,17 @@ def _abilities(text: str, remote: Remote, plugins: Plugins) -> Iterator[Check]:
         hint = (
             f"on {welcome.name}: pip install {' '.join(f'comfyui-mesh-{family}' for family in lacking)}; mesh plugins"
         )
-        yield Check(text, "adapters", "warn", f"{runs}; it lacks {', '.join(lacking)}", hint)
+        yield Finding(text, "adapters", "warn", f"{runs}; it lacks {', '.join(lacking)}", hint)
     else:
-        yield Check(text, "adapters", "ok", runs)
+        yield Finding(text, "adapters", "ok", runs)
     shared = sorted(plugins.codecs().keys() & welcome.codecs.keys())
     if "raw" in shared:
-        yield Check(text, "codecs", "ok", f"in common: {', '.join(shared)}")
+        yield Finding(text, "codecs", "ok", f"in common: {', '.join(shared)}")
     else:
         hint = "the same comfyui-mesh-codec on both machines"
-        raise _Stop(Check(text, "codecs", "FAIL", f"in common: {', '.join(shared) or 'none'}, not raw", hint))
+        raise _Stop(Finding(text, "codecs", "FAIL", f"in common: {', '.join(shared) or 'none'}, not raw", hint))
     for device in welcome.devices:
-        yield Check(text, "device", "ok", _device(device))
+        yield Finding(text, "device", "ok", _device(device))
 
 
 def _device(report: Mapping[str, Any]) -> str:
@@ -132,18 +132,18 @@ def _device(report: Mapping[str, Any]) -> str:
     return f"{label}: {gb('budget')} for weights, {gb('loaded')} loaded, {report.get('sessions', '?')} sessions"
 
 
-def _link(text: str, remote: Remote) -> Check:
+def _link(text: str, remote: Remote) -> Finding:
     from mesh_core.host.remote import measure
 
     there, back = measure(remote)
     rates = f"{there.bandwidth / 1e6:.0f} MB/s to there, {back.bandwidth / 1e6:.0f} MB/s from there"
     detail = f"{rates}, {there.latency * 1e3:.1f} ms there and back"
     if min(there.bandwidth, back.bandwidth) < _SLOW:
-        return Check(text, "link", "warn", detail, "a cable in place of wireless, or --quality balanced")
-    return Check(text, "link", "ok", detail)
+        return Finding(text, "link", "warn", detail, "a cable in place of wireless, or --quality balanced")
+    return Finding(text, "link", "ok", detail)
 
 
-def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings: Settings) -> Check:
+def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings: Settings) -> Finding:
     """Has the worker open the model's smallest block, which it does only if every weight is the same."""
     import torch
 
@@ -164,4 +164,4 @@ def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings:
     session.open()
     session.close()
     found = f"{spec.family} {spec.variant}, fingerprint {identity.fingerprint[:12]}"
-    return Check(text, "weights", "ok", f"the same on {platform.node() or 'this machine'} and there: {found}")
+    return Finding(text, "weights", "ok", f"the same on {platform.node() or 'this machine'} and there: {found}")

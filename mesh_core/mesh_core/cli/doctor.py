@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from mesh_core.cli.checks import Check
+    from mesh_core.cli.findings import Finding
     from mesh_core.plugins.registry import Plugins
     from mesh_core.system.config import Settings
 
@@ -39,7 +39,7 @@ def doctor(addresses: tuple[str, ...], model: Path | None, timeout: float, as_js
 
     plugins = usable_plugins()
     settings = _settings(timeout)
-    found: list[Check] = []
+    found: list[Finding] = []
     shown = ""
     for check in chain(check_machine(plugins), _check_workers(addresses, model, plugins, settings)):
         found.append(check)
@@ -68,7 +68,7 @@ def _settings(timeout: float) -> Settings:
 
 def _check_workers(
     addresses: tuple[str, ...], model: Path | None, plugins: Plugins, settings: Settings
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     from mesh_core.cli.check_worker import check_worker
     from mesh_core.errors import ConfigError
     from mesh_core.transport.keys import KeyStore
@@ -83,7 +83,7 @@ def _check_workers(
         yield from check_worker(address, model, plugins, settings)
 
 
-def _show(check: Check, subject: str) -> str:
+def _show(check: Finding, subject: str) -> str:
     """Print one check, under its subject; returns the subject."""
     if check.subject != subject:
         click.echo(f"{'' if not subject else chr(10)}{check.subject}")

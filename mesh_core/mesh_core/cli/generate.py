@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,10 @@ from typing import Any
 import click
 
 from mesh_codec.qualities import EXACT, names
+from mesh_core.cli.values import parse_lora, parse_worker
+
+_CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames", "frame_rate")
+"""Options that are arguments of the pipeline's call and have its names; `load_pipeline` knows those that are left."""
 
 
 @click.command()
@@ -36,12 +39,22 @@ from mesh_codec.qualities import EXACT, names
 )
 @click.option("--codec", default=None, help="For example raw; left out: the fastest one for the link and the quality.")
 @click.option("--lora", "loras", multiple=True, help="FILE or NAME, or either with =STRENGTH. Repeat.")
-@click.option("--steps", type=click.IntRange(min=1), default=None, help="Left out: what the model's authors recommend.")
-@click.option("--guidance", type=float, default=None, help="Guidance scale; left out: as the authors recommend.")
+@click.option(
+    "--steps",
+    "num_inference_steps",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Left out: what the model's authors recommend.",
+)
+@click.option(
+    "--guidance", "guidance_scale", type=float, default=None, help="Guidance scale; left out: as the authors recommend."
+)
 @click.option("--width", type=click.IntRange(min=16), default=None, help="Pixels.")
 @click.option("--height", type=click.IntRange(min=16), default=None, help="Pixels.")
-@click.option("--frames", type=click.IntRange(min=1), default=None, help="Of a video.")
-@click.option("--fps", type=click.FloatRange(min=1, max=240), default=None, help="Frames of a video per second.")
+@click.option("--frames", "num_frames", type=click.IntRange(min=1), default=None, help="Of a video.")
+@click.option(
+    "--fps", "frame_rate", type=click.FloatRange(min=1, max=240), default=None, help="Frames of a video per second."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
 @click.option("--device", default=None, help="For example cuda:0 or cpu; left out: CUDA where there is one.")
 @click.option(
@@ -54,63 +67,34 @@ from mesh_codec.qualities import EXACT, names
 def generate(
     model: Path,
     prompt: str,
-    local: str | None,
-    workers: tuple[str, ...],
+    *,
     output: Path | None,
-    quality: Any,
-    codec: str | None,
-    loras: tuple[str, ...],
-    steps: int | None,
-    guidance: float | None,
-    width: int | None,
-    height: int | None,
-    frames: int | None,
-    fps: float | None,
     seed: int,
-    device: str | None,
-    dtype: str | None,
     stats_file: Path | None,
+    workers: tuple[str, ...],
+    loras: tuple[str, ...],
+    dtype: str | None,
+    **options: Any,
 ) -> None:
     """Make a picture from PROMPT with the pipeline in the folder MODEL, or a video with sound if it makes these."""
     import torch
 
     from mesh_core.cli.progress import LoadingLine
-    from mesh_core.cli.serve import parse_lora
-    from mesh_core.programs import media
-    from mesh_core.programs.diffusers import load_pipeline, stats
-    from mesh_core.programs.pipeline_folder import check_call
+    from mesh_core.programs.generate import generate as make
 
-    wanted = {"num_inference_steps": steps, "guidance_scale": guidance, "width": width, "height": height}
-    wanted |= {"num_frames": frames, "frame_rate": fps}
-    wanted = {name: value for name, value in wanted.items() if value is not None}
-    file = media.checked_output(output, check_call(model, wanted))
-    pipeline = load_pipeline(
+    file, run = make(
         model,
-        local=local,
-        workers=[parse_worker(w) for w in workers],
-        quality=quality,
-        codec=codec,
+        prompt,
+        {name: value for name in _CALL if (value := options.pop(name)) is not None},
+        seed=seed,
+        output=output,
+        workers=[parse_worker(text) for text in workers],
         loras=[parse_lora(text) for text in loras],
-        device=device,
         dtype=getattr(torch, dtype) if dtype else None,
         report=LoadingLine(),
+        **options,
     )
-    try:
-        arguments = {**pipeline.transformer.mesh.checkpoint.spec.defaults, **wanted}
-        known = inspect.signature(pipeline.__call__).parameters
-        arguments = {name: value for name, value in arguments.items() if name in known}
-        made = pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **arguments)
-        media.save(pipeline, made, wanted, file)
-        run = stats(pipeline)
-        click.echo(run.table())
-        if stats_file is not None:
-            stats_file.write_text(json.dumps(asdict(run), indent=2), encoding="utf-8")
-        click.echo(f"saved {file}")
-    finally:
-        pipeline.transformer.mesh.close()
-
-
-def parse_worker(text: str) -> str | tuple[str, str]:
-    """``ADDRESS`` or ``ADDRESS=SPAN``; only what follows the last ``=`` and looks like a span is one."""
-    address, sign, span = text.rpartition("=")
-    return (address, span) if sign and set(span) <= set("0123456789:") and ":" in span else text
+    click.echo(run.table())
+    if stats_file is not None:
+        stats_file.write_text(json.dumps(asdict(run), indent=2), encoding="utf-8")
+    click.echo(f"saved {file}")

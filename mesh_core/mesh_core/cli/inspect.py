@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
-
-if TYPE_CHECKING:
-    from mesh_core.model.library import Checkpoint
 
 _GB = 1e9
 
@@ -27,49 +24,13 @@ def inspect(path: Path, memory: str, with_fingerprint: bool, as_json: bool) -> N
     """
     from mesh_core.builtin import installed_plugins
     from mesh_core.model.checkpoint import read_header
+    from mesh_core.model.facts import facts
     from mesh_core.model.library import recognise
     from mesh_core.system.config import parse_bytes
 
     checkpoint = recognise(read_header(path), installed_plugins())
-    facts = _facts(checkpoint, parse_bytes(memory) if memory else None, with_fingerprint)
-    click.echo(json.dumps(facts, indent=2) if as_json else _text(facts))
-
-
-def _facts(checkpoint: Checkpoint, memory: int | None, with_fingerprint: bool) -> dict[str, Any]:
-    from mesh_codec.dtypes import from_safetensors
-    from mesh_core.model import fingerprint
-    from mesh_core.model.sizes import RESERVE, fitting, span_bytes
-    from mesh_core.model.spans import BlockSpan
-
-    spec = checkpoint.spec
-    size = max(from_safetensors(d).itemsize for d in spec.dtypes)
-    whole = BlockSpan(0, spec.blocks)
-    own = [p.elements * size for p in spec.parameters.values()]
-    block_bytes = [
-        sum(p.elements for p in spec.parameters.values() if p.scope == BlockSpan(i, i + 1)) * size
-        for i in range(spec.blocks)
-    ]
-    facts: dict[str, Any] = {
-        "path": str(checkpoint.header.path),
-        "family": spec.family,
-        "variant": spec.variant,
-        "dtypes": list(spec.dtypes),
-        "bytes": sum(own),
-        "stage_bytes": span_bytes(spec, whole, size),
-        "blocks": [{"kind": k, "bytes": b} for k, b in zip(spec.block_kinds, block_bytes, strict=True)],
-    }
-    if with_fingerprint:
-        facts["fingerprint"] = fingerprint.of_checkpoint(checkpoint.header, spec)
-    if memory is not None:
-        local = fitting(spec, memory, size)
-        facts["suggestion"] = {
-            "memory": memory,
-            "reserve": RESERVE,
-            "local": f":{local}",
-            "local_bytes": span_bytes(spec, BlockSpan(0, local), size),
-            "remote_bytes": span_bytes(spec, BlockSpan(local, spec.blocks), size),
-        }
-    return facts
+    found = facts(checkpoint, parse_bytes(memory) if memory else None, with_fingerprint=with_fingerprint)
+    click.echo(json.dumps(found, indent=2) if as_json else _text(found))
 
 
 def _text(facts: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,13 +32,10 @@ def list_loras(address: str | None, as_json: bool) -> None:
 
         found = own_library(Settings.load()).listing()
     else:
-        from mesh_core import wire
+        from mesh_core.host.kept_loras import listed
 
-        remote = _connected(address)
-        try:
-            found = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=60).loras
-        finally:
-            remote.close()
+        with closing(_connected(address)) as remote:
+            found = listed(remote)
     click.echo(json.dumps(found, indent=2) if as_json else _table(found))
 
 
@@ -61,13 +59,10 @@ def push(address: str, files: tuple[Path, ...], model: Path) -> None:
 
     checkpoint = recognise(read_header(model), installed_plugins())
     loras = [read_lora(file, checkpoint) for file in files]
-    remote = _connected(address)
-    try:
+    with closing(_connected(address)) as remote:
         for one in loras:
             sent = send(remote, one, fingerprint.structure(checkpoint.spec), Settings.load(), LoadingLine())
             click.echo(f"{one.name}  {one.id[:12]}  {f'{sent / 1e6:.1f} MB sent' if sent else 'was there'}")
-    finally:
-        remote.close()
 
 
 @lora.command()
@@ -75,22 +70,11 @@ def push(address: str, files: tuple[Path, ...], model: Path) -> None:
 @click.argument("which")
 def rm(address: str, which: str) -> None:
     """Remove a LoRA that was sent to the worker at ADDRESS. WHICH is its name or the start of its hash."""
-    from mesh_core import wire
-    from mesh_core.errors import LoraMissing
+    from mesh_core.host.kept_loras import discard
 
-    remote = _connected(address)
-    try:
-        listed = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=60).loras
-        received = [x for x in listed if x.get("received")]
-        found = [x for x in received if which == x["name"] or (len(which) >= 6 and x["id"].startswith(which))]
-        if len(found) != 1:
-            names = ", ".join(f"{x['name']} ({x['id'][:12]})" for x in found or received) or "none"
-            what = "several" if found else "no"
-            raise LoraMissing(f"{remote.name} received {what} LoRAs {which!r}: {names}.", hint="one of these hashes")
-        remote.ask(wire.Discard(wire.next_id(), found[0]["id"]), wire.Ok, timeout=60)
-        click.echo(f"removed {found[0]['name']} ({found[0]['id'][:12]})")
-    finally:
-        remote.close()
+    with closing(_connected(address)) as remote:
+        gone = discard(remote, which)
+    click.echo(f"removed {gone['name']} ({gone['id'][:12]})")
 
 
 @lora.command()
@@ -99,35 +83,13 @@ def rm(address: str, which: str) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(file: Path, model: Path | None, as_json: bool) -> None:
     """Show what the LoRA in FILE is; with --model, also which weights it changes, and which keys match none."""
-    from mesh_core.loras.facts import facts_for_people
-    from mesh_core.model.checkpoint import read_header
-
-    header = read_header(file)
-    size = sum(t.nbytes for t in header.tensors.values())
-    facts: dict[str, Any] = {"file": str(file), "tensors": len(header.tensors), "bytes": size}
-    facts |= {k: v for k, v in facts_for_people(header.metadata).items() if v}
-    if model is not None:
-        facts |= _effect(file, model)
-    click.echo(json.dumps(facts, indent=2) if as_json else "\n".join(_lines(facts)))
-
-
-def _effect(file: Path, model: Path) -> dict[str, Any]:
-    from collections import Counter
-
     from mesh_core.builtin import installed_plugins
-    from mesh_core.loras.read import read_lora
-    from mesh_core.model.checkpoint import read_header
-    from mesh_core.model.library import recognise
+    from mesh_core.loras.file_facts import effect, facts
 
-    checkpoint = recognise(read_header(model), installed_plugins())
-    found = read_lora(file, checkpoint)
-    return {
-        "family": checkpoint.spec.family,
-        "id": found.id,
-        "algorithms": dict(Counter(p.algorithm for p in found.patches)),
-        "parameters": len({name for p in found.patches for name in p.parameters}),
-        "unmatched": list(found.unmatched),
-    }
+    found = facts(file)
+    if model is not None:
+        found |= effect(file, model, installed_plugins())
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

@@ -9,14 +9,16 @@ import sys
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from mesh_core.cli.values import parse_lora
 from mesh_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mesh_core.worker.server import Worker
+    from mesh_core.system.config import Settings
+    from mesh_core.worker.server import Worker, WorkerOptions
 
 
 @click.command()
@@ -37,66 +39,76 @@ def serve(
     models: tuple[Path, ...],
     bind: str | None,
     port: int | None,
-    device: str | None,
-    memory: str,
-    loras: tuple[Path, ...],
-    presets: tuple[str, ...],
-    name: str | None,
     insecure: bool,
     force: bool,
     verbose: bool,
+    **options: Any,
 ) -> None:
     """Run a worker: host any span of the checkpoints in the folders MODELS, loaded when a host asks.
 
     Stop it with Ctrl-C.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(message)s")
-    if not models:
-        raise ConfigError("No folder with models was named.", hint="mesh serve models/")
-    for path in models:
-        if not path.exists():
-            raise ConfigError(f"{path} does not exist.", hint="a folder with checkpoints, or one checkpoint")
-    for path in loras:
-        if not path.exists():
-            raise ConfigError(f"{path} does not exist.", hint="a folder with LoRAs, or one LoRA")
-    preset = [parse_lora(text) for text in presets]
-    for file, _ in preset:
-        if not Path(file).is_file():
-            raise ConfigError(f"{file} is no file.", hint="--lora turbo.safetensors=0.8")
+    presets = [parse_lora(text) for text in options.pop("presets")]
+    _check_paths(models, options["loras"], presets)
     from mesh_core.builtin import installed_plugins
-    from mesh_core.system.config import Settings, parse_bytes
-    from mesh_core.system.device import checked_device, default_device
-    from mesh_core.transport.keys import KeyStore
-    from mesh_core.worker.server import Worker, WorkerOptions
+    from mesh_core.system.config import Settings
+    from mesh_core.worker.server import Worker
 
     settings, plugins = Settings.load(), installed_plugins()
-    options = WorkerOptions(
+    worker_options = _options(settings, models, presets, insecure=insecure, **options)
+    host, number = bind or settings.worker.bind, settings.worker.port if port is None else port
+    address = f"mesh://{f'[{host}]' if ':' in host else host}:{number}"
+    flags = {flag: True for flag, on in (("insecure", insecure), ("force", force)) if on}
+    listener = plugins.transport("mesh").listen(address, **flags)
+    worker = Worker(worker_options, listener, plugins)
+    _stop_on_signals(worker)
+    _announce(worker, listener.address)
+    worker.serve()
+
+
+def _check_paths(models: tuple[Path, ...], loras: tuple[Path, ...], presets: list[tuple[str, float]]) -> None:
+    """Refuse what is not there before anything slow is imported."""
+    if not models:
+        raise ConfigError("No folder with models was named.", hint="mesh serve models/")
+    for paths, hint in (
+        (models, "a folder with checkpoints, or one checkpoint"),
+        (loras, "a folder with LoRAs, or one LoRA"),
+    ):
+        for path in paths:
+            if not path.exists():
+                raise ConfigError(f"{path} does not exist.", hint=hint)
+    for file, _ in presets:
+        if not Path(file).is_file():
+            raise ConfigError(f"{file} is no file.", hint="--lora turbo.safetensors=0.8")
+
+
+def _options(
+    settings: Settings,
+    models: tuple[Path, ...],
+    presets: list[tuple[str, float]],
+    *,
+    insecure: bool,
+    name: str | None,
+    device: str | None,
+    memory: str,
+    loras: tuple[Path, ...],
+) -> WorkerOptions:
+    from mesh_core.system.config import parse_bytes
+    from mesh_core.system.device import checked_device, default_device
+    from mesh_core.transport.keys import KeyStore
+    from mesh_core.worker.server import WorkerOptions
+
+    return WorkerOptions(
         roots=models,
         name=name or platform.node() or "worker",
         device=str(checked_device(device) if device else default_device()),
         memory=parse_bytes(memory) if memory else settings.worker.memory_budget,
         client_key="" if insecure else KeyStore().identity().client.public,
         settings=settings,
-        loras=(*loras, *(Path(file) for file, _ in preset)),
-        preset=tuple((Path(file).name, strength) for file, strength in preset),
+        loras=(*loras, *(Path(file) for file, _ in presets)),
+        preset=tuple((Path(file).name, strength) for file, strength in presets),
     )
-    host, number = bind or settings.worker.bind, settings.worker.port if port is None else port
-    address = f"mesh://{f'[{host}]' if ':' in host else host}:{number}"
-    flags = {flag: True for flag, on in (("insecure", insecure), ("force", force)) if on}
-    listener = plugins.transport("mesh").listen(address, **flags)
-    worker = Worker(options, listener, plugins)
-    _stop_on_signals(worker)
-    _announce(worker, listener.address)
-    worker.serve()
-
-
-def parse_lora(text: str) -> tuple[str, float]:
-    """``FILE`` or ``FILE=STRENGTH``; only what follows the last ``=`` and is a number is a strength."""
-    source, sign, number = text.rpartition("=")
-    try:
-        return (source, float(number)) if sign else (text, 1.0)
-    except ValueError:
-        return text, 1.0
 
 
 def _stop_on_signals(worker: Worker) -> None:

@@ -1,0 +1,18 @@
+"""What several commands take as the value of an option."""
+
+from __future__ import annotations
+
+
+def parse_worker(text: str) -> str | tuple[str, str]:
+    """``ADDRESS`` or ``ADDRESS=SPAN``; only what follows the last ``=`` and looks like a span is one."""
+    address, sign, span = text.rpartition("=")
+    return (address, span) if sign and set(span) <= set("0123456789:") and ":" in span else text
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """``FILE`` or ``FILE=STRENGTH``; only what follows the last ``=`` and is a number is a strength."""
+    source, sign, number = text.rpartition("=")
+    try:
+        return (source, float(number)) if sign else (text, 1.0)
+    except ValueError:
+        return text, 1.0
