@@ -22,10 +22,17 @@ _MAX_REMEMBERED = 256
 
 @dataclass(eq=False)
 class RemoteHop:
-    """A span on a worker, the constants that it was sent, and the LoRAs that it has as the wire names them."""
+    """A span on a worker.
+
+    Attributes:
+        constants: names of the generation's constants that the span needs.
+        sent: hashes of those that the worker was sent.
+        loras: that it has, as the wire names them.
+    """
 
     remote: Remote
     span: BlockSpan
+    constants: tuple[str, ...] = ()
     sent: set[str] = field(default_factory=set)
     loras: list[dict[str, Any]] = field(default_factory=list)
 

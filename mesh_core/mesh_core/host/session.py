@@ -55,10 +55,11 @@ class Session:
     ) -> None:
         self.identity, self.options, self.plugins = identity, options, plugins
         self.stats = RunStats()
-        self._hops = [RemoteHop(remote, span) for remote, span in hops]
+        self._hops = [RemoteHop(remote, span, identity.spec.constants_of(span)) for remote, span in hops]
         for remote in self.remotes:
             remote.watch = options.watch
         self._legs: list[Leg] = []
+        self._routes: list[Route] = []
         self._loras = SessionLoras(identity, plugins, options.settings, self.stats, report)
         self._opener = Opener(identity, self._hops, options, plugins, self._loras, report)
         self._recovery = Recovery(self.remotes, options, self.stats, self._open, report)
@@ -72,10 +73,6 @@ class Session:
     def remotes(self) -> list[Remote]:
         """The workers in execution order."""
         return [hop.remote for hop in self._hops]
-
-    @property
-    def _routes(self) -> list[Route]:
-        return [route for leg in self._legs for route in leg.routes]
 
     def open(self) -> None:
         """Connect to every worker and have it load its span; one that goes away meanwhile is waited for.
@@ -101,6 +98,7 @@ class Session:
         # While workers agree on something new, what they agreed on before is no more.
         self._legs = []
         self._legs = self._opener.agree()
+        self._routes = [route for leg in self._legs for route in leg.routes]
 
     def set_loras(self, loras: Sequence[AnyLora]) -> None:
         """Run the remote spans with exactly ``loras`` from the next step on. Raises as `SessionLoras.adjust` does."""
@@ -221,7 +219,7 @@ class Session:
         names: dict[str, str] = {}
         for hop in self._hops:
             missing: dict[str, Encoded] = {}
-            for name in self.identity.spec.constants_of(hop.span):
+            for name in hop.constants:
                 if name not in request.constants and name in self.identity.spec.optional:
                     continue
                 names[name], coded = request.constants[name]
