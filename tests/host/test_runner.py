@@ -109,8 +109,10 @@ def test_whoever_proposes_the_cut_knows_how_fast_the_links_are(
 
     plugins.hook  # noqa: B018  (loads what is installed)
     plugins._manager.register(Curious(), "curious")
-    place(checkpoint_at(path, plugins), None, [w.address for w in workers], plugins, OPTIONS, None).close()
+    placement = place(checkpoint_at(path, plugins), None, [w.address for w in workers], plugins, OPTIONS, None)
     here, *others = Curious.seen
+    assert [remote.measured()[0] for remote in placement.remotes] == others, "the session need not measure again"
+    placement.close()
     assert here is None and len(others) == 3
     assert all(link is not None and link.bandwidth > 1e6 and link.latency > 0 for link in others)
 
