@@ -17,7 +17,7 @@ import msgspec
 from mesh_core.errors import WireMalformed, WireTooLarge, WireUnsupportedVersion
 from mesh_core.wire.limits import LIMITS, PROBE_BYTES, MessageLimits
 from mesh_core.wire.messages import MESSAGES, Chunk, Message, Probe, Probed, type_name
-from mesh_core.wire.plain import check_lengths, check_plain
+from mesh_core.wire.plain import check_kinds, check_lengths, check_plain
 
 VERSION = 1
 """The wire version that this package speaks."""
@@ -64,7 +64,10 @@ def pack(message: Message, buffers: Sequence[Frame] = (), limits: MessageLimits 
         raise WireMalformed(f"A {form.name} message cannot be packed: {error}.") from error
     header = b"".join((form.outer, written[len(form.inner) :], _written_sizes(sizes)))
     _check_sizes(len(header), sizes, limits)
-    _check_count(_read(form, written, limits), len(sizes))
+    read = _read(form, written, limits)
+    if read != message:  # a tuple that became a list, or what msgspec writes as something else, such as a set
+        check_kinds(msgspec.structs.astuple(message), limits)
+    _check_count(read, len(sizes))
     return [header, *buffers]
 
 

@@ -25,9 +25,18 @@ def check_plain(values: Collection[Any], written: bytes, limits: MessageLimits) 
     Raises:
         WireMalformed: nesting over the limit, a key that is no text, a float that is not finite, an extension type.
     """
-    _check_kinds(values, 2, limits.depth)
+    check_kinds(values, limits)
     if _NOT_FINITE.search(written):
         _check_finite(values)
+
+
+def check_kinds(values: Collection[Any], limits: MessageLimits) -> None:
+    """Refuse nesting over the limit, a key that is no text, and a value of a type that is not plain.
+
+    Raises:
+        WireMalformed: one of them is in ``values``, which are those of the header's own map.
+    """
+    _check_kinds(values, 2, limits.depth)
 
 
 def _check_kinds(values: Collection[Any], depth: int, deepest: int) -> None:
@@ -38,7 +47,7 @@ def _check_kinds(values: Collection[Any], depth: int, deepest: int) -> None:
             continue
         if depth > deepest:
             raise WireMalformed(f"Maps and lists are nested deeper than {deepest}.")
-        if kind is list:
+        if kind is list or kind is tuple:
             _check_kinds(value, depth + 1, deepest)
         elif kind is dict:
             for key in value:
