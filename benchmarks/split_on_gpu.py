@@ -18,13 +18,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from threading import Thread
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mesh_core.crossing.stats import StepStats
 
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "klein-9b": (
@@ -325,13 +328,7 @@ def split_row(
         "quality": quality,
         "exact": all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)),
         "step_ms": ms,
-        "local_ms": median(s.local_ms for s in steps),
-        "remote_compute_ms": median(sum(h.compute_ms for h in s.hops) for s in steps),
-        "block_ms": median(sum(h.compute_ms for h in s.hops) for s in steps) / (bounds[-1] - bounds[0]),
-        "codec_ms": median(s.encode_ms + s.decode_ms + sum(h.encode_ms + h.decode_ms for h in s.hops) for s in steps),
-        "wire_ms": median(s.wire_ms for s in steps),
-        "overhead_ms": median(s.overhead_ms for s in steps),
-        "MB_per_step": median(sum(h.in_coded for h in s.hops) + s.hops[-1].out_coded for s in steps) / 1e6,
+        **medians(steps, bounds[-1] - bounds[0]),
         "open_s": opened,
     }
     runner.close()
@@ -339,6 +336,20 @@ def split_row(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return row
+
+
+def medians(steps: Sequence[StepStats], remote_blocks: int) -> dict[str, float]:
+    """What a step cost, by its parts."""
+    remote = median(sum(h.compute_ms for h in s.hops) for s in steps)
+    return {
+        "local_ms": median(s.local_ms for s in steps),
+        "remote_compute_ms": remote,
+        "block_ms": remote / remote_blocks,
+        "codec_ms": median(s.encode_ms + s.decode_ms + sum(h.encode_ms + h.decode_ms for h in s.hops) for s in steps),
+        "wire_ms": median(s.wire_ms for s in steps),
+        "overhead_ms": median(s.overhead_ms for s in steps),
+        "MB_per_step": median(sum(h.in_coded for h in s.hops) + s.hops[-1].out_coded for s in steps) / 1e6,
+    }
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -99,20 +99,16 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
     build = builder(checkpoint, here)
     # Every cut's blocks are taken from these, so that a cell costs no loading.
     whole = build(BlockSpan(0, checkpoint.spec.blocks))
-    rows, left, engines = [], [], video_engines()
+    engines = video_engines()
     # What codecs cost here is measured beside the first steps that leave the choice open; it is kept for all others.
     settling = Cell(*shapes[0], 8, checkpoint.spec.blocks // 2, "transparent", None)
     measure(settling, checkpoint, identity, worker, prepared[shapes[0]], uncut[shapes[0]], here, build)
-    for cell in cells(arguments, checkpoint.spec.blocks, "NVENC" in engines):
-        if monotonic() > end:
-            left.append(vars(cell))
-            continue
-        shape = (cell.pixels, cell.batch)
-        try:
-            rows.append(measure(cell, checkpoint, identity, worker, prepared[shape], uncut[shape], here, build))
-        except Exception as error:
-            # One way that does not work here must not cost the others, and is a result too.
-            rows.append({**vars(cell), "error": f"{type(error).__name__}: {error}"[:300]})
+    wanted = list(cells(arguments, checkpoint.spec.blocks, "NVENC" in engines))
+    rows = [
+        tried(cell, checkpoint, identity, worker, prepared[c], uncut[c], here, build)
+        for cell in wanted
+        if monotonic() <= end and (c := (cell.pixels, cell.batch))
+    ]
     del whole
     return {
         "geometry": arguments.geometry,
@@ -122,8 +118,16 @@ def run(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> dict[s
         "copy_ms": {f"{p}x{p}, batch {b}": ms for (p, b), ms in copies.items()},
         "video_engines": engines,
         "rows": rows,
-        "not_reached": left,
+        "not_reached": [vars(cell) for cell in wanted[len(rows) :]],
     }
+
+
+def tried(cell: Cell, *rest: Any) -> dict[str, Any]:
+    """As `measure`; one way that does not work here must not cost the others, and is a result too."""
+    try:
+        return measure(cell, *rest)
+    except Exception as error:
+        return {**vars(cell), "error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def video_engines() -> list[str]:
