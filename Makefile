@@ -33,7 +33,7 @@ docs: $(READY)
 	$(BIN)/python docs/_generate.py
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build codec/build adapters/*/build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(READY): $(PROJECTS) constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -136,12 +136,17 @@ def test_a_capitalised_name_has_one_meaning() -> None:
 
 def _capitalised(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """A module's public classes and type aliases."""
-    for node in tree.body:
+    found: dict[str, int] = {}  # a name that both branches of an ``if`` define counts once
+    for node in [inner for outer in tree.body for inner in (ast.walk(outer) if isinstance(outer, ast.If) else [outer])]:
         if isinstance(node, ast.ClassDef):
-            yield from [] if node.name.startswith("_") else [(node.name, node.lineno)]
-        elif isinstance(node, ast.Assign):
-            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
-            yield from ((name, node.lineno) for name in names if re.fullmatch(r"[A-Z][a-z]+([A-Z][a-z]*)*", name))
+            names = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        else:
+            continue
+        found |= {name: node.lineno for name in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name)}
+    yield from found.items()
 
 
 @pytest.mark.parametrize("package", PACKAGES)

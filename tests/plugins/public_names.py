@@ -34,6 +34,10 @@ PUBLIC: Mapping[str, str] = {
     "mesh_core.transport.base": """
         Address Channel Frame Frames Listener Peer Transport Trust
     """,
+    "mesh_core.transport.frames": "byte_views",
+    "mesh_core.wire.limits": "LIMITS MessageLimits PROBE_BYTES",
+    "mesh_core.builtin": "builtin_plugins installed_plugins load_plugins",
+    "mesh_core.worker.server": "Worker WorkerOptions",
     "mesh_core.testing": """
         TRANSPORT_CHECKS ThreadWorker check_codec check_every_cut check_reads_only_its_own check_recognises_without_data
         check_transport mesh_home thread_workers wait_until

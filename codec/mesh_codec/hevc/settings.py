@@ -67,7 +67,12 @@ def settings_for(level: QualityLevel) -> dict[str, Any]:
     """Those of a lossy ``level`` that are not the defaults.
 
     A QP more makes the quantiser step 2**(1/6) times as large, which costs a decibel.
+
+    Raises:
+        CodecUnsupported: it promises more than the finest QP keeps.
     """
     assert level.psnr is not None
-    qp = min(max(round(_BEST_QP + _BEST_PSNR - level.psnr), 0), _LARGEST["qp"])
+    qp = min(round(_BEST_QP + _BEST_PSNR - level.psnr), _LARGEST["qp"])
+    if qp < 0:
+        raise CodecUnsupported(f"The video codec does not keep {level.psnr:g} dB.", hint="another codec")
     return {"qp": qp, "bits": 8 if level.psnr <= _PSNR_OF_8_BITS else 10}

@@ -10,6 +10,8 @@ from functools import cache
 
 from mesh_core.plugins.registry import Plugins
 
+__all__ = ["builtin_plugins", "installed_plugins", "load_plugins"]
+
 
 def builtin_plugins() -> Mapping[str, object]:
     """New instances of the core's plugins, by name."""

@@ -13,7 +13,7 @@ from typing import Any
 from mesh_codec.base import Codec, CodecChoice, Quality
 from mesh_core.errors import PlanError
 from mesh_core.host.links import Links
-from mesh_core.host.routes import Ends, Place, Route
+from mesh_core.host.routes import Ends, Route, RouteEnd
 from mesh_core.host.speeds import LEARNING, CodecSpeeds
 from mesh_core.model.spec import ModelSpec, Role, State
 from mesh_core.plugins.registry import Plugins
@@ -51,7 +51,7 @@ class CodecChoices:
         self._asked_at = 0.0
         self._looked_at: set[frozenset[tuple[Role, int]]] = set()
 
-    def choose(self, cut: int, source: Place, target: Place) -> Route:
+    def choose(self, cut: int, source: RouteEnd, target: RouteEnd) -> Route:
         """The route over ``cut`` with a codec and settings for each tensor, for streams that open now.
 
         Raises:

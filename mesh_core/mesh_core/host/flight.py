@@ -1,6 +1,6 @@
 """A step on its way over one leg: sent, not yet back.
 
-Today a session waits for each flight before it starts the next one. Several at once are several of these objects.
+A session waits for each before it starts the next; several at once would be several of these objects.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from mesh_core.crossing.bandwidth import Link, updated
 from mesh_core.host.remote import Remote
-from mesh_core.host.routes import Ends, Place, RouteStats
+from mesh_core.host.routes import Ends, RouteEnd, RouteStats
 
 _CONTRADICTION, _PATIENCE = 3.0, 4
 """Factor between what a link was measured at and what steps say of it that has it measured again, and the steps that
@@ -34,7 +34,7 @@ class Links:
             self.take(None, remote, there)
             self.take(remote, None, back)
 
-    def take(self, source: Place, target: Place, link: Link) -> None:
+    def take(self, source: RouteEnd, target: RouteEnd, link: Link) -> None:
         """A link was measured."""
         self._measured[source, target] = self._believed[source, target] = link
 
@@ -43,7 +43,7 @@ class Links:
         if (source, target) not in self._believed:
             self._cannot_say.add((source, target))
 
-    def knows(self, source: Place, target: Place) -> bool:
+    def knows(self, source: RouteEnd, target: RouteEnd) -> bool:
         """Whether the way from one end to another was measured."""
         return (source, target) in self._believed
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from mesh_core import wire
 from mesh_core.crossing.stats import RunStats
-from mesh_core.errors import LoraError, LoraMissing, LoraTooLarge, PeerLost, SessionUnknown, Unreachable
+from mesh_core.errors import LoraError, LoraMissing, LoraTooLarge
 from mesh_core.host.hops import RemoteHop
 from mesh_core.host.options import ModelIdentity
 from mesh_core.host.progress import Activity, Phase, ProgressReport
+from mesh_core.host.recovery import GONE
 from mesh_core.host.remote import Remote
 from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.part import Part
@@ -99,7 +100,7 @@ class SessionLoras:
                 # It made room for others since it was asked.
                 self._known.pop(hop, None)
                 self._tell(hop, self.place(hop))
-            except (PeerLost, Unreachable, SessionUnknown) as error:
+            except GONE as error:
                 # The next step waits for it, or opens the session anew, and asks for these LoRAs then.
                 log.warning("%s gets its LoRAs when it is back: %s", hop.remote.name, error)
 

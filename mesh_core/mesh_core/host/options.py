@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mesh_codec.base import Quality
+from mesh_codec.qualities import EXACT, Quality
 from mesh_core.model.spec import ModelSpec
 from mesh_core.system.config import Settings
 
@@ -34,7 +34,7 @@ class SessionOptions:
 
     dtype: torch.dtype
     device: torch.device
-    quality: Quality = "lossless"
+    quality: Quality = EXACT
     settings: Settings = field(default_factory=Settings)
     codec: str | None = None
     watch: Callable[[], None] | None = None

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
+
+from mesh_core.wire import phases
 
 THIS_MACHINE = "this machine"
 """How the host names itself."""
 
 
 class Phase(str, Enum):
-    """What is going on; the values are the words for people, and the first two what workers say over the wire."""
+    """What is going on."""
 
-    CHECKING = "checking weights"
-    LOADING = "loading"
-    SENDING_LORA = "sending LoRA"
-    WAITING = "waiting for it to come back"
-    OTHER = "working"
+    CHECKING = phases.CHECKING
+    LOADING = phases.LOADING
+    SENDING_LORA = "sending lora"
+    WAITING = "waiting"
+    OTHER = "other"
     """Whatever a worker of another version says that it does."""
+
+
+WORDS: Mapping[Phase, str] = {
+    Phase.CHECKING: "checking weights",
+    Phase.LOADING: "loading",
+    Phase.SENDING_LORA: "sending LoRA",
+    Phase.WAITING: "waiting for it to come back",
+}
+"""For people; what is `Phase.OTHER` is shown in the worker's own words."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,8 @@ class Activity:
     def words(self) -> str:
         """Who does what, as one short line."""
         if self.phase is Phase.WAITING:
-            return f"{self.subject}: {self.phase.value}"
-        what = self.subject if self.phase is Phase.OTHER else f"{self.phase.value} {self.subject}".rstrip()
+            return f"{self.subject}: {WORDS[self.phase]}"
+        what = self.subject if self.phase is Phase.OTHER else f"{WORDS[self.phase]} {self.subject}".rstrip()
         return f"{self.machine}: {what}"
 
     @classmethod

@@ -8,8 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from time import monotonic, sleep, strftime
 
+from mesh_codec.errors import CodecStateLost
 from mesh_core.crossing.stats import RunStats
-from mesh_core.errors import MeshError, PeerLost, SessionUnknown, TransportTimeout, Unreachable
+from mesh_core.errors import (
+    Cancelled,
+    ConstantsMissing,
+    MeshError,
+    PeerLost,
+    SessionUnknown,
+    TransportTimeout,
+    Unreachable,
+)
 from mesh_core.host.options import SessionOptions
 from mesh_core.host.progress import Activity, Phase, ProgressReport
 from mesh_core.host.remote import Remote
@@ -19,6 +28,13 @@ MAX_REPAIRS = 3
 
 GONE = (PeerLost, Unreachable, SessionUnknown)
 """Errors after which connections and sessions are opened anew before a step is sent again."""
+
+RESENT = (Cancelled, ConstantsMissing, CodecStateLost)
+"""Errors after which a step is sent again to workers that are there. Only a worker cancels: it took this host for gone
+while the machine slept."""
+
+WAITED_FOR = (*GONE, TransportTimeout)
+"""What may come of an attempt to reach a lost worker, while there is time for another."""
 
 _RETRY_PAUSE = 0.2
 """Seconds between two attempts to reach a lost worker."""
@@ -53,7 +69,7 @@ class Recovery:
         began, deadlines = monotonic(), self._options.settings.deadlines
         since, why = strftime("%H:%M:%S"), cause.message
         self._stats.reconnects += 1
-        attempt = _LEAST_CONNECT
+        patience = _LEAST_CONNECT
         while True:
             if self._options.watch is not None:
                 self._options.watch()
@@ -63,9 +79,9 @@ class Recovery:
             for remote in self._remotes:
                 remote.close()
             try:
-                self._reopen(min(deadlines.connect, attempt, max(deadlines.reconnect - waited, _LEAST_CONNECT)))
+                self._reopen(min(deadlines.connect, patience, max(deadlines.reconnect - waited, _LEAST_CONNECT)))
                 return
-            except (*GONE, TransportTimeout) as error:
+            except WAITED_FOR as error:
                 waited = monotonic() - began
                 if waited > deadlines.reconnect:
                     raise PeerLost(
@@ -73,5 +89,5 @@ class Recovery:
                         hint="mesh serve on that machine again, mesh doctor to test the way there, or run without it",
                     ) from error
                 why = error.message
-            attempt *= 2
+            patience *= 2
             sleep(_RETRY_PAUSE)

@@ -21,10 +21,10 @@ ASSUMED: Mapping[Role, int] = {
 """Elements of a picture of 1024x1024 in a model 4096 wide, and of the sound of 5 seconds in one half as wide: what is
 expected until the first step."""
 
-Place: TypeAlias = "Remote | None"
+RouteEnd: TypeAlias = "Remote | None"
 """An end of a route: a worker, or None for this host."""
 
-Ends: TypeAlias = "tuple[Place, Place]"
+Ends: TypeAlias = "tuple[RouteEnd, RouteEnd]"
 """Where a route starts and where it ends."""
 
 
@@ -43,8 +43,8 @@ class Route:
     """
 
     cut: int
-    source: Place
-    target: Place
+    source: RouteEnd
+    target: RouteEnd
     roles: Mapping[str, Role]
     elements: dict[Role, int] = field(default_factory=dict)
     bits: dict[str, float] = field(default_factory=dict)

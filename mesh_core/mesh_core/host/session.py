@@ -13,18 +13,18 @@ from collections.abc import Sequence
 from time import perf_counter
 
 from mesh_codec.base import Encoded
-from mesh_codec.errors import CodecStateLost, CodecUnsupported
+from mesh_codec.errors import CodecUnsupported
 from mesh_core import wire
 from mesh_core.crossing.constants import ConstantsBook
 from mesh_core.crossing.stats import RunStats, StepStats
-from mesh_core.errors import Cancelled, ConstantsMissing, PeerLost, TransportError
+from mesh_core.errors import PeerLost, TransportError
 from mesh_core.host.flight import Flight
 from mesh_core.host.hops import Leg, RemoteHop
 from mesh_core.host.loras import AnyLora, SessionLoras
 from mesh_core.host.opening import Opener
 from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.progress import ProgressReport
-from mesh_core.host.recovery import GONE, MAX_REPAIRS, Recovery
+from mesh_core.host.recovery import GONE, MAX_REPAIRS, RESENT, Recovery
 from mesh_core.host.remote import Remote
 from mesh_core.host.request import Request, Requests
 from mesh_core.host.routes import Route, codec_name_of, reason_of
@@ -170,8 +170,7 @@ class Session:
                     raise
                 log.warning("step %d is sent again, and all is sent uncoded from here on: %s", self._step, error)
                 self._legs = []
-            except (*GONE, Cancelled, ConstantsMissing, CodecStateLost) as error:
-                # Only a worker cancels here: it took this host for gone while the machine slept.
+            except (*GONE, *RESENT) as error:
                 repairs += 1
                 if repairs > MAX_REPAIRS:
                     raise

@@ -17,7 +17,7 @@ from mesh_core.crossing.codec_speed import read_speeds
 from mesh_core.crossing.cost import Crossing, End, settings_key
 from mesh_core.crossing.speed_book import SpeedBook
 from mesh_core.host.remote import Remote
-from mesh_core.host.routes import ASSUMED, Place, Route, RouteStats
+from mesh_core.host.routes import ASSUMED, Route, RouteEnd, RouteStats
 from mesh_core.model.spec import Role
 
 _NOTICEABLE = 1e-3
@@ -60,7 +60,7 @@ class CodecSpeeds:
         """Take what a worker says of its codecs, within reason."""
         self._ends[remote].claimed |= read_speeds(said)
 
-    def end(self, place: Place) -> End:
+    def end(self, place: RouteEnd) -> End:
         """What is believed of one end."""
         return self._host if place is None else self._ends[place]
 

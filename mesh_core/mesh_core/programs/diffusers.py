@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from packaging.version import Version
 
-from mesh_codec.base import Quality
+from mesh_codec.qualities import EXACT, Quality
 from mesh_core.builtin import installed_plugins
 from mesh_core.errors import PlanDoesNotFit, PlanError
 from mesh_core.host.loras import AnyLora
@@ -80,7 +80,7 @@ def load_pipeline(
     *,
     local: str | None = None,
     workers: Workers = (),
-    quality: Quality = "lossless",
+    quality: Quality = EXACT,
     codec: str | None = None,
     loras: Sequence[LoraChoice] = (),
     device: torch.device | str | None = None,
@@ -151,7 +151,7 @@ def split(
     *,
     local: str | None = None,
     workers: Workers = (),
-    quality: Quality = "lossless",
+    quality: Quality = EXACT,
     codec: str | None = None,
     loras: Sequence[LoraChoice] | None = None,
     plugins: Plugins | None = None,

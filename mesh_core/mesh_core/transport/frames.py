@@ -8,6 +8,8 @@ from mesh_core.errors import WireTooLarge
 from mesh_core.wire.framing import Frame, byte_view
 from mesh_core.wire.limits import MessageLimits
 
+__all__ = ["byte_views"]
+
 
 def byte_views(frames: Sequence[Frame], limits: MessageLimits) -> list[memoryview]:
     """Views of bytes of ``frames``; no copy.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     ConstantEntry = dict[str, Any]
     LoraUse = dict[str, Any]
     NextWorker = dict[str, Any]
-    CodecChoices = dict[str, dict[str, Any]]
+    CodecsByTensor = dict[str, dict[str, Any]]
 else:
 
     class TensorEntry(TypedDict):
@@ -70,4 +70,4 @@ else:
         codec: str
         settings: Plain
 
-    CodecChoices = dict[str, CodecChoiceEntry]
+    CodecsByTensor = dict[str, CodecChoiceEntry]

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from mesh_core.wire.entries import (
     AnySession,
-    CodecChoices,
+    CodecsByTensor,
     ConstantEntry,
     Hash,
     Label,
@@ -94,8 +94,8 @@ class Open(Message, frozen=True):
     span: SpanEnds
     dtype: str
     loras: list[LoraUse]
-    inputs: CodecChoices
-    outputs: CodecChoices
+    inputs: CodecsByTensor
+    outputs: CodecsByTensor
     next: NextWorker | None
     options: Plain
 
@@ -135,7 +135,8 @@ class Constants(Message, frozen=True):
 class Step(Message, frozen=True):
     """Host to worker, or worker to the next one: run your span on this state. Answered by `Result` to the host.
 
-    ``attempt`` counts re-sendings of a step. ``sequence`` names the codec streams (one per kind of pass).
+    ``attempt`` is raised whenever both ends start their codec streams anew.
+    ``sequence`` names the codec streams (one per kind of pass).
     ``constants`` maps names to hashes. ``trace`` holds what the workers before this one report.
     """
 

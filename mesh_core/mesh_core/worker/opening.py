@@ -16,6 +16,7 @@ from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.transport.base import Channel, Peer
+from mesh_core.wire import phases
 from mesh_core.worker.agreement import check_crossing, dtype_of, span_of, streams_of
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
@@ -54,14 +55,14 @@ class SessionOpener:
         if message.session in self.sessions:
             self.sessions.owned(peer, message.session)
         checkpoint = self.library.find(
-            message.family, message.structure, message.fingerprint, progress.phase("checking weights")
+            message.family, message.structure, message.fingerprint, progress.phase(phases.CHECKING)
         )
         span, dtype = span_of(checkpoint, message.span), dtype_of(message.dtype)
         check_crossing(checkpoint, span.start, memory.inputs)
         check_crossing(checkpoint, span.stop, memory.outputs)
         loras = self.loras.resolve(message.loras, checkpoint, span)
         key = StageKey(message.fingerprint, span, dtype, set_key(loras))
-        loaded = self._acquire(checkpoint, key, progress.phase("loading"), loras)
+        loaded = self._acquire(checkpoint, key, progress.phase(phases.LOADING), loras)
         try:
             channel, session_there, link = self._follow(message.next, measure=message.options.get("measure") is True)
         except BaseException:

@@ -1,8 +1,8 @@
 """A worker: one process that computes stages for many hosts.
 
-Four kinds of thread: the one that calls `Worker.serve` owns the listener and answers at once whatever needs no
-computing; two load stages; one takes in LoRAs; one computes, each session in turn. Nothing that arrives may stop any
-of them.
+Five kinds of thread: the one that calls `Worker.serve` owns the listener and answers at once whatever needs no
+computing; two load stages; one takes in LoRAs; one computes, each session in turn; one finds out at the start how fast
+codecs are here. Nothing that arrives may stop any of them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from mesh_core.worker.requests import RequestThreads
 from mesh_core.worker.sessions import WorkerSessions
 from mesh_core.worker.stages import StageStore
 from mesh_core.worker.steps import WorkerSteps
+
+__all__ = ["Worker", "WorkerOptions"]
 
 log = logging.getLogger(__name__)
 
