@@ -248,3 +248,24 @@ def test_keys_as_url_text() -> None:
     for wrong in ("", "x", text + "A", text[:-1], text + "=", text.replace(text[0], "ä")):
         with pytest.raises(ValueError):
             from_url_text(wrong)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"key": 5, "name": "desk", "added": 1.0}',
+        '{"key": "k", "name": "desk", "added": "x"}',
+        '{"key": "k", "name": "desk"}',
+        '{"key": "k", "name": "desk", "added": 1.0, "may": 1}',
+        "3",
+    ],
+)
+def test_a_row_that_is_not_understood_is_refused_and_kept(tmp_path: Path, row: str) -> None:
+    file = tmp_path / "authorised-clients.json"
+    written = f'{{"version": 1, "rows": [{row}]}}'
+    file.write_text(written, encoding="utf-8")
+    with pytest.raises(ConfigError, match="authorised-clients"):
+        KeyStore(tmp_path).clients()
+    with pytest.raises(ConfigError, match="authorised-clients"):
+        KeyStore(tmp_path).authorise("k" * 40, "desk")
+    assert file.read_text("utf-8") == written

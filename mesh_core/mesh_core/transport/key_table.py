@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from filelock import FileLock, Timeout
 
 from mesh_core.errors import ConfigError
@@ -67,15 +67,18 @@ class KeyTable:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self._path.read_bytes())
-            rows = [self._kind(**row) for row in content["rows"]]
+            found = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Any])["rows"]
+            if unknown := {name for row in found for name in row} - {field.name for field in fields(self._kind)}:
+                # Written by a newer version: what is not understood here would be lost with the next change.
+                raise ValueError(f"unknown field {min(unknown)!r}")
+            rows = [msgspec.convert(row, self._kind) for row in found]
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise unreadable(self._path, error) from error
         return {getattr(row, self._by): row for row in rows}
 
     def _write(self, rows: Mapping[str, Any]) -> None:
         content = {"version": 1, "rows": [asdict(row) for row in rows.values()]}
-        atomic_write(self._path, json.dumps(content, indent=1).encode(), private=True)
+        atomic_write(self._path, msgspec.json.format(msgspec.json.encode(content), indent=1), private=True)
 
 
 @contextmanager
