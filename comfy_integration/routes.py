@@ -128,11 +128,10 @@ def _connected(worker: KnownWorker, pack: PackState) -> Iterator[Remote]:
 
 
 def _loras_of(worker: KnownWorker, pack: PackState) -> dict[str, Any]:
-    from mesh_core import wire
+    from mesh_core.host.kept_loras import listed
 
     with _connected(worker, pack) as remote:
-        shelved = remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=_TEST_WITHIN)
-    return {"loras": [str(item.get("name", "")) for item in shelved.loras]}
+        return {"loras": [str(item.get("name", "")) for item in listed(remote, _TEST_WITHIN)]}
 
 
 def _tried(worker: KnownWorker, pack: PackState) -> dict[str, Any]:

@@ -15,9 +15,9 @@ _LEAST_OF_A_HASH = 6
 """Characters from which the start of a hash names a LoRA."""
 
 
-def listed(remote: Remote) -> list[dict[str, Any]]:
-    """What the worker has: of its folders, and received from hosts."""
-    return list(remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=_TIMEOUT).loras)
+def listed(remote: Remote, timeout: float = _TIMEOUT) -> list[dict[str, Any]]:
+    """What the worker has: of its folders, and received from hosts. ``timeout`` in seconds."""
+    return list(remote.ask(wire.ListLoras(wire.next_id()), wire.LorasListed, timeout=timeout).loras)
 
 
 def discard(remote: Remote, which: str) -> dict[str, Any]:

@@ -25,14 +25,17 @@ class Links:
         self._cannot_say: set[Ends] = set()
         self._steps_since = _PATIENCE
 
-    def meet(self, remote: Remote) -> None:
-        """A worker is connected: measure the ways there and back unless that was done for this connection."""
+    def meet(self, remote: Remote) -> bool:
+        """A worker is connected: measure the ways there and back unless that was done for this connection; whether the
+        connection is a new one here."""
         there, back = remote.measured()
-        if self._measured.get((None, remote)) is not there:
-            # What was known of the connection before, its neighbours' included, says nothing of this one.
-            self._believed = {ends: link for ends, link in self._believed.items() if remote not in ends}
-            self.take(None, remote, there)
-            self.take(remote, None, back)
+        if self._measured.get((None, remote)) is there:
+            return False
+        # What was known of the connection before, its neighbours' included, says nothing of this one.
+        self._believed = {ends: link for ends, link in self._believed.items() if remote not in ends}
+        self.take(None, remote, there)
+        self.take(remote, None, back)
+        return True
 
     def take(self, source: RouteEnd, target: RouteEnd, link: Link) -> None:
         """A link was measured."""

@@ -55,8 +55,9 @@ class Opener:
         for hop in self._hops:
             if not hop.remote.connected:
                 hop.remote.connect(within)
-            self.links.meet(hop.remote)
-            self.speeds.meet(hop.remote)
+            if self.links.meet(hop.remote):
+                # Only now: what the worker said when its session opened is newer than its welcome.
+                self.speeds.meet(hop.remote)
             hop.sent.clear()
             self._loras.connected(hop)
 
