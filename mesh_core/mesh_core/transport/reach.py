@@ -5,7 +5,8 @@ from __future__ import annotations
 import socket
 from time import monotonic, sleep
 
-from mesh_core.errors import Unreachable
+from mesh_core.errors import TransportError, Unreachable
+from mesh_core.system.handles import EXHAUSTED, EXHAUSTED_HINT
 from mesh_core.transport.address import Place
 
 _RETRY = 0.05
@@ -22,6 +23,7 @@ def reach(place: Place, timeout: float) -> str:
 
     Raises:
         Unreachable: the name does not resolve, nobody listens, or nothing answers; says which.
+        TransportError: this process has too many connections and files open.
     """
     deadline = monotonic() + timeout
     while True:
@@ -42,6 +44,8 @@ def reach(place: Place, timeout: float) -> str:
                 hint="is the machine awake, on this network, and the port open in its firewall?",
             ) from error
         except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise TransportError(f"Connecting to {place} failed: {error}.", hint=EXHAUSTED_HINT) from error
             if monotonic() + _RETRY > deadline:
                 raise _nobody(place, error) from error
             sleep(_RETRY)

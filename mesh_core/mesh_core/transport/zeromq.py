@@ -19,12 +19,14 @@ from typing import ClassVar, cast
 import zmq
 
 from mesh_core.errors import ConfigError
+from mesh_core.system.handles import raised_limit
 from mesh_core.transport.address import Place, is_loopback, numeric, parse_place
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 from mesh_core.transport.gate import Gate
 from mesh_core.transport.keys import KeyPair, KeyStore
 from mesh_core.transport.zmq_channel import ZmqChannel
 from mesh_core.transport.zmq_connecting import Caller
+from mesh_core.transport.zmq_doors import DoorLimits, Doors
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_listener import ZmqListener
 from mesh_core.transport.zmq_process import ZmqProcess
@@ -74,19 +76,22 @@ class ZeroMqTransport(Transport):
         host = numeric(place.host)
         gate = None if place.insecure else Gate(self._store())
         wire = Wire(self._limits, encrypted=gate is not None)
-        socket = wire.socket(self._runs().context, zmq.ROUTER)
-        try:
-            with mapped_errors(f"Listening at {place}"):
+        limits = DoorLimits.within(raised_limit())
+        with mapped_errors(f"Listening at {place}"):
+            context = self._runs().context
+            socket = wire.socket(context, zmq.ROUTER)
+            try:
                 socket.router_handover = 1
                 socket.ipv6 = ":" in host
                 domain = self._guard(socket, gate)
                 socket.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{place.port}")
-        except BaseException:
-            socket.close(linger=0)
-            raise
-        port = int(cast(bytes, socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0").rpartition(":")[2])
-        written = str(replace(place, port=port))
-        return ZmqListener(self._runs().context, socket, written, gate, wire, partial(self._unguard, domain))
+                port = int(cast(bytes, socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0").rpartition(":")[2])
+                doors = Doors(context, socket, port, limits)
+            except BaseException:
+                socket.close(linger=0)
+                raise
+            written, unguard = str(replace(place, port=port)), partial(self._unguard, domain)
+            return ZmqListener(context, socket, written, gate, wire, doors, unguard)
 
     def wait(self, channels: Sequence[Channel], timeout: float) -> list[Channel]:
         ours = cast(Sequence[ZmqChannel], channels)

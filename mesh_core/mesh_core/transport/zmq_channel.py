@@ -16,7 +16,7 @@ from mesh_core.transport.frames import byte_views
 from mesh_core.transport.keys import KeyPair
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_refusals import HandshakeBroken, not_accepted
-from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
+from mesh_core.transport.zmq_socket import HERE, Context, Socket, Wire, close_with, milliseconds
 from mesh_core.wire.framing import Frame
 
 _FULL = 5.0
@@ -165,9 +165,9 @@ def open_channel(
     Raises:
         NotAuthorised, Unreachable, HandshakeBroken: as of `ZmqChannel.shake_hands`.
     """
-    channel = ZmqChannel(context, place, wire, keeper)
-    try:
-        with mapped_errors(f"Connecting to {place}"):
+    with mapped_errors(f"Connecting to {place}"):
+        channel = ZmqChannel(context, place, wire, keeper)
+        try:
             if keys is not None:
                 own, server_key = keys
                 channel.socket.curve_publickey = own.public.encode()
@@ -176,7 +176,8 @@ def open_channel(
             channel.socket.ipv6 = ":" in numeric
             channel.socket.connect(f"tcp://{f'[{numeric}]' if ':' in numeric else numeric}:{place.port}")
             channel.shake_hands(timeout)
-    except BaseException:
-        channel.close()
-        raise
-    return channel
+            wire.send(channel.socket, HERE)
+        except BaseException:
+            channel.close()
+            raise
+        return channel
