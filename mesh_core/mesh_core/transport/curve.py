@@ -127,4 +127,5 @@ class ZapHandler:
         except Exception:
             # The handler must outlive anything: without it nobody could connect any more.
             log.exception("a handshake was refused because its key could not be checked")
+            return b"500", b"Not checked", b""
         return b"400", b"Not authorised", b""

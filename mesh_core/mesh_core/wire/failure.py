@@ -8,13 +8,16 @@ from typing import Any
 import mesh_codec.errors as codec_errors
 from mesh_codec.errors import CodecError
 from mesh_core import wire
-from mesh_core.errors import MAX_RENDERED, MeshError, RemoteError, by_name
+from mesh_core.errors import MAX_RENDERED, MeshError, RemoteError, TransportError, by_name
+from mesh_core.system.handles import EXHAUSTED, EXHAUSTED_HINT
 
 _LONGEST_NAME = 256
 
 
 def describe(error: BaseException) -> dict[str, Any]:
     """``error`` as plain values of bounded size. The traceback is only that of errors nobody foresaw."""
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        error = TransportError(f"This worker has too many files and connections open: {error}.", hint=EXHAUSTED_HINT)
     if isinstance(error, (MeshError, CodecError)):
         message, hint, trace = error.message, error.hint, ""
     else:

@@ -27,6 +27,7 @@ from mesh_core.wire.entries import (
     SpanEnds,
     TensorEntry,
     Uint,
+    Versions,
 )
 
 
@@ -39,7 +40,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="t", ta
 class Hello(Message, frozen=True):
     """Host to worker, first on every connection: who I am and the wire versions that I speak."""
 
-    wire: list[int]
+    wire: Versions
     package: str
     plugins: dict[str, str]
     name: str
@@ -48,7 +49,7 @@ class Hello(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """Answer to `Hello`. ``client_key``: under which this worker connects to neighbours; "" if it has none."""
 
-    wire: int
+    wire: Uint
     package: str
     plugins: dict[str, str]
     name: str

@@ -14,12 +14,16 @@ class Quota:
         steps: that wait, of one session.
         requests: to load or list checkpoints, that wait.
         neighbours: that were admitted for one session.
+        probes: whose answers wait to be sent.
+        probe_bytes: of these answers together.
     """
 
     sessions: int = 32
     steps: int = 8
     requests: int = 16
     neighbours: int = 8
+    probes: int = 64
+    probe_bytes: int = 256 << 20
 
 
 QUOTA = Quota()

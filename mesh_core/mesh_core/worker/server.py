@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,17 +20,18 @@ import torch
 
 from mesh_core import __version__, wire
 from mesh_core.crossing.speed_book import SpeedBook
-from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge, WireUnsupportedVersion
+from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge
 from mesh_core.loras.library import own_library
 from mesh_core.model.library import CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.device import free_memory, label
-from mesh_core.transport.base import Listener, Peer
+from mesh_core.transport.base import Listener, Peer, Trust
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
 from mesh_core.worker.opening import SessionOpener
+from mesh_core.worker.probes import ProbeAnswers
 from mesh_core.worker.quota import QUOTA
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.requests import RequestThreads
@@ -44,6 +45,13 @@ log = logging.getLogger(__name__)
 
 _TICK = 0.25
 """Seconds between looks at sessions whose host may be gone."""
+
+_LIMITS: Mapping[Trust, wire.MessageLimits] = {
+    "member": wire.REQUEST,
+    "neighbour": wire.HANDED_OVER,
+    "enrolling": wire.GREETING,
+}
+"""What a message may hold, by who sent it: they are read before it is known what they are."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ class Worker:
         constants = ConstantsCache(self._device, settings.worker.constants_cache)
         self.steps = WorkerSteps(name, self._device, plugins, sessions, constants, executor, replies)
         self._requests = RequestThreads(replies)
+        self._probes = ProbeAnswers()
         self._stopping = threading.Event()
         self._handlers = self._table()
 
@@ -165,7 +174,7 @@ class Worker:
     def _dispatch(self, peer: Peer, frames: list[memoryview]) -> None:
         message: wire.Message | None = None
         try:
-            message, buffers = wire.unpack(frames)
+            message, buffers = wire.unpack(frames, _LIMITS[peer.trust])
             self._check_trust(peer, message)
             handler = self._handlers.get(type(message))
             if handler is None:
@@ -189,12 +198,7 @@ class Worker:
             )
 
     def _hello(self, peer: Peer, message: wire.Hello) -> None:
-        if wire.VERSION not in message.wire:
-            raise WireUnsupportedVersion(
-                f"{self.options.name} (comfyui-mesh {__version__}) speaks wire version {wire.VERSION}, "
-                f"{message.name} (comfyui-mesh {message.package}) speaks {message.wire}.",
-                hint="pip install --upgrade comfyui-mesh on the older side",
-            )
+        wire.check_versions(message.wire)
         welcome = wire.Welcome(
             id=message.id,
             wire=wire.VERSION,
@@ -234,4 +238,4 @@ class Worker:
             raise NotAuthorised("Only a member may ask for bytes back.", hint="mesh join INVITE")
         if sum(b.nbytes for b in buffers) > wire.PROBE_BYTES:
             raise WireTooLarge(f"A probe carries more than {wire.PROBE_BYTES} bytes.")
-        self.replies.send(peer.route, wire.Probed(message.id), [bytes(message.size)])
+        self.replies.send(peer.route, wire.Probed(message.id), [self._probes.make(peer.key, message.size)])

@@ -23,10 +23,10 @@ LORA = {"id": HASH, "outline": DIGEST, "name": "turbo", "strength": 0.75, "base"
 TRACE = [{"worker": "blue", "span": "4:8", "compute_ms": 12.5, "in_coded": 12}]
 
 EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
-    (wire.Hello(1, [1], "0.1.0", {"klein": "0.1.0"}, "desk"), []),
+    (wire.Hello(1, [2], "0.1.0", {"klein": "0.1.0"}, "desk"), []),
     (
         wire.Welcome(
-            1, 1, "0.1.0", {}, "blue", KEY, {"raw": {}, "quant": {"levels": 16}}, [{"device": "cuda:0"}], {"flux2": "1"}
+            1, 2, "0.1.0", {}, "blue", KEY, {"raw": {}, "quant": {"levels": 16}}, [{"device": "cuda:0"}], {"flux2": "1"}
         ),
         [],
     ),
