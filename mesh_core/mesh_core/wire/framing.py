@@ -19,7 +19,7 @@ from mesh_core.wire.limits import LIMITS, PROBE_BYTES, MessageLimits
 from mesh_core.wire.messages import MESSAGES, Chunk, Message, Probe, Probed, type_name
 from mesh_core.wire.plain import check_kinds, check_lengths, check_plain
 
-VERSION = 1
+VERSION = 2
 """The wire version that this package speaks."""
 
 Frame = bytes | bytearray | memoryview

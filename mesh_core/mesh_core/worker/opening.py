@@ -52,14 +52,17 @@ class SessionOpener:
         """Load the stage and open, or reopen with another span, a session."""
         progress = _ThrottledProgress(lambda *p: self.replies.send(peer.route, wire.Progress(message.id, *p)))
         memory = StepMemory(streams_of(message.inputs, self.plugins), streams_of(message.outputs, self.plugins))
-        if message.session in self.sessions:
-            self.sessions.owned(peer, message.session)
+        before = self.sessions.owned(peer, message.session) if message.session in self.sessions else None
         checkpoint = self.library.find(
             message.family, message.structure, message.fingerprint, progress.phase(phases.CHECKING)
         )
         span, dtype = span_of(checkpoint, message.span), dtype_of(message.dtype)
         check_crossing(checkpoint, span.start, memory.inputs)
         check_crossing(checkpoint, span.stop, memory.outputs)
+        continues = before is not None and before.memory.alike(memory)
+        if before is not None and continues:
+            # Only the connection was lost: the next step is predicted from what was there before.
+            memory = before.memory
         loras = self.loras.resolve(message.loras, checkpoint, span)
         key = StageKey(message.fingerprint, span, dtype, set_key(loras))
         loaded = self._acquire(checkpoint, key, progress.phase(phases.LOADING), loras)
@@ -73,7 +76,7 @@ class SessionOpener:
         )
         self.loras.keep(session, loras)
         self.sessions.put(session)
-        info = self._cost(loaded, loaded.seconds) | {"speeds": self.speeds.plain(), **link}
+        info = self._cost(loaded, loaded.seconds) | {"speeds": self.speeds.plain(), "continues": continues, **link}
         self.replies.send(peer.route, wire.Opened(message.id, info))
 
     def adjust(self, peer: Peer, message: wire.Adjust) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from mesh_core.crossing.streams import Streams
+from mesh_core.errors import Cancelled
 from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint
 from mesh_core.transport.base import Channel
@@ -28,11 +29,18 @@ class StepMemory:
     attempt: int = 0
 
     def begin(self, attempt: int) -> None:
-        """A step of this attempt comes: one that is sent again starts every stream at a key frame, at both ends."""
-        if attempt != self.attempt:
-            self.attempt = attempt
-            self.inputs.reset()
-            self.outputs.reset()
+        """A step of this attempt is computed now.
+
+        Raises:
+            Cancelled: the host has given it up, and this worker computed something newer since.
+        """
+        if attempt < self.attempt:
+            raise Cancelled("A step that was given up came late.")
+        self.attempt = attempt
+
+    def alike(self, other: StepMemory) -> bool:
+        """Whether it can serve in the place of ``other``: their streams code in the same way."""
+        return self.inputs.alike(other.inputs) and self.outputs.alike(other.outputs)
 
 
 @dataclass

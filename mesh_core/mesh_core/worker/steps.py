@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mesh_core import wire
+from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.streams import Payload
 from mesh_core.errors import TransportTimeout, WireMalformed
 from mesh_core.model.adapter import Stage
@@ -75,16 +76,16 @@ class WorkerSteps:
             raise TransportTimeout(f"Step {message.step} waited {waited:.0f} s, longer than its deadline.")
         began = perf_counter()
         session.memory.begin(message.attempt)
-        stage = session.loaded.stage
+        stage, turn = session.loaded.stage, Turn(message.sequence, message.step, message.after)
         conditioning = self._conditioning(stage, message)
-        state = session.memory.inputs.decode(message.sequence, message.tensors, buffers, self.device)
+        state = session.memory.inputs.decode(turn, message.tensors, buffers, self.device)
         _check_complete(stage, state)
         decoded = perf_counter()
         with torch.no_grad():
             result = stage(state, conditioning)
         synchronise(self.device)
         computed = perf_counter()
-        payload = session.memory.outputs.encode(message.sequence, result)
+        payload = session.memory.outputs.encode(turn, result)
         report = {
             "worker": self.name,
             "span": str(stage.span),
@@ -120,6 +121,7 @@ class WorkerSteps:
             session=session.next_session,
             step=message.step,
             attempt=message.attempt,
+            after=message.after,
             sequence=message.sequence,
             constants=message.constants,
             options=message.options,
