@@ -181,7 +181,8 @@ def check_restoring(codec: Codec) -> None:
             for tensor in tensors[:arrived]:
                 decoder.decode(_carried(encoder.encode(-tensor)))
             encoder.encode(-tensors[4])
-            encoder.restore(here), decoder.restore(there)
+            encoder.restore(here)
+            decoder.restore(there)
             found = [decoder.decode(_carried(encoder.encode(tensor))) for tensor in tensors[2:4]]
             for one, wanted, tensor in zip(found, expected, tensors[2:4], strict=True):
                 _check_close(one, tensor, level)

@@ -55,8 +55,8 @@ class StepStats:
         encode_ms, decode_ms: at the host.
         codec, reason: how the hidden state crosses, and why.
         resent: how often the step had to be sent again.
-        restarted: whether codecs had lost what the step would have been predicted from, so that it started at a key frame:
-            its result is within the quality, and not the one that it would have been.
+        restarted: whether codecs had lost what the step would have been predicted from, so that it started at a key
+            frame: its result is within the quality, and not the one that it would have been.
     """
 
     step: int

@@ -57,7 +57,7 @@ class _Passes:
         Raises:
             CodecStateLost: nothing is known of that step any more.
         """
-        ends = {**self.encoders, **self.decoders}
+        ends: dict[str, Encoder | Decoder] = {**self.encoders, **self.decoders}
         if not after:
             for end in ends.values():
                 end.reset()

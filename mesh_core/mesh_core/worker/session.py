@@ -9,7 +9,7 @@ from mesh_core.crossing.streams import Streams
 from mesh_core.errors import Cancelled
 from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint
-from mesh_core.transport.base import Channel
+from mesh_core.worker.onward import Onward
 from mesh_core.worker.stages import Loaded
 
 
@@ -52,7 +52,7 @@ class WorkerSession:
         route: where results go; follows the owner when it reconnects.
         checkpoint: that the stage is a span of.
         memory: what lasts from step to step.
-        next: channel to the worker that continues, and the session there; None at the end of a chain.
+        next: the way to the worker that continues; None at the end of a chain.
         loras: those of its stage, in order; their files stay while they are here.
         neighbours: public keys of workers that may hand over states.
         last_seen: time (monotonic) when its host was last heard of.
@@ -64,13 +64,12 @@ class WorkerSession:
     loaded: Loaded
     checkpoint: Checkpoint
     memory: StepMemory
-    next: Channel | None = None
-    next_session: bytes = b""
+    next: Onward | None = None
     loras: tuple[Applied, ...] = ()
     neighbours: set[str] = field(default_factory=set)
     last_seen: float = field(default_factory=monotonic)
 
     def close(self) -> None:
-        """Close the channel to the next worker; in the thread that uses it, or when that has ended."""
+        """Close the way to the next worker."""
         if self.next is not None:
             self.next.close()
