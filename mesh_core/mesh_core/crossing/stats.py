@@ -55,6 +55,8 @@ class StepStats:
         encode_ms, decode_ms: at the host.
         codec, reason: how the hidden state crosses, and why.
         resent: how often the step had to be sent again.
+        restarted: whether codecs had lost what the step would have been predicted from, so that it started at a key
+            frame: its result is within the quality, and not the one that it would have been.
     """
 
     step: int
@@ -67,6 +69,7 @@ class StepStats:
     codec: str = ""
     reason: str = ""
     resent: int = 0
+    restarted: bool = False
 
     @property
     def overhead_ms(self) -> float:
@@ -123,9 +126,11 @@ class RunStats:
             f"{crossed / 1e6:.2f} MB crossed, and {self.constants_bytes / 1e6:.2f} MB of constants once; "
             f"{self.steps[-1].reason or self.steps[-1].codec}",
         ]
-        resent = sum(s.resent for s in self.steps)
+        resent, restarted = sum(s.resent for s in self.steps), sum(s.restarted for s in self.steps)
         if resent or self.reconnects:
             lines.append(f"{self.reconnects} reconnects, {resent} steps sent again")
+        if restarted:
+            lines.append(f"{restarted} steps started at a key frame: within the quality, and not as undisturbed")
         lines += [f"LoRA {p['lora']} on {p['worker']} {p['span']}: {p['action']}, {p['reason']}" for p in self.loras]
         return lines
 

@@ -51,8 +51,11 @@ class CodecChoices:
         self._asked_at = 0.0
         self._looked_at: set[frozenset[tuple[Role, int]]] = set()
 
-    def choose(self, cut: int, source: RouteEnd, target: RouteEnd) -> Route:
+    def choose(self, cut: int, source: RouteEnd, target: RouteEnd, *, anew: bool) -> Route:
         """The route over ``cut`` with a codec and settings for each tensor, for streams that open now.
+
+        Args:
+            anew: choose what pays now; else what is in use stays, while both ends have it.
 
         Raises:
             PlanError: no codec that both ends have meets the quality.
@@ -63,6 +66,8 @@ class CodecChoices:
             route = self._routes[key] = Route(cut, source, target, self._spec.states[cut])
         roles = set(route.roles.values())
         route.able = {role: self._able(route, role) for role in roles}
+        if not anew and route.chosen and all(self._possible(route, role) for role in roles):
+            return route
         route.chosen = {role: self._ask(route, role) for role in roles}
         route.choices = {name: route.chosen[role] for name, role in route.roles.items()}
         route.steps = 0
@@ -105,6 +110,10 @@ class CodecChoices:
         codecs = (c for name, c in names.items() if all(name in end for end in ends) and self._allowed(c, role))
         able = tuple(codecs)
         return able, {c.name: _shared([end[c.name] for end in ends]) for c in able}
+
+    def _possible(self, route: Route, role: Role) -> bool:
+        """Whether the codec in use is one that all ends have."""
+        return any(codec.name == route.chosen[role].codec for codec in route.able[role][0])
 
     def _ask(self, route: Route, role: Role) -> CodecChoice:
         codecs, peer = route.able[role]

@@ -12,6 +12,7 @@ from time import perf_counter
 import torch
 
 from mesh_core import wire
+from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.stats import HopStats, StepStats
 from mesh_core.crossing.streams import Payload
 from mesh_core.errors import WireMalformed
@@ -50,6 +51,7 @@ class Flight:
     """
 
     leg: Leg
+    turn: Turn
     message: wire.Step
     payload: Payload
     sent: float
@@ -58,22 +60,23 @@ class Flight:
     @classmethod
     def start(
         cls, leg: Leg, state: State, constants: Mapping[str, str], request: Request,
-        *, step: int, attempt: int, deadline: float,
+        *, turn: Turn, attempt: int, deadline: float,
     ) -> Flight:  # fmt: skip
         """Encode ``state`` and send it to the leg's first worker; returns at once.
 
         Args:
             constants: names -> hashes of what the workers have already.
-            attempt: raised whenever both ends start their streams anew.
+            attempt: raised whenever a step is sent again.
         """
         first = leg.hops[0].remote
-        payload = leg.encoder.encode(request.sequence, state)
+        payload = leg.encoder.encode(turn, state)
         message = wire.Step(
             id=wire.next_id(),
             session=first.session,
-            step=step,
+            step=turn.step,
             attempt=attempt,
-            sequence=request.sequence,
+            after=turn.after,
+            sequence=turn.sequence,
             constants=dict(constants),
             options=dict(request.conditioning.options),
             tensors=payload.entries,
@@ -82,7 +85,7 @@ class Flight:
         )
         sent = perf_counter()
         first.tell(message, payload.buffers)
-        return cls(leg, message, payload, sent, deadline)
+        return cls(leg, turn, message, payload, sent, deadline)
 
     def land(self, device: torch.device, stats: StepStats) -> Landed:
         """Wait for what the leg's last worker returns, on ``device``; its cost is added to ``stats``.
@@ -96,7 +99,7 @@ class Flight:
         what = f"step {self.message.step}"
         result, buffers = await_answer(remotes, self.message.id, self._answer, self.deadline, what)
         arrived = perf_counter()
-        state = self.leg.decoder.decode(self.message.sequence, result.tensors, buffers, device)
+        state = self.leg.decoder.decode(self.turn, result.tensors, buffers, device)
         # Giving 33 MB back to the system takes milliseconds; they belong to the decoding.
         buffers.clear()
         decode_ms = (perf_counter() - arrived) * 1e3

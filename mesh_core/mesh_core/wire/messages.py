@@ -136,7 +136,8 @@ class Constants(Message, frozen=True):
 class Step(Message, frozen=True):
     """Host to worker, or worker to the next one: run your span on this state. Answered by `Result` to the host.
 
-    ``attempt`` is raised whenever both ends start their codec streams anew.
+    ``attempt`` is raised whenever a step is sent again or given up: a worker refuses what comes late.
+    ``after`` is the step whose tensors this one is predicted from; 0: it starts at key frames.
     ``sequence`` names the codec streams (one per kind of pass).
     ``constants`` maps names to hashes. ``trace`` holds what the workers before this one report.
     """
@@ -144,6 +145,7 @@ class Step(Message, frozen=True):
     session: SessionId
     step: Uint
     attempt: Uint
+    after: Uint
     sequence: str
     constants: dict[str, str]
     options: Plain

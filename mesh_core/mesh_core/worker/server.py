@@ -153,6 +153,7 @@ class Worker:
             if got is not None:
                 self._dispatch(*got)
             self.sessions.stop_orphans()
+            self.steps.report_losses()
         self._executor.stop()
         self._requests.stop()
         self.sessions.close_all()

@@ -164,8 +164,8 @@ class WorkerSessions:
             if not any(key in s.neighbours for s in self):
                 self._listener.dismiss(key)
         if session.next is not None:
-            # Only the computing thread uses the channel, and a channel is one thread's. Under a name of its own, so
-            # that neither the session's quota nor its cancelling concerns it.
+            # Not here: the computing thread may be handing a state on, which can take seconds. Under a name of its own,
+            # so that neither the session's quota nor its cancelling concerns it.
             closing = b"close" + session.id
             self._executor.submit(Job(closing, 0, session.close, lambda e: log.warning("a channel stays open: %s", e)))
 

@@ -6,13 +6,16 @@ the next worker. What a session keeps from one step for the next is its `StepMem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from mesh_core import wire
+from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.streams import Payload
 from mesh_core.errors import TransportTimeout, WireMalformed
 from mesh_core.model.adapter import Stage
@@ -25,6 +28,11 @@ from mesh_core.worker.executor import Executor, Job
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import WorkerSession
 from mesh_core.worker.sessions import WorkerSessions
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY = 0.1
+"""Seconds between two looks at what was handed on."""
 
 
 @dataclass
@@ -43,6 +51,7 @@ class WorkerSteps:
     constants: ConstantsCache
     executor: Executor
     replies: Replies
+    _looked_at: float = field(default=0.0, init=False)
 
     def keep_constants(self, peer: Peer, message: wire.Constants, buffers: list[memoryview]) -> None:
         """Decode and cache constants that steps will name by their hashes."""
@@ -69,22 +78,34 @@ class WorkerSteps:
         """Stop a step, whether it waits or runs."""
         self.executor.cancel(self.sessions.owned(peer, message.session).id, message.step)
 
+    def report_losses(self) -> None:
+        """Tell hosts of steps that were handed on and will not arrive; in the listening thread, beside everything."""
+        now = monotonic()
+        if now < self._looked_at + _LOOK_EVERY:
+            return
+        self._looked_at = now
+        for session in self.sessions:
+            if session.next is not None and (lost := session.next.look()) is not None:
+                step, error = lost
+                log.info("step %d was handed on and is lost: %s", step.step, error)
+                self.replies.fail(session.route, structs.replace(step, session=session.id), error)
+
     def _compute(self, session: WorkerSession, message: wire.Step, buffers: list[memoryview], waited: float) -> None:
         """All of one step. ``waited``: seconds that it was queued."""
         if waited * 1e3 > message.deadline_ms:
             raise TransportTimeout(f"Step {message.step} waited {waited:.0f} s, longer than its deadline.")
         began = perf_counter()
         session.memory.begin(message.attempt)
-        stage = session.loaded.stage
+        stage, turn = session.loaded.stage, Turn(message.sequence, message.step, message.after)
         conditioning = self._conditioning(stage, message)
-        state = session.memory.inputs.decode(message.sequence, message.tensors, buffers, self.device)
+        state = session.memory.inputs.decode(turn, message.tensors, buffers, self.device)
         _check_complete(stage, state)
         decoded = perf_counter()
         with torch.no_grad():
             result = stage(state, conditioning)
         synchronise(self.device)
         computed = perf_counter()
-        payload = session.memory.outputs.encode(message.sequence, result)
+        payload = session.memory.outputs.encode(turn, result)
         report = {
             "worker": self.name,
             "span": str(stage.span),
@@ -117,9 +138,10 @@ class WorkerSteps:
             return
         onward = wire.Step(
             id=message.id,
-            session=session.next_session,
+            session=session.next.session,
             step=message.step,
             attempt=message.attempt,
+            after=message.after,
             sequence=message.sequence,
             constants=message.constants,
             options=message.options,
@@ -127,7 +149,7 @@ class WorkerSteps:
             trace=trace,
             deadline_ms=message.deadline_ms,
         )
-        session.next.send(wire.pack(onward, payload.buffers))
+        session.next.hand_on(onward, payload.buffers)
 
 
 def _check_complete(stage: Stage, state: State) -> None:

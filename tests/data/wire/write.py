@@ -57,7 +57,7 @@ EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
     (wire.Ok(5), []),
     (wire.Constants(6, SESSION, [{"hash": "c0ffee", **ENTRY}]), [b"text"]),
     (
-        wire.Step(7, SESSION, 3, 1, "cond", {"ids": "c0ffee"}, {"guidance": 3.5}, [ENTRY], TRACE, 300_000),
+        wire.Step(7, SESSION, 3, 1, 2, "cond", {"ids": "c0ffee"}, {"guidance": 3.5}, [ENTRY], TRACE, 300_000),
         [b"twelve bytes"],
     ),
     (wire.Result(7, SESSION, 3, 1, [ENTRY, {**ENTRY, "n": "empty", "k": 2}], TRACE), [b"twelve bytes", b"", b"x"]),
