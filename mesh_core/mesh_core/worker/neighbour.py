@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from time import monotonic
 from typing import Any
 
 from mesh_core import wire
@@ -11,6 +12,12 @@ from mesh_core.errors import TransportTimeout, WireMalformed
 from mesh_core.plugins.registry import Plugins
 from mesh_core.transport.base import Address, Channel
 from mesh_core.wire.failure import rebuild
+
+_MEASURED_WITHIN = 5.0
+"""Seconds for all probes together; an honest way takes a tenth of that."""
+
+_MOST_STRAYS = 8
+"""Messages that answer nothing, after which the worker there is not worth listening to."""
 
 
 def connect_next(following: Mapping[str, Any], plugins: Plugins, timeout: float) -> tuple[Channel, bytes]:
@@ -32,25 +39,33 @@ def connect_next(following: Mapping[str, Any], plugins: Plugins, timeout: float)
     return plugins.transport(address.scheme).connect(address, timeout), session
 
 
-def measured_link(channel: Channel, timeout: float) -> dict[str, Any]:
+def measured_link(channel: Channel, within: float = _MEASURED_WITHIN) -> dict[str, Any]:
     """How fast ``channel`` is in the direction that states take, as a message carries it.
 
     Args:
-        timeout: seconds that each probe may take.
+        within: seconds for the whole measurement, whatever the worker there says.
 
     Raises:
-        TransportTimeout: the worker there does not answer.
+        TransportTimeout: the worker there does not answer in time.
+        WireMalformed: it answers what was not asked.
     """
+    end, strays = monotonic() + within, 0
 
     def send(nbytes: int) -> None:
+        nonlocal strays
         probe = wire.Probe(wire.next_id(), 0)
         channel.send(wire.pack(probe, [bytes(nbytes)] if nbytes else []))
-        while (frames := channel.receive(timeout)) is not None:
+        while (frames := channel.receive(max(end - monotonic(), 0.0))) is not None:
             answer, _ = wire.unpack(frames)
             if isinstance(answer, wire.Failed):
                 raise rebuild(answer)
-            if answer.id == probe.id:
+            if isinstance(answer, wire.Probed) and answer.id == probe.id:
                 return
-        raise TransportTimeout("The next worker does not answer a probe.", hint="mesh doctor on this machine")
+            strays += 1
+            if strays > _MOST_STRAYS:
+                raise WireMalformed("The next worker answers something else than the probes that it gets.")
+        raise TransportTimeout(
+            f"The next worker does not answer probes within {within:g} s.", hint="mesh doctor on this machine"
+        )
 
     return plain_link(measure_one_way(send))

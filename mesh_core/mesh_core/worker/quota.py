@@ -12,13 +12,15 @@ class Quota:
     Attributes:
         sessions: open at once; of more, the one that was silent for longest is forgotten.
         steps: that wait, of one session.
-        requests: to load or list checkpoints, that wait.
+        requests: of one kind (to load or list, LoRAs that arrive, constants), that wait.
+        request_bytes: that come with them, unless it is one request alone.
         neighbours: that were admitted for one session.
     """
 
     sessions: int = 32
     steps: int = 8
     requests: int = 16
+    request_bytes: int = 1 << 30
     neighbours: int = 8
 
 

@@ -46,8 +46,8 @@ class WorkerSteps:
 
     def keep_constants(self, peer: Peer, message: wire.Constants, buffers: list[memoryview]) -> None:
         """Decode and cache constants that steps will name by their hashes."""
-        self.sessions.owned(peer, message.session)
-        self.constants.take(message.tensors, buffers, self.plugins.codec("raw").decoder({}))
+        owner = self.sessions.owned(peer, message.session).owner
+        self.constants.take(message.tensors, buffers, self.plugins.codec("raw").decoder({}), owner)
         self.replies.send(peer.route, wire.Ok(message.id))
 
     def queue(self, peer: Peer, message: wire.Step, buffers: list[memoryview]) -> None:
