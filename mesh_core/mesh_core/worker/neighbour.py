@@ -13,12 +13,6 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.transport.base import Address, Channel
 from mesh_core.wire.failure import rebuild
 
-_MEASURED_WITHIN = 5.0
-"""Seconds for all probes together; an honest way takes a tenth of that."""
-
-_MOST_STRAYS = 8
-"""Messages that answer nothing, after which the worker there is not worth listening to."""
-
 
 def connect_next(following: Mapping[str, Any], plugins: Plugins, timeout: float) -> tuple[Channel, bytes]:
     """A channel to the worker that ``following`` names, and the session there.
@@ -39,7 +33,7 @@ def connect_next(following: Mapping[str, Any], plugins: Plugins, timeout: float)
     return plugins.transport(address.scheme).connect(address, timeout), session
 
 
-def measured_link(channel: Channel, within: float = _MEASURED_WITHIN) -> dict[str, Any]:
+def measured_link(channel: Channel, within: float) -> dict[str, Any]:
     """How fast ``channel`` is in the direction that states take, as a message carries it.
 
     Args:
@@ -49,21 +43,19 @@ def measured_link(channel: Channel, within: float = _MEASURED_WITHIN) -> dict[st
         TransportTimeout: the worker there does not answer in time.
         WireMalformed: it answers what was not asked.
     """
-    end, strays = monotonic() + within, 0
+    end = monotonic() + within
 
     def send(nbytes: int) -> None:
-        nonlocal strays
         probe = wire.Probe(wire.next_id(), 0)
         channel.send(wire.pack(probe, [bytes(nbytes)] if nbytes else []))
-        while (frames := channel.receive(max(end - monotonic(), 0.0))) is not None:
+        frames = channel.receive(max(end - monotonic(), 0.0))
+        if frames is not None:
             answer, _ = wire.unpack(frames)
             if isinstance(answer, wire.Failed):
                 raise rebuild(answer)
-            if isinstance(answer, wire.Probed) and answer.id == probe.id:
-                return
-            strays += 1
-            if strays > _MOST_STRAYS:
-                raise WireMalformed("The next worker answers something else than the probes that it gets.")
+            if not isinstance(answer, wire.Probed) or answer.id != probe.id:
+                raise WireMalformed("The next worker answers something else than the probe that it got.")
+            return
         raise TransportTimeout(
             f"The next worker does not answer probes within {within:g} s.", hint="mesh doctor on this machine"
         )

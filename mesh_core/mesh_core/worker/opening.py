@@ -113,9 +113,10 @@ class SessionOpener:
         """The channel to the next worker and the session there, and what the answer says of the way."""
         if following is None:
             return None, b"", {}
-        channel, session = connect_next(following, self.plugins, self.settings.deadlines.connect)
+        timeout = self.settings.deadlines.connect
+        channel, session = connect_next(following, self.plugins, timeout)
         try:
-            return channel, session, {"link": measured_link(channel)} if measure else {}
+            return channel, session, {"link": measured_link(channel, timeout)} if measure else {}
         except BaseException:
             channel.close()
             raise

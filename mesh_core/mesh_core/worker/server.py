@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 _TICK = 0.25
 """Seconds between looks at sessions whose host may be gone."""
 
-_ENDS_WITHIN = 10.0
+_ENDS_WITHIN = 5.0
 """Seconds that all threads together have to end when the worker stops."""
 
 
