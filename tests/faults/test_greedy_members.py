@@ -134,7 +134,7 @@ def test_constants_without_end(quick: Case, plugins: Plugins, tmp_path: Path, ki
         hostile.ask(opened, wire.Opened, timeout=20)
         before = worker.resident()
         with undisturbed(quick, worker.address, plugins):
-            for number in range(8):
+            for number in range(3):
                 if kind == "empty":
                     content, shapes = b"", [[0, 4096 * number + i] for i in range(4096)]
                 else:

@@ -18,6 +18,7 @@ from mesh_core.system.config import Settings
 from mesh_core.transport.base import Channel, Peer
 from mesh_core.wire import phases
 from mesh_core.worker.agreement import check_crossing, dtype_of, span_of, streams_of
+from mesh_core.worker.bounds import StepBounds
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
 from mesh_core.worker.neighbour import connect_next, measured_link
@@ -68,8 +69,9 @@ class SessionOpener:
         except BaseException:
             self.stages.release(key)
             raise
+        bounds = StepBounds(checkpoint, span, dtype, self.stages.memory.device, self.settings.worker.step_memory)
         session = WorkerSession(
-            message.session, peer.key, peer.route, loaded, checkpoint, memory, channel, session_there
+            message.session, peer.key, peer.route, loaded, checkpoint, memory, bounds, channel, session_there
         )
         self.loras.keep(session, loras)
         self.sessions.put(session)

@@ -111,7 +111,8 @@ class Worker:
         self.sessions = sessions = WorkerSessions(name, settings, stages, executor, listener, loras, replies)
         self.opener = SessionOpener(settings, plugins, library, stages, executor, loras, sessions, self.speeds, replies)
         constants = ConstantsCache(self._device, settings.worker.constants_cache)
-        self.steps = WorkerSteps(name, self._device, plugins, sessions, constants, executor, replies)
+        longest = settings.deadlines.step
+        self.steps = WorkerSteps(name, self._device, longest, plugins, sessions, constants, executor, replies)
         self._requests = RequestThreads(replies)
         self._stopping = threading.Event()
         self._handlers = self._table()

@@ -9,6 +9,7 @@ from mesh_core.crossing.streams import Streams
 from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint
 from mesh_core.transport.base import Channel
+from mesh_core.worker.bounds import StepBounds
 from mesh_core.worker.stages import Loaded
 
 
@@ -44,6 +45,7 @@ class WorkerSession:
         route: where results go; follows the owner when it reconnects.
         checkpoint: that the stage is a span of.
         memory: what lasts from step to step.
+        bounds: of its steps.
         next: channel to the worker that continues, and the session there; None at the end of a chain.
         loras: those of its stage, in order; their files stay while they are here.
         neighbours: public keys of workers that may hand over states.
@@ -56,6 +58,7 @@ class WorkerSession:
     loaded: Loaded
     checkpoint: Checkpoint
     memory: StepMemory
+    bounds: StepBounds
     next: Channel | None = None
     next_session: bytes = b""
     loras: tuple[Applied, ...] = ()
