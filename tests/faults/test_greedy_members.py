@@ -11,14 +11,18 @@ from pathlib import Path
 from secrets import token_bytes
 
 import pytest
+import torch
 from blake3 import blake3
 
+from mesh_codec.base import CodecChoice
 from mesh_core import wire
-from mesh_core.errors import MeshError, TransportTimeout, WireMalformed
+from mesh_core.crossing.constants import digest
+from mesh_core.crossing.streams import entry
+from mesh_core.errors import MeshError, PlanDoesNotFit, TransportTimeout, WireMalformed
 from mesh_core.host.remote import Remote
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.identity import identify
-from mesh_core.system.config import Deadlines
+from mesh_core.system.config import Deadlines, WorkerSettings
 from mesh_core.transport.base import Address
 from tests.faults.conftest import IMPATIENT, Case
 from tests.faults.honest import member, undisturbed
@@ -143,3 +147,36 @@ def test_constants_without_end(quick: Case, plugins: Plugins, tmp_path: Path, ki
                 message = constants(opened.session, content, shapes)
                 hostile.ask(message, wire.Ok, buffers=[content] if content else [], timeout=30)
         assert worker.resident() - before < (200 if kind == "empty" else 1300) << 20
+
+
+def test_a_step_of_a_few_kilobytes_that_would_fill_the_memory(quick: Case, plugins: Plugins, tmp_path: Path) -> None:
+    settings = replace(IMPATIENT, worker=WorkerSettings(step_memory=256 << 20))
+    lossless = CodecChoice("lossless")
+    coded = plugins.codec("lossless").encoder({}).encode(torch.zeros(1 << 14, 7 + 16, 64))
+    temb = plugins.codec("raw").encoder({}).encode(torch.zeros(1, 64))
+    assert coded.nbytes < 64 << 10
+    with (
+        workers(quick.path.parent, 1, settings) as (worker,),
+        member(worker.address, tmp_path) as hostile,
+    ):
+        opened = opening(quick, plugins)
+        opened.inputs["hidden_states"] = {"codec": "lossless", "settings": {}}
+        hostile.ask(opened, wire.Opened, timeout=20)
+        ids = torch.zeros(16, 4, dtype=torch.int64), torch.zeros(7, 4, dtype=torch.int64)
+        named = {}
+        for name, tensor in zip(("img_ids", "txt_ids"), ids, strict=True):
+            raw = plugins.codec("raw").encoder({}).encode(tensor)
+            named[name] = digest(raw)
+            item = {"hash": named[name], **entry("constant", CodecChoice("raw"), raw)}
+            hostile.ask(
+                wire.Constants(wire.next_id(), opened.session, [item]), wire.Ok, buffers=raw.buffers, timeout=20
+            )
+        tensors = [entry("hidden_states", lossless, coded), entry("temb", CodecChoice("raw"), temb)]
+        before = worker.resident()
+        with undisturbed(quick, worker.address, plugins):
+            for step in range(1, 9):
+                message = wire.Step(wire.next_id(), opened.session, step, 0, "", named, {}, tensors, [], 60_000)
+                with pytest.raises(PlanDoesNotFit, match="tokens needs") as caught:
+                    hostile.ask(message, wire.Result, buffers=[*coded.buffers, *temb.buffers], timeout=20)
+                assert "smaller picture" in caught.value.hint
+        assert worker.resident() - before < 64 << 20, "the state alone has 96 MB"

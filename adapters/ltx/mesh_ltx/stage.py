@@ -96,11 +96,12 @@ class LtxStage(Stage):
         where, audio_where = constants.get("video_coords"), constants.get("audio_coords")
         if where is None:
             frames, height, width, fps = (options[n] for n in ("num_frames", "height", "width", "fps"))
-            _check_grid(video, frames, height, width)
+            steps = model.config.patch_size_t, model.config.patch_size, model.config.patch_size
+            _check_grid(video, (frames, height, width), steps)
             where = model.rope.prepare_video_coords(len(video), frames, height, width, video.device, fps=fps)
         if audio_where is None:
             frames = options["audio_num_frames"]
-            _check_grid(audio, frames)
+            _check_grid(audio, (frames,), (model.config.audio_patch_size_t,))
             audio_where = model.audio_rope.prepare_audio_coords(len(video), frames, audio.device)
         return {
             "video_rotary_emb": model.rope(where, device=video.device),
@@ -155,11 +156,12 @@ class LtxStage(Stage):
         return text, audio_text
 
 
-def _check_grid(stream: Tensor, *sides: Any) -> None:
+def _check_grid(stream: Tensor, sides: tuple[Any, ...], steps: tuple[int, ...]) -> None:
     """Options come over the network: those that coordinates are made from must be the stream's, not enormous."""
-    tokens = stream.shape[1]
-    if any(type(side) is not int or not 0 <= side <= tokens for side in sides) or prod(sides) != tokens:
-        raise WireMalformed(f"A grid of {list(sides)} came for {tokens} tokens.")
+    tokens, pairs = stream.shape[1], list(zip(sides, steps, strict=True))
+    sound = all(type(side) is int and 0 <= side <= tokens * step for side, step in pairs)
+    if not sound or prod(-(-side // step) for side, step in pairs) != tokens:
+        raise WireMalformed(f"A grid of {str(sides)[:80]} came for {tokens} tokens.")
 
 
 def _leave(stream: Tensor, embedded: Tensor, table: Tensor, norm: nn.Module, project: nn.Module) -> Tensor:
