@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -29,6 +30,12 @@ _HOPELESS = 4.0
 
 _QUICK = 1e12
 """Operations of a step that any device can do: not worth finding out how fast this one is."""
+
+
+def decode_limits(memory: int | None) -> DecodeLimits:
+    """What a decoder may make of one tensor where a step may take ``memory`` bytes, see `StepBounds`."""
+    usual = DecodeLimits()
+    return usual if memory is None else replace(usual, max_bytes=min(usual.max_bytes, memory))
 
 
 class StepBounds:

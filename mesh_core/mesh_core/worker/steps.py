@@ -14,7 +14,7 @@ import torch
 
 from mesh_core import wire
 from mesh_core.crossing.streams import Payload
-from mesh_core.errors import WireMalformed
+from mesh_core.errors import PeerLost, WireMalformed
 from mesh_core.model.adapter import Stage
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.plugins.registry import Plugins
@@ -133,7 +133,12 @@ class WorkerSteps:
             trace=trace,
             deadline_ms=message.deadline_ms,
         )
-        session.next.send(wire.pack(onward, payload.buffers))
+        try:
+            session.next.send(wire.pack(onward, payload.buffers))
+        except PeerLost:
+            # A worker that takes nothing is waited for once, not with every step: this is everybody's thread.
+            session.next.close()
+            raise
 
 
 def _check_complete(stage: Stage, state: State) -> None:
