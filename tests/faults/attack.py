@@ -71,7 +71,7 @@ def attack(
     loras = HostileLoras(model, mutator, seed)
     opening = [kinds(recorded)[kind] for kind in ("open", "constants")]
     answered = sent = made = 0
-    with honest_host(case, worker, plugins) as honest:
+    with honest_host(case, worker.address, plugins) as honest:
         before, most = worker.resident(), 0
         while sent < messages:
             channel.send(mutator.message())

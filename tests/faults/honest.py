@@ -16,20 +16,23 @@ import pytest
 import torch
 
 from mesh_core import wire
+from mesh_core.builtin import load_plugins
 from mesh_core.host.remote import Remote
 from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.read import lora_of_state
 from mesh_core.model.library import Checkpoint
 from mesh_core.plugins.registry import Plugins
-from mesh_core.transport.base import Address, Channel
+from mesh_core.system.config import Settings
+from mesh_core.transport.base import Address
 from mesh_core.transport.invites import accept_invite, create_invite
 from mesh_core.transport.keys import KeyStore
-from mesh_core.transport.zeromq import ZeroMqTransport
 from tests.faults.conftest import IMPATIENT, TALKATIVE, Case
-from tests.faults.processes import FastWorker
 from tests.support import loras
 from tests.support.splitting import split
-from tests.support.workers import wait_until
+from tests.support.workers import mesh_home, wait_until
+
+SLOWEST_PING = 1.0
+"""Seconds."""
 
 _PING_EVERY = 0.05
 _ANSWERED_WITHIN = 60.0
@@ -54,18 +57,22 @@ class Honest:
 
 
 @contextmanager
-def honest_host(case: Case, worker: FastWorker, plugins: Plugins) -> Iterator[Honest]:
-    """A member that generates and pings meanwhile; no step of its is sent again and no connection lost."""
+def honest_host(case: Case, address: str, plugins: Plugins, steps: int = 1) -> Iterator[Honest]:
+    """This user generates and pings meanwhile; no step is sent again and no connection lost.
+
+    Args:
+        steps: that are computed at least.
+    """
     met, enough = Honest(), threading.Event()
 
     def generate() -> None:
-        with split(case.path, ":1", [worker.address], plugins, settings=TALKATIVE) as runner:
-            while not enough.is_set():
+        with split(case.path, ":1", [address], plugins, settings=TALKATIVE) as runner:
+            while not enough.is_set() or len(met.exact) < steps:
                 met.exact.append(torch.equal(runner(case.inputs), case.expected))
             assert runner.stats.reconnects == 0 and not any(s.resent for s in runner.stats.steps)
 
     def ping() -> None:
-        with connected(worker, plugins) as remote:
+        with connected(address, plugins) as remote:
             while not enough.is_set():
                 asked = monotonic()
                 remote.ask(wire.Ping(wire.next_id(), b""), wire.Pong, timeout=_ANSWERED_WITHIN)
@@ -74,7 +81,7 @@ def honest_host(case: Case, worker: FastWorker, plugins: Plugins) -> Iterator[Ho
 
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(generate), pool.submit(ping)]
-        wait_until(lambda: (met.exact and met.pings) or any(r.done() for r in running), 20, "a first step")
+        wait_until(lambda: met.pings or running[1].done(), 20, "a first ping")
         met.pings.clear()
         try:
             yield met
@@ -85,9 +92,20 @@ def honest_host(case: Case, worker: FastWorker, plugins: Plugins) -> Iterator[Ho
 
 
 @contextmanager
-def connected(worker: FastWorker, plugins: Plugins) -> Iterator[Remote]:
+def undisturbed(case: Case, address: str, plugins: Plugins, steps: int = 2) -> Iterator[None]:
+    """An `honest_host` beside what a test does: every step is exact, every ping answered in time."""
+    with honest_host(case, address, plugins, steps) as met:
+        yield
+    assert met.exact and all(met.exact)
+    # One ping may fall into a pause of a busy machine.
+    slow = sorted(met.pings)[-2:]
+    assert slow[0] < SLOWEST_PING and slow[-1] < 3 * SLOWEST_PING, f"slowest of {len(met.pings)} pings: {slow}"
+
+
+@contextmanager
+def connected(address: str, plugins: Plugins) -> Iterator[Remote]:
     """A connection of this user's; what a test sends over it is a member's."""
-    remote = Remote(Address(worker.address), plugins, IMPATIENT)
+    remote = Remote(Address(address), plugins, TALKATIVE)
     remote.connect()
     try:
         yield remote
@@ -96,27 +114,22 @@ def connected(worker: FastWorker, plugins: Plugins) -> Iterator[Remote]:
 
 
 @contextmanager
-def another_member(worker: FastWorker, folder: Path) -> Iterator[Channel]:
-    """A connection of another user, who joined with an invite: what one user's programs take, they take from each
-    other, so who is to be fair to others is somebody else."""
-    keys = KeyStore(folder)
-    accept_invite(str(create_invite(worker.address)), keys=keys)
-    with _connection(worker, keys) as channel:
-        yield channel
-
-
-@contextmanager
-def _connection(worker: FastWorker, keys: KeyStore) -> Iterator[Channel]:
-    transport = ZeroMqTransport(keys)
-    channel = transport.connect(Address(worker.address, KeyStore().identity().server.public), 5)
+def member(address: str, home: Path, settings: Settings = TALKATIVE) -> Iterator[Remote]:
+    """A connection of another user, who joined the worker at ``address``: what one user's programs take, they take from
+    each other, so whom others are to be fair to is somebody else."""
+    server_key = KeyStore().identity().server.public
+    invite = str(create_invite(address))
+    with mesh_home(home):
+        accept_invite(invite)
+        remote = Remote(Address(address, server_key), load_plugins(), settings)
+        remote.connect()
     try:
-        yield channel
+        yield remote
     finally:
-        channel.close()
-        transport.close()
+        remote.close()
 
 
-def record(case: Case, worker: FastWorker, plugins: Plugins, lora: Lora | None = None) -> list[list[bytes]]:
+def record(case: Case, address: str, plugins: Plugins, lora: Lora | None = None) -> list[list[bytes]]:
     """All that a host sends in one generation of two steps, the second one with ``lora``."""
     sent: list[list[bytes]] = []
     pack = wire.pack
@@ -128,7 +141,7 @@ def record(case: Case, worker: FastWorker, plugins: Plugins, lora: Lora | None =
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(wire, "pack", recording)
-        with split(case.path, ":1", [worker.address], plugins, settings=IMPATIENT) as runner:
+        with split(case.path, ":1", [address], plugins, settings=IMPATIENT) as runner:
             runner(case.inputs)
             assert runner.session is not None
             if lora is not None:

@@ -19,7 +19,7 @@ from mesh_core.builtin import load_plugins
 from tests.adapters import tiny
 from tests.faults.attack import attack
 from tests.faults.conftest import IMPATIENT, Case
-from tests.faults.honest import another_member, record, some_lora
+from tests.faults.honest import member, record, some_lora
 from tests.faults.processes import slow_model, workers
 from tests.faults.trials import Summary, trials
 from tests.support.splitting import checkpoint_at
@@ -70,10 +70,10 @@ def _messages(model: Path, options: argparse.Namespace) -> int:
     with torch.no_grad():
         case = Case(model, inputs, whole(**inputs, return_dict=False)[0])
     began = monotonic()
-    with workers(model.parent, 1, IMPATIENT) as (worker,), another_member(worker, model.parent.parent) as hostile:
-        recorded = record(case, worker, plugins, some_lora(checkpoint))
+    with workers(model.parent, 1, IMPATIENT) as (worker,), member(worker.address, model.parent.parent) as hostile:
+        recorded = record(case, worker.address, plugins, some_lora(checkpoint))
         report = attack(
-            case, worker, plugins, hostile, recorded, checkpoint,
+            case, worker, plugins, hostile.channel, recorded, checkpoint,
             messages=options.number or 100_000, seed=options.seed,
             progress=lambda sent: print(f"{sent} sent", flush=True) if sent % 10_000 < 3 else None,
         )  # fmt: skip

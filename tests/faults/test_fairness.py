@@ -13,7 +13,7 @@ import torch
 from mesh_core.plugins.registry import Plugins
 from tests.faults.conftest import IMPATIENT, TALKATIVE, Case
 from tests.faults.greedy import WAYS, Attacker
-from tests.faults.honest import another_member, honest_host, kinds, record, some_lora
+from tests.faults.honest import kinds, member, record, some_lora, undisturbed
 from tests.faults.processes import workers
 from tests.support.splitting import checkpoint_at, split
 
@@ -29,11 +29,11 @@ def test_an_honest_member_notices_nothing(
 ) -> None:
     model = checkpoint_at(quick.path, plugins)
     with workers(quick.path.parent, 1, IMPATIENT) as (worker,):
-        recorded = kinds(record(quick, worker, plugins, some_lora(model)))
+        recorded = kinds(record(quick, worker.address, plugins, some_lora(model)))
         before = worker.resident()
-        with honest_host(quick, worker, plugins) as honest, another_member(worker, tmp_path / "greedy") as channel:
+        with undisturbed(quick, worker.address, plugins, 4), member(worker.address, tmp_path / "greedy") as remote:
             with ThreadPoolExecutor(1) as pool:
-                attacker = Attacker(channel, recorded, worker, model, plugins, tmp_path)
+                attacker = Attacker(remote.channel, recorded, worker, model, plugins, tmp_path)
                 attack = pool.submit(way, attacker)
                 sleep(_WELL_BEGUN)
                 try:
@@ -43,5 +43,3 @@ def test_an_honest_member_notices_nothing(
                     attacker.over.set()
                 attack.result(60)
             assert worker.resident() - before < _MORE_MEMORY
-    assert len(honest.exact) > 3 and all(honest.exact)
-    assert honest.slowest < 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import signal
 import sys
@@ -64,7 +65,11 @@ def serve(
     worker = Worker(worker_options, listener, plugins)
     _stop_on_signals(worker)
     _announce(worker, listener.address)
-    worker.serve()
+    if not worker.serve():
+        # Python would wait at its end for what does not end.
+        logging.warning("something in this worker hangs; it is given up")
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _check_paths(models: tuple[Path, ...], loras: tuple[Path, ...], presets: list[tuple[str, float]]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.shapes import Dimensions
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec, Piece, State
 from mesh_core.model.weights import WeightReader
@@ -84,6 +85,15 @@ class ModelAdapter(ABC):
     @abstractmethod
     def finish(self, spec: ModelSpec, state: State) -> Tensor | tuple[Tensor, ...]:
         """The state at cut N as the tensors that the model class's forward returns."""
+
+    def shapes(self, spec: ModelSpec, cut: int) -> Mapping[str, Dimensions]:
+        """Shapes of the state at ``cut``, and of the constants that a stage which starts there needs.
+
+        A worker refuses a step whose tensors have others, before it decodes them, and estimates from them what the step
+        will take. Without this, tensors that do not fit each other may be repeated to an enormous size by the model.
+        Tensors that are left out are not checked; the default has none.
+        """
+        return {}
 
     def check_call(self, spec: ModelSpec, header: CheckpointHeader, arguments: Mapping[str, Any]) -> None:  # noqa: B027
         """Refuse arguments of the pipeline's call that this model cannot do; called before any weight is read.

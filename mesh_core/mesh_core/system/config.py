@@ -76,6 +76,7 @@ class WorkerSettings:
         port: TCP port; 0 lets the system choose.
         memory_budget: bytes of weights kept on the device; None takes what the device has free.
         constants_cache: bytes of generation constants kept for all sessions together.
+        step_memory: bytes that one step may take beside the weights; None takes what the device has free.
         orphaned_after: seconds of silence of a host after which its running step is stopped.
         idle_after: seconds without use after which a session is forgotten; its host opens it again when it returns.
         yields_after: seconds without use after which a session is forgotten if another needs its memory.
@@ -85,6 +86,7 @@ class WorkerSettings:
     port: int = field(default=7777, metadata={"least": 0, "most": 65535})
     memory_budget: int | None = field(default=None, metadata={"bytes": True, "least": 1})
     constants_cache: int = field(default=1 << 30, metadata={"bytes": True, "least": 0})
+    step_memory: int | None = field(default=None, metadata={"bytes": True, "least": 1})
     orphaned_after: float = field(default=10.0, metadata={"least": 0.1})
     idle_after: float = field(default=3600.0, metadata={"least": 1.0})
     yields_after: float = field(default=60.0, metadata={"least": 0.1})
@@ -92,7 +94,8 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds until a request is given up; ``reconnect``: how long a lost worker is waited for."""
+    """Seconds until a request is given up; ``reconnect``: how long a lost worker is waited for. A worker computes no
+    step for longer than its own ``step``."""
 
     connect: float = field(default=10.0, metadata={"least": 0.1})
     load: float = field(default=900.0, metadata={"least": 0.1})

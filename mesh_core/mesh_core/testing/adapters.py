@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mesh_core.model.adapter import ModelAdapter, Stage
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.shapes import resolve
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec
 from mesh_core.model.weights import WeightReader
@@ -76,6 +77,7 @@ def _composed(
         part = Conditioning({n: t for n, t in conditioning.constants.items() if n in needed}, conditioning.options)
         # Off the wire, everything is in row-major order.
         held = {name: tensor.contiguous() for name, tensor in {**state, **part.constants}.items()}
+        resolve(adapter.shapes(spec, start), {name: tensor.shape for name, tensor in held.items()})
         state, part.constants = ({n: held[n] for n in names} for names in (state, part.constants))
         before = {name: tensor.clone() for name, tensor in held.items()}
         with torch.no_grad():

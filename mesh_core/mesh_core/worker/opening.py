@@ -18,6 +18,7 @@ from mesh_core.system.config import Settings
 from mesh_core.transport.base import Peer
 from mesh_core.wire import phases
 from mesh_core.worker.agreement import check_crossing, dtype_of, span_of, streams_of
+from mesh_core.worker.bounds import StepBounds, decode_limits
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
 from mesh_core.worker.neighbour import connect_next, measured_link
@@ -52,7 +53,10 @@ class SessionOpener:
     def open(self, peer: Peer, message: wire.Open) -> None:
         """Load the stage and open, or reopen with another span, a session."""
         progress = _ThrottledProgress(lambda *p: self.replies.send(peer.route, wire.Progress(message.id, *p)))
-        memory = StepMemory(streams_of(message.inputs, self.plugins), streams_of(message.outputs, self.plugins))
+        device, step_memory = self.stages.memory.device, self.settings.worker.step_memory
+        limits = decode_limits(step_memory)
+        inputs, outputs = (streams_of(c, self.plugins, limits) for c in (message.inputs, message.outputs))
+        memory = StepMemory(inputs, outputs)
         before = self.sessions.owned(peer, message.session) if message.session in self.sessions else None
         checkpoint = self.library.find(
             message.family, message.structure, message.fingerprint, progress.phase(phases.CHECKING)
@@ -72,7 +76,8 @@ class SessionOpener:
         except BaseException:
             self.stages.release(key)
             raise
-        session = WorkerSession(message.session, peer.key, peer.route, loaded, checkpoint, memory, onward)
+        bounds = StepBounds(checkpoint, span, dtype, device, step_memory)
+        session = WorkerSession(message.session, peer.key, peer.route, loaded, checkpoint, memory, bounds, onward)
         self.loras.keep(session, loras)
         self.sessions.put(session)
         info = self._cost(loaded, loaded.seconds) | {"speeds": self.speeds.plain(), "continues": continues, **link}

@@ -1,8 +1,9 @@
 """A worker: one process that computes stages for many hosts.
 
-Five kinds of thread: the one that calls `Worker.serve` owns the listener and answers at once whatever needs no
-computing; two load stages; one takes in LoRAs; one computes, each session in turn; one finds out at the start how fast
-codecs are here. Nothing that arrives may stop any of them.
+The thread that calls `Worker.serve` owns the listener and answers at once whatever needs no computing; some load
+stages, some hash constants, one takes in LoRAs (`mesh_core.worker.requests`); one computes, each member in turn; one
+finds out at the start how fast codecs are here. Nothing that arrives may stop any of them, and none of them keeps the
+worker from stopping.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from mesh_core.worker.opening import SessionOpener
 from mesh_core.worker.probes import ProbeAnswers
 from mesh_core.worker.quota import QUOTA
 from mesh_core.worker.replies import Replies
-from mesh_core.worker.requests import RequestThreads
+from mesh_core.worker.requests import FairThreads, RequestThreads
 from mesh_core.worker.sessions import WorkerSessions
 from mesh_core.worker.stages import StageStore
 from mesh_core.worker.steps import WorkerSteps
@@ -53,6 +54,9 @@ _LIMITS: Mapping[Trust, wire.MessageLimits] = {
 }
 """What a message may hold, by who sent it: they are read before it is known what they are."""
 
+_ENDS_WITHIN = 5.0
+"""Seconds that all threads together have to end when the worker stops."""
+
 
 @dataclass(frozen=True)
 class _Handler:
@@ -65,7 +69,7 @@ class _Handler:
     """
 
     answer: Callable[..., None]
-    threads: ThreadPoolExecutor | None = None
+    threads: FairThreads | None = None
     buffers: bool = False
 
 
@@ -115,7 +119,8 @@ class Worker:
         self.sessions = sessions = WorkerSessions(name, settings, stages, executor, listener, loras, replies)
         self.opener = SessionOpener(settings, plugins, library, stages, executor, loras, sessions, self.speeds, replies)
         constants = ConstantsCache(self._device, settings.worker.constants_cache)
-        self.steps = WorkerSteps(name, self._device, plugins, sessions, constants, executor, replies)
+        longest = settings.deadlines.step
+        self.steps = WorkerSteps(name, self._device, longest, plugins, sessions, constants, executor, replies)
         self._requests = RequestThreads(replies)
         self._probes = ProbeAnswers()
         self._stopping = threading.Event()
@@ -123,7 +128,7 @@ class Worker:
 
     def _table(self) -> dict[type[wire.Message], _Handler]:
         """Every kind of message that a worker takes; a new one needs a line here and somebody who answers it."""
-        loading, receiving = self._requests.loading, self._requests.receiving
+        loading, receiving, hashing = self._requests.loading, self._requests.receiving, self._requests.hashing
         return {
             wire.Hello: _Handler(self._hello),
             wire.Enrol: _Handler(self._enrol),
@@ -134,7 +139,7 @@ class Worker:
             wire.Adjust: _Handler(self.opener.adjust, loading),
             wire.Admit: _Handler(self.sessions.admit),
             wire.Close: _Handler(self.sessions.close),
-            wire.Constants: _Handler(self.steps.keep_constants, buffers=True),
+            wire.Constants: _Handler(self.steps.keep_constants, hashing, buffers=True),
             wire.Step: _Handler(self.steps.queue, buffers=True),
             wire.Cancel: _Handler(self.steps.cancel),
             wire.ListLoras: _Handler(self.loras.listing, loading),
@@ -144,8 +149,12 @@ class Worker:
             wire.Chunk: _Handler(self.loras.chunk, receiving, buffers=True),
         }
 
-    def serve(self) -> None:
-        """Answer messages until `stop`; returns when everything is closed."""
+    def serve(self) -> bool:
+        """Answer messages until `stop`; returns when everything is closed.
+
+        Returns whether all threads have ended. One that hangs, in a file system that does not answer or in a library,
+        is left behind after a while, and what it uses stays open.
+        """
         survey = threading.Thread(target=self._survey, name="codec-speed", daemon=True)
         survey.start()
         while not self._stopping.is_set():
@@ -154,12 +163,17 @@ class Worker:
                 self._dispatch(*got)
             self.sessions.stop_orphans()
             self.steps.report_losses()
-        self._executor.stop()
+        end = monotonic() + _ENDS_WITHIN
         self._requests.stop()
-        self.sessions.close_all()
-        self.listener.close()
         self.speeds.close()
-        survey.join()
+        computed = self._executor.stop(_ENDS_WITHIN)
+        if computed:
+            # Their channels are the computing thread's for as long as it runs.
+            self.sessions.close_all()
+        loaded = self._requests.join(end - monotonic())
+        self.listener.close()
+        survey.join(max(end - monotonic(), 0.0))
+        return computed and loaded and not survey.is_alive()
 
     def stop(self) -> None:
         """Make `serve` return soon. Any thread may call it."""
@@ -184,7 +198,7 @@ class Worker:
             if handler.threads is None:
                 answer()
             else:
-                self._requests.submit(handler.threads, peer, message, answer)
+                self._requests.submit(handler.threads, peer, message, answer, sum(b.nbytes for b in buffers))
         except Exception as error:
             log.info("refused what %s sent: %s", peer.key or "a peer", error)
             self.replies.fail(peer.route, message, error)

@@ -9,6 +9,7 @@ from mesh_core.crossing.streams import Streams
 from mesh_core.errors import Cancelled
 from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint
+from mesh_core.worker.bounds import StepBounds
 from mesh_core.worker.onward import Onward
 from mesh_core.worker.stages import Loaded
 
@@ -52,6 +53,7 @@ class WorkerSession:
         route: where results go; follows the owner when it reconnects.
         checkpoint: that the stage is a span of.
         memory: what lasts from step to step.
+        bounds: of its steps.
         next: the way to the worker that continues; None at the end of a chain.
         loras: those of its stage, in order; their files stay while they are here.
         neighbours: public keys of workers that may hand over states.
@@ -64,6 +66,7 @@ class WorkerSession:
     loaded: Loaded
     checkpoint: Checkpoint
     memory: StepMemory
+    bounds: StepBounds
     next: Onward | None = None
     loras: tuple[Applied, ...] = ()
     neighbours: set[str] = field(default_factory=set)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
 from time import monotonic
 
 from mesh_core import wire
@@ -167,7 +168,8 @@ class WorkerSessions:
             # Not here: the computing thread may be handing a state on, which can take seconds. Under a name of its own,
             # so that neither the session's quota nor its cancelling concerns it.
             closing = b"close" + session.id
-            self._executor.submit(Job(closing, 0, session.close, lambda e: log.warning("a channel stays open: %s", e)))
+            fail = partial(log.warning, "a channel stays open: %s")
+            self._executor.submit(Job(closing, 0, session.close, fail, owner=session.owner))
 
     def _unknown(self) -> SessionUnknown:
         return SessionUnknown(f"{self._name} does not hold that session.")

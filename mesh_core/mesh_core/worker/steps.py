@@ -17,7 +17,7 @@ from msgspec import structs
 from mesh_core import wire
 from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.streams import Payload
-from mesh_core.errors import TransportTimeout, WireMalformed
+from mesh_core.errors import PeerLost, WireMalformed
 from mesh_core.model.adapter import Stage
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.plugins.registry import Plugins
@@ -42,10 +42,12 @@ class WorkerSteps:
     Attributes:
         name: of the worker, for the trace of a step.
         device: where stages and constants are.
+        longest: seconds that a step may take, whatever its host says.
     """
 
     name: str
     device: torch.device
+    longest: float
     plugins: Plugins
     sessions: WorkerSessions
     constants: ConstantsCache
@@ -55,8 +57,8 @@ class WorkerSteps:
 
     def keep_constants(self, peer: Peer, message: wire.Constants, buffers: list[memoryview]) -> None:
         """Decode and cache constants that steps will name by their hashes."""
-        self.sessions.owned(peer, message.session)
-        self.constants.take(message.tensors, buffers, self.plugins.codec("raw").decoder({}))
+        owner = self.sessions.owned(peer, message.session).owner
+        self.constants.take(message.tensors, buffers, self.plugins.codec("raw").decoder({}), owner)
         self.replies.send(peer.route, wire.Ok(message.id))
 
     def queue(self, peer: Peer, message: wire.Step, buffers: list[memoryview]) -> None:
@@ -65,12 +67,15 @@ class WorkerSteps:
         arrived = monotonic()
         if peer.key == session.owner and not message.trace:
             session.route = peer.route
+        seconds = min(message.deadline_ms / 1e3, self.longest)
         job = Job(
             session.id,
             message.step,
             # Must not refer to the job: a cycle would keep the buffers until the garbage collector runs.
-            run=lambda: self._compute(session, message, buffers, monotonic() - arrived),
+            run=lambda: self._compute(session, message, buffers, monotonic() - arrived, seconds),
             fail=lambda error: self.replies.fail(session.route, message, error),
+            owner=session.owner,
+            until=arrived + seconds,
         )
         self.executor.submit(job)
 
@@ -90,14 +95,15 @@ class WorkerSteps:
                 log.info("step %d was handed on and is lost: %s", step.step, error)
                 self.replies.fail(session.route, structs.replace(step, session=session.id), error)
 
-    def _compute(self, session: WorkerSession, message: wire.Step, buffers: list[memoryview], waited: float) -> None:
-        """All of one step. ``waited``: seconds that it was queued."""
-        if waited * 1e3 > message.deadline_ms:
-            raise TransportTimeout(f"Step {message.step} waited {waited:.0f} s, longer than its deadline.")
+    def _compute(
+        self, session: WorkerSession, message: wire.Step, buffers: list[memoryview], waited: float, seconds: float
+    ) -> None:
+        """All of one step. ``waited``: seconds that it was queued; ``seconds``: that it may take."""
         began = perf_counter()
         session.memory.begin(message.attempt)
         stage, turn = session.loaded.stage, Turn(message.sequence, message.step, message.after)
         conditioning = self._conditioning(stage, message)
+        session.bounds.check(message.tensors, conditioning.constants, seconds)
         state = session.memory.inputs.decode(turn, message.tensors, buffers, self.device)
         _check_complete(stage, state)
         decoded = perf_counter()
@@ -149,7 +155,12 @@ class WorkerSteps:
             trace=trace,
             deadline_ms=message.deadline_ms,
         )
-        session.next.hand_on(onward, payload.buffers)
+        try:
+            session.next.hand_on(onward, payload.buffers)
+        except PeerLost:
+            # A worker that takes nothing is waited for once, not with every step: this is everybody's thread.
+            session.next.close()
+            raise
 
 
 def _check_complete(stage: Stage, state: State) -> None:
