@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_core.errors import CheckpointError, LoraError, LoraMissing
+from mesh_core.loras.bounds import read_lora_header
 from mesh_core.loras.facts import facts_for_people
 from mesh_core.loras.folders import LoraFolders
 from mesh_core.loras.lora import Lora
@@ -21,7 +22,6 @@ from mesh_core.loras.read import read_lora
 from mesh_core.loras.received import ReceivedLoras
 from mesh_core.loras.stored import StoredTensor
 from mesh_core.model import fingerprint
-from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings, data_dir
 
@@ -102,7 +102,7 @@ class LoraLibrary:
         listed = []
         for path in self._files():
             try:
-                header = read_header(path)
+                header = read_lora_header(path)
                 size = path.stat().st_size
             except (CheckpointError, OSError) as error:
                 log.warning("%s", error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mesh_core import wire
@@ -63,14 +63,14 @@ class WorkerLoras:
         ]
         self._replies.send(peer.route, wire.Sought(message.id, held))
 
-    def offer(self, peer: Peer, message: wire.Offer) -> None:
+    def offer(self, peer: Peer, message: wire.Offer) -> Iterator[None]:
         """A host wants to send one: say how much of it is here already."""
-        have = self._receiver.offer(peer.key, message)
+        have = yield from self._receiver.offer(peer.key, message)
         self._replies.send(peer.route, wire.Offered(message.id, have))
 
-    def chunk(self, peer: Peer, message: wire.Chunk, buffers: list[memoryview]) -> None:
+    def chunk(self, peer: Peer, message: wire.Chunk, buffers: list[memoryview]) -> Iterator[None]:
         """Take in a piece of one, and say how much is here then."""
-        have = self._receiver.chunk(peer.key, message, buffers[0])
+        have = yield from self._receiver.chunk(peer.key, message, buffers[0])
         self._replies.send(peer.route, wire.Offered(message.id, have))
 
     def resolve(

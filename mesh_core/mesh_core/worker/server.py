@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,6 +37,7 @@ from mesh_core.worker.requests import RequestThreads
 from mesh_core.worker.sessions import WorkerSessions
 from mesh_core.worker.stages import StageStore
 from mesh_core.worker.steps import WorkerSteps
+from mesh_core.worker.turns import Turns
 
 __all__ = ["Worker", "WorkerOptions"]
 
@@ -56,8 +57,8 @@ class _Handler:
         buffers: whether it is given the message's buffers too.
     """
 
-    answer: Callable[..., None]
-    threads: ThreadPoolExecutor | None = None
+    answer: Callable[..., Iterator[None] | None]
+    threads: ThreadPoolExecutor | Turns | None = None
     buffers: bool = False
 
 
