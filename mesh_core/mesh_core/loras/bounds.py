@@ -17,7 +17,7 @@ from mesh_core.model.checkpoint import CheckpointHeader, read_header
 SENT_HEADER = 4 << 20
 """Bytes of the header of a LoRA that is sent: a few hundred for each of its patches."""
 
-OWN_HEADER = 8 << 20
+OWN_HEADER = 16 << 20
 """Of a file of the user's own: trainers store the tags of all their pictures in it."""
 
 MOST_TENSORS = 16_384

@@ -7,8 +7,8 @@ from heapq import nlargest
 
 import msgspec
 
-_LONGEST_TAGS = 4 << 20
-"""Bytes of the list of tags of a trainer that is read."""
+_MOST_TAGS = 100_000
+"""Of a trainer's list of tags that is read."""
 
 _TAGS = msgspec.json.Decoder(dict[str, dict[str, int]])
 
@@ -31,7 +31,7 @@ def facts_for_people(metadata: Mapping[str, str]) -> dict[str, str]:
 
 def _frequent_tags(text: str, most: int = 5) -> str:
     try:
-        folders = _TAGS.decode(text) if 0 < len(text) <= _LONGEST_TAGS else {}
+        folders = _TAGS.decode(text) if text and text.count(":") <= _MOST_TAGS else {}
     except (msgspec.DecodeError, UnicodeError):
         return ""
     counts: dict[str, int] = {}

@@ -27,7 +27,8 @@ def peft_scaling(metadata: Mapping[str, str]) -> Scaling:
     base, patterns = config.get("lora_alpha"), config.get("alpha_pattern") or {}
     if not isinstance(base, (int, float)) or not isinstance(patterns, dict):
         return lambda stem, rank: None
-    # Patterns are module names or their ends; PEFT allows expressions, which trainers do not write. The last one counts.
+    # Patterns are module names or their ends, and the last one counts; PEFT allows expressions, which trainers do not
+    # write.
     places = {pattern: place for place, pattern in enumerate(patterns)}
 
     def alpha(stem: str, rank: int) -> float | None:

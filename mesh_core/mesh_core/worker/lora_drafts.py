@@ -34,16 +34,25 @@ _MOST_OF_A_HOST = 4
 _MOST_LEFT = 64
 """Files of transfers that broke off."""
 
+_PARTS = 100
+"""Into which the library is divided when room is made."""
+
 
 @dataclass
 class Draft:
-    """One LoRA on its way. ``have``: bytes of it that are in the file at ``path``."""
+    """One LoRA on its way.
+
+    Attributes:
+        have: bytes of it that are in the file at ``path``.
+        room: bytes that others made room for.
+    """
 
     owner: str
     offer: wire.Offer
     checkpoint: Checkpoint
     path: Path
     have: int = 0
+    room: int = 0
     known: KnownTensors | None = None
     heard: float = field(default_factory=monotonic)
 
@@ -76,10 +85,11 @@ class Drafts:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._tidy(keep=draft.path)
-                draft.have = draft.path.stat().st_size if draft.path.exists() else 0
-                if draft.have > offer.size:
+                have = draft.path.stat().st_size if draft.path.exists() else 0
+                if have > offer.size:
                     draft.path.unlink()
-                    draft.have = 0
+                    have = 0
+                draft.have = draft.room = have
             except OSError:
                 self.end(draft)
                 raise
@@ -100,14 +110,8 @@ class Drafts:
             OSError: the file cannot be written.
         """
         with self._lock:
-            left = self._left()
-            written = sum(d.have for d in self._drafts.values()) + data.nbytes
-            over = self._received.nbytes + written + sum(size for _, size, _ in left) - self._received.limit
-            while over > 0 and left:
-                _, size, path = left.pop(0)
-                path.unlink(missing_ok=True)
-                over -= size
-            self._received.make_room(written)
+            if draft.have + data.nbytes > draft.room:
+                self._widen(draft, draft.have + data.nbytes)
             with draft.path.open("ab") as file:
                 file.write(data)
             draft.have += data.nbytes
@@ -122,6 +126,18 @@ class Drafts:
         if delete:
             with suppress(OSError):  # a folder that cannot be written was reported already
                 draft.path.unlink(missing_ok=True)
+
+    def _widen(self, draft: Draft, room: int) -> None:
+        """Have so many bytes for a draft. A bit more than are needed: looking at all files takes time."""
+        room = min(room + self._received.limit // _PARTS, draft.offer.size)
+        left, written = self._left(), sum(d.room for d in self._drafts.values()) - draft.room + room
+        over = self._received.nbytes + written + sum(size for _, size, _ in left) - self._received.limit
+        while over > 0 and left:
+            _, size, path = left.pop(0)
+            path.unlink(missing_ok=True)
+            over -= size
+        self._received.make_room(written)
+        draft.room = room
 
     def _reserve(self, draft: Draft) -> None:
         owner, offer, limit = draft.owner, draft.offer, self._received.limit

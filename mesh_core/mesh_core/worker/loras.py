@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mesh_core import wire
-from mesh_core.errors import LoraMissing, LoraUnmatched
+from mesh_core.errors import LoraMissing, LoraUnmatched, WireTooLarge
 from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint, CheckpointLibrary
@@ -16,6 +16,7 @@ from mesh_core.model.spans import BlockSpan
 from mesh_core.transport.base import Peer
 from mesh_core.worker.agreement import span_of
 from mesh_core.worker.lora_upload import Receiver
+from mesh_core.worker.quota import QUOTA
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import WorkerSession
 
@@ -53,6 +54,7 @@ class WorkerLoras:
 
     def seek(self, peer: Peer, message: wire.Seek) -> None:
         """Say which LoRAs are here. Runs in a loading thread: files whose content is not known yet are read."""
+        _check_count(message.loras)
         checkpoint = self._library.like(message.family, message.structure)
         span = span_of(checkpoint, message.span, may_be_empty=True)
         parameters = checkpoint.spec.parameters_of(span).keys()
@@ -83,7 +85,9 @@ class WorkerLoras:
 
         Raises:
             LoraMissing: one is not here (any more).
+            WireTooLarge: more than anybody means.
         """
+        _check_count(uses)
         parameters = checkpoint.spec.parameters_of(span).keys()
         found: list[Applied] = []
         for name, strength in self._preset:
@@ -115,3 +119,8 @@ class WorkerLoras:
     def forget(self, session: WorkerSession) -> None:
         """The session ended."""
         self.keep(session, ())
+
+
+def _check_count(uses: Sequence[dict[str, Any]]) -> None:
+    if len(uses) > QUOTA.loras:
+        raise WireTooLarge(f"{len(uses)} LoRAs at once; at most {QUOTA.loras} are accepted.", hint="fewer LoRAs")

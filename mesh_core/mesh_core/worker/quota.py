@@ -14,12 +14,14 @@ class Quota:
         steps: that wait, of one session.
         requests: to load or list checkpoints, that wait.
         neighbours: that were admitted for one session.
+        loras: that a session has, or that one message asks for.
     """
 
     sessions: int = 32
     steps: int = 8
     requests: int = 16
     neighbours: int = 8
+    loras: int = 128
 
 
 QUOTA = Quota()
