@@ -65,9 +65,9 @@ function offerLoras(node) {
 
 async function catchUp() {
   const answer = await api.fetchApi("/mesh/status");
-  if (!answer.ok) return;
-  const { nodes, message } = await answer.json();
-  if (message) app.extensionManager.toast.add({ severity: "error", summary: NODES.toast, detail: message });
+  const { nodes = {}, message, error, hint } = await answer.json();
+  const problem = error ? SETTINGS.error(error, hint) : message;
+  if (problem) app.extensionManager.toast.add({ severity: "error", summary: NODES.toast, detail: problem });
   for (const status of Object.values(nodes)) nodeOf(status.node)?.(status);
 }
 

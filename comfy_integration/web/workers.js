@@ -94,6 +94,10 @@ export function workersPage(api, changed) {
   const form = part("div", "mesh-form");
   form.append(invite, add);
   page.append(list, how, form, said);
-  api.fetchApi("/mesh/workers").then(async (answer) => show((await answer.json()).workers));
+  api.fetchApi("/mesh/workers").then(async (answer) => {
+    const value = await answer.json();
+    if (answer.ok) show(value.workers);
+    else say(SETTINGS.error(value.error, value.hint), true);
+  });
   return page;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mesh_core.programs.comfy import Expected
+from mesh_core.transport.keys import KeyStore
 from tests.comfy.install import ComfyUI
 from tests.comfy.server import ROOT, Server
 
@@ -97,6 +99,61 @@ def test_every_input_has_a_tooltip_and_every_node_a_page(server: Server) -> None
             for key, value in inputs.items():
                 if key != "unique_id":
                     assert value[1].get("tooltip"), f"{name}.{key}"
+
+
+_POSTED = ("workers", "workers/rename", "workers/remove", "workers/test", "loras")
+_ROUTES = (("status", None), ("workers", None), *((route, b"{}") for route in _POSTED))
+_JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"[" * 100_000, b'{"address":' * 20_000, b'{"address": [[]]}', b'{"address": 1}', b"[]", b"", b"\xff", b"{"),
+        b'{"address": "' + b"x" * 100_000 + b'"}',
+        b'{"address": "a.b:1", "invite": "mesh://a.b:1?token=x"}',
+    ],
+    ids=["lists", "objects", "a list", "a number", "no object", "nothing", "no text", "half", "long", "unknown"],
+)
+def test_whatever_is_posted_gets_an_answer(server: Server, body: bytes) -> None:
+    for route in _POSTED:
+        status, text = server.answer(f"/mesh/{route}", _JSON, body)
+        assert status == 400 and json.loads(text)["error"], (route, text)
+
+
+def test_pages_of_other_sites_are_refused_by_every_route(server: Server, home: Path) -> None:
+    known = f"127.0.0.1:{server.port}"
+    hostile: tuple[dict[str, str], ...] = (
+        {"Host": f"rebound.example:{server.port}"},
+        {"Host": f"rebound.example:{server.port}", "Origin": f"http://rebound.example:{server.port}"},
+        {"Host": known, "Origin": "https://evil.example"},
+        {"Host": known, "Origin": f"http://127.0.0.1:{server.port + 1}"},
+        {"Host": known, "Origin": "null"},
+        {"Host": known, "Sec-Fetch-Site": "cross-site"},
+    )
+    before = KeyStore(home / "config").workers()
+    for headers in hostile:
+        for route, body in _ROUTES:
+            assert server.answer(f"/mesh/{route}", {**headers, **_JSON}, body)[0] == 403, (route, headers)
+    assert KeyStore(home / "config").workers() == before
+    status, text = server.answer("/mesh/workers", hostile[0])
+    assert status == 403 and 'hosts = ["rebound.example"] under [comfy]' in json.loads(text)["hint"]
+    for host in (known, f"localhost:{server.port}", "studio.local", f"[::1]:{server.port}"):
+        for extra in ({}, {"Origin": f"http://{host}"}, {"Sec-Fetch-Site": "same-origin"}):
+            assert server.answer("/mesh/workers", {"Host": host, **extra})[0] == 200, (host, extra)
+
+
+def test_a_name_that_the_user_listed(server: Server, home: Path) -> None:
+    settings = home / "config" / "config.toml"
+    before = settings.read_text("utf-8")
+    proxied = {"Host": "draw.example", "Origin": "https://draw.example"}
+    assert server.answer("/mesh/workers", proxied)[0] == 403
+    try:
+        settings.write_text(before + '[comfy]\nhosts = ["draw.example"]\n', "utf-8")
+        assert server.answer("/mesh/workers", proxied)[0] == 200
+        assert server.answer("/mesh/workers", {"Host": "evil.example"})[0] == 403
+    finally:
+        settings.write_text(before, "utf-8")
 
 
 def test_start_up_waits_for_nothing_slow(comfy: ComfyUI, server: Server) -> None:

@@ -15,7 +15,7 @@ from mesh_core.loras.part import Part
 from mesh_core.loras.received import ReceivedLoras
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
-from mesh_core.worker.lora_upload import Receiver
+from mesh_core.worker.lora_upload import Pieces, Receiver
 
 STEP = 1000
 """Bytes of a chunk in these tests."""
@@ -41,11 +41,11 @@ class Inbox:
         part, lora = Part(what), what
         structure = fingerprint.structure(self.model.spec)
         message = wire.Offer(1, lora.id, part.digest(), part.nbytes, "klein", structure, lora.name)
-        return self.receiver.offer(owner, replace(message, **changes))
+        return finished(self.receiver.offer(owner, replace(message, **changes)))
 
     def chunk(self, lora: Lora, offset: int, data: bytes | None = None, owner: str = "host") -> int:
         data = Part(lora).read(offset, STEP) if data is None else data
-        return self.receiver.chunk(owner, wire.Chunk(2, lora.id, offset), memoryview(data))
+        return finished(self.receiver.chunk(owner, wire.Chunk(2, lora.id, offset), memoryview(data)))
 
     def send(self, lora: Lora, owner: str = "host") -> None:
         have, size = self.offer(lora, owner), Part(lora).nbytes
@@ -57,6 +57,15 @@ class Inbox:
 
     def drafts(self) -> list[Path]:
         return list((self.library.received.folder / "incoming").glob("*"))
+
+
+def finished(pieces: Pieces) -> int:
+    """What work in pieces says at its end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return int(end.value)
 
 
 def flipped(data: bytes) -> bytes:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mesh_core.errors import LoraError
+from mesh_core.loras.bounds import MOST_PATCHES_AT_ONCE
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.merging import Entry, groups_of, merge
 from mesh_core.loras.patch import Patch
@@ -64,13 +66,20 @@ class PatchedModel:
                 set again makes it whole.
 
         Raises:
-            LoraError: a file changed, holds values that are not finite, or joins weights of several machines.
+            LoraError: a file changed, holds values that are not finite, or joins weights of several machines; or there
+                are more patches of one weight than anybody means.
         """
         entries = [(a, p) for a in loras for p in a.lora.patches if p.parameters & self.parameters]
         groups = groups_of([p for _, p in entries], self.parameters)
         work: dict[frozenset[str], list[Entry]] = defaultdict(list)
         for entry in entries:
             work[groups[next(iter(entry[1].parameters))]].append(entry)
+        for group, members in work.items():
+            if len(members) > MOST_PATCHES_AT_ONCE:
+                raise LoraError(
+                    f"{len(members)} patches of {min(group)} at once; at most {MOST_PATCHES_AT_ONCE} are accepted.",
+                    hint="fewer LoRAs at once",
+                )
         patched = {name for group in work for name in group}
         for name in self._base.keys() - patched:
             check()

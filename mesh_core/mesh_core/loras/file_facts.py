@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from mesh_core.loras.bounds import read_lora_header
 from mesh_core.loras.facts import facts_for_people
 from mesh_core.loras.read import read_lora
 from mesh_core.model.checkpoint import read_header
@@ -15,7 +16,7 @@ from mesh_core.plugins.registry import Plugins
 
 def facts(file: Path) -> dict[str, Any]:
     """Tensors, bytes, and what the file says of itself; reads its header only."""
-    header = read_header(file)
+    header = read_lora_header(file)
     size = sum(t.nbytes for t in header.tensors.values())
     found = {"file": str(file), "tensors": len(header.tensors), "bytes": size}
     return found | {key: value for key, value in facts_for_people(header.metadata).items() if value}

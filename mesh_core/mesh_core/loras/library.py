@@ -6,28 +6,33 @@ Found by what they do, or by the name that `LoraLibrary.listing` gives. The netw
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mesh_core.errors import CheckpointError, LoraError, LoraMissing
+from mesh_core.loras.bounds import read_lora_header
 from mesh_core.loras.facts import facts_for_people
 from mesh_core.loras.folders import LoraFolders
 from mesh_core.loras.lora import Lora
 from mesh_core.loras.part import read_part
 from mesh_core.loras.read import read_lora
 from mesh_core.loras.received import ReceivedLoras
+from mesh_core.loras.stamped import Stamped, stamp_of
 from mesh_core.loras.stored import StoredTensor
 from mesh_core.model import fingerprint
-from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings, data_dir
 
 log = logging.getLogger(__name__)
 
-_Stamp = tuple[int, int]
+_MOST_KEPT = 100_000
+"""Patches of all LoRAs that are kept in memory; one takes about 2 kB."""
+
+_MOST_FACTS = 10_000
+"""Files of which it is kept what they say of themselves."""
 
 
 class LoraLibrary:
@@ -41,8 +46,8 @@ class LoraLibrary:
     def __init__(self, received: ReceivedLoras, folders: Sequence[Path] = ()) -> None:
         self.received = received
         self._folders = LoraFolders(tuple(folders))
-        self._parsed: dict[tuple[Path, str], tuple[_Stamp, Lora]] = {}
-        self._lock = threading.Lock()
+        self._parsed = Stamped[tuple[Path, str], Lora | None](_MOST_KEPT, lambda x: 1 + (len(x.patches) if x else 0))
+        self._facts = Stamped[Path, dict[str, str]](_MOST_FACTS)
 
     def find(self, id_: str, outline: str, checkpoint: Checkpoint, parameters: Collection[str]) -> Lora | None:
         """The LoRA that does exactly this to ``parameters``, from any file that contains it; None if none does.
@@ -102,9 +107,9 @@ class LoraLibrary:
         listed = []
         for path in self._files():
             try:
-                header = read_header(path)
-                size = path.stat().st_size
-            except (CheckpointError, OSError) as error:
+                stamp = stamp_of(path)
+                facts = self._facts.get(path, stamp, partial(_facts, path))
+            except (CheckpointError, LoraError, OSError) as error:
                 log.warning("%s", error)
                 continue
             received = path in self.received
@@ -112,11 +117,11 @@ class LoraLibrary:
             listed.append(
                 {
                     "name": self._name_of(path),
-                    "bytes": size,
+                    "bytes": stamp[0],
                     "id": path.stem if received else "",
                     "received": received,
                     "family": str(note.get("family", ""))[:64],
-                    **facts_for_people(header.metadata),
+                    **facts,
                 }
             )
         return listed
@@ -131,24 +136,24 @@ class LoraLibrary:
     def _parse(self, path: Path, checkpoint: Checkpoint) -> Lora | None:
         """The LoRA of a file for that model, None if it has none; only headers are read, and each once."""
         try:
-            found = path.stat()
-            stamp, key = (found.st_size, found.st_mtime_ns), (path, fingerprint.structure(checkpoint.spec))
-            with self._lock:
-                known = self._parsed.get(key)
-            if known is not None and known[0] == stamp:
-                return known[1]
-            lora = self._read(path, checkpoint)
-        except (LoraError, CheckpointError, OSError) as error:
+            key = path, fingerprint.structure(checkpoint.spec)
+            return self._parsed.get(key, stamp_of(path), lambda: self._read(path, checkpoint))
+        except OSError as error:
+            log.debug("%s cannot be read: %s", path, error)
+            return None
+
+    def _read(self, path: Path, checkpoint: Checkpoint) -> Lora | None:
+        try:
+            if path in self.received:
+                return read_part(path, checkpoint.spec, self._name_of(path))
+            return read_lora(path, checkpoint, self._name_of(path))
+        except (LoraError, CheckpointError) as error:
             log.debug("%s is no LoRA for %s: %s", path, checkpoint.spec.family, error)
             return None
-        with self._lock:
-            self._parsed[key] = (stamp, lora)
-        return lora
 
-    def _read(self, path: Path, checkpoint: Checkpoint) -> Lora:
-        if path in self.received:
-            return read_part(path, checkpoint.spec, self._name_of(path))
-        return read_lora(path, checkpoint, self._name_of(path))
+
+def _facts(path: Path) -> dict[str, str]:
+    return facts_for_people(read_lora_header(path).metadata)
 
 
 def own_library(settings: Settings, more: Sequence[Path] = ()) -> LoraLibrary:

@@ -13,6 +13,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from mesh_core.loras.bounds import check_amount
 from mesh_core.loras.patch import Patch, canonical
 from mesh_core.model.spec import ModelSpec
 
@@ -40,9 +41,11 @@ class Lora:
         """``patches`` checked against ``spec`` and brought into the canonical order.
 
         Raises:
+            LoraError: more patches than a LoRA has; see `mesh_core.loras.bounds`.
             LoraError, LoraUnmatched: see `Patch.check`.
         """
         checked = [canonical(p) for p in patches]
+        check_amount(checked)
         for patch in checked:
             patch.check(spec)
         # Stable: patches of the same rows keep their order, which matters; that of others does not.

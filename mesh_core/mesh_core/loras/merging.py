@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mesh_core.errors import LoraError
 from mesh_core.loras.algorithms import ALGORITHMS
+from mesh_core.loras.bounds import MOST_ROWS
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.patch import Patch
 
@@ -20,13 +21,16 @@ def groups_of(patches: Sequence[Patch], held: frozenset[str]) -> dict[str, froze
     """For each patched parameter, those that must be merged together with it: patches of fused weights join some.
 
     Raises:
-        LoraError: a patch joins parameters of which some are not among ``held``.
+        LoraError: a patch joins parameters of which some are not among ``held``, or patches join more than would fit
+            into memory.
     """
     groups: dict[str, frozenset[str]] = {}
     for patch in patches:
         if missing := patch.parameters - held:
             raise LoraError(f"A patch joins {min(patch.parameters & held)} with {min(missing)}, which is not here.")
         joined = frozenset(n for name in patch.parameters for n in groups.get(name, {name}))
+        if len(joined) > MOST_ROWS:
+            raise LoraError(f"Patches join {len(joined)} weights with {min(joined)}; at most {MOST_ROWS} are accepted.")
         for name in joined:
             groups[name] = joined
     return groups

@@ -12,19 +12,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from blake3 import blake3
 
 from mesh_codec.memory import bytes_of
 from mesh_core.errors import LoraError
+from mesh_core.loras.bounds import MOST_PATCHES, SENT_HEADER, read_lora_header
 from mesh_core.loras.lora import Lora
 from mesh_core.loras.patch import Patch, Rows
 from mesh_core.loras.stored import TensorFile
 from mesh_core.loras.tensors import Source
-from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spec import ModelSpec
 
 MARK = "mesh-lora-1"
-_MOST_PATCHES = 100_000
+
+_PATCHES = msgspec.json.Decoder(
+    list[tuple[str, list[tuple[str, int, int]], int | float | None, tuple[int, int, int] | None, dict[str, int]]]
+)
+"""See `Patch.facts`, and the index of each role's tensor. Read by this, what has another form is not built at all."""
 
 
 class Part:
@@ -101,37 +107,35 @@ def read_part(path: Path, spec: ModelSpec, name: str = "") -> Lora:
         LoraError: not such a file, or one that does not fit the model.
         CheckpointError: no safetensors file.
     """
-    return lora_in(TensorFile(read_header(path)), spec, name)
+    return lora_in(TensorFile(read_lora_header(path, SENT_HEADER)), spec, name)
 
 
 def lora_in(file: TensorFile, spec: ModelSpec, name: str = "") -> Lora:
-    """See `read_part`."""
+    """See `read_part`. Every tensor of the file belongs to exactly one patch, so that work on all patches is bounded
+    by the file's size."""
     header, path = file.header, file.path
     try:
-        listed = json.loads(header.metadata["patches"]) if is_part(header) else None
-        if not isinstance(listed, list) or len(listed) > _MOST_PATCHES:
-            raise ValueError("no list of patches")
-        patches = [_read_patch(item, file) for item in listed]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        if not is_part(header) or header.metadata.keys() != {"format", "patches", "hashes"}:
+            raise ValueError("its metadata is another one")
+        text = header.metadata["patches"]
+        # Two of a patch, and one of each of its rows.
+        listed = _PATCHES.decode(text) if text.count("[") <= 4 * MOST_PATCHES else []
+        indices = [index for *_, roles in listed for index in roles.values()]
+        if indices != list(range(len(header.tensors))):
+            raise ValueError("there are more patches than a LoRA has, or tensors that are not each of one of them")
+        patches = [_patch(*item, file) for item in listed]
+    except (ValueError, KeyError, RecursionError) as error:
         raise LoraError(f"{path.name} is no LoRA in the mesh's form: {error}.", hint="send it again") from error
     return Lora.of(name or path.stem, spec, patches)
 
 
-def _read_patch(item: Any, file: TensorFile) -> Patch:
-    algorithm, target, alpha, narrow, roles = item
-    rows = []
-    for parameter, start, stop in target:
-        if type(parameter) is not str or type(start) is not int or type(stop) is not int:
-            raise ValueError("rows without a name, a start or an end")
-        rows.append(Rows(parameter, start, stop))
-    if type(algorithm) is not str or type(alpha) not in (int, float, type(None)) or not isinstance(roles, dict):
-        raise ValueError("a patch without algorithm, alpha or tensors")
-    if narrow is not None and (len(narrow) != 3 or any(type(n) is not int for n in narrow)):
-        raise ValueError("a part of a weight that is not three whole numbers")
-    tensors: dict[str, Source] = {}
-    for role, index in roles.items():
-        if type(index) is not int or str(index) not in file.header.tensors:
-            raise ValueError(f"tensor {str(index)[:20]} is missing")
-        tensors[role] = file.source(str(index))
-    part = None if narrow is None else (narrow[0], narrow[1], narrow[2])
-    return Patch(algorithm, tuple(rows), tensors, alpha, part)
+def _patch(
+    algorithm: str,
+    target: list[tuple[str, int, int]],
+    alpha: int | float | None,
+    narrow: tuple[int, int, int] | None,
+    roles: dict[str, int],
+    file: TensorFile,
+) -> Patch:
+    tensors: dict[str, Source] = {role: file.source(str(index)) for role, index in roles.items()}
+    return Patch(algorithm, tuple(Rows(*rows) for rows in target), tensors, alpha, narrow)

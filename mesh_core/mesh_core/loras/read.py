@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mesh_core.errors import LoraError, LoraUnmatched
+from mesh_core.loras.bounds import read_lora_header
 from mesh_core.loras.endings import split_key
 from mesh_core.loras.lora import Lora
 from mesh_core.loras.names import ParameterNames
@@ -22,7 +23,6 @@ from mesh_core.loras.patch import Patch, Rows
 from mesh_core.loras.scaling import Scaling, peft_scaling
 from mesh_core.loras.stored import TensorFile
 from mesh_core.loras.tensors import HeldTensor, Source
-from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def read_lora(path: str | Path, checkpoint: Checkpoint, name: str = "") -> Lora:
         CheckpointError: no safetensors file, or a damaged one.
     """
     path = Path(path)
-    header = read_header(path)
+    header = read_lora_header(path)
     file = TensorFile(header)
     sources: dict[str, Source] = {key: file.source(key) for key in header.tensors}
     return lora_of(sources, checkpoint, name or path.stem, header.metadata, where=str(path))

@@ -22,6 +22,9 @@ from mesh_core.system.remembered import Remembered
 
 log = logging.getLogger(__name__)
 
+_MOST_FILES = 1000
+"""That are kept, however small they are: each is looked at for each that is sought."""
+
 
 class ReceivedLoras:
     """Thread-safe.
@@ -71,25 +74,39 @@ class ReceivedLoras:
         with suppress(OSError):  # without a note it only goes earlier
             os.utime(_note(path))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that are whole."""
+        return sum(size for _, size in self._sizes())
+
+    @property
+    def nbytes_in_use(self) -> int:
+        """Bytes of those that cannot be removed now."""
+        return sum(size for path, size in self._sizes() if path.stem in self._in_use)
+
+    def _sizes(self) -> list[tuple[Path, int]]:
+        found = []
+        for path in self.files():
+            with suppress(OSError):  # it went to make room
+                found.append((path, path.stat().st_size))
+        return found
+
     def make_room(self, size: int) -> None:
-        """Remove the least recently used LoRAs until ``size`` more bytes are within the limit.
+        """Remove the least recently used LoRAs until ``size`` more bytes, and one more file, are within the limits.
 
         Raises:
-            LoraTooLarge: that cannot be, or what is left is in use.
+            LoraTooLarge: what is left is in use.
         """
-        if size > self.limit:
-            raise LoraTooLarge(
-                f"A LoRA of {size / 1e6:.1f} MB is over this worker's library of {self.limit / 1e6:.1f} MB.",
-                hint="a larger [loras] library in the worker's config.toml, or the file in its LoRA folder",
-            )
         with self._lock:
-            held = sorted(self.files(), key=_last_used)
-            total = sum(p.stat().st_size for p in held)
-            for path in held:
-                if total + size <= self.limit:
+            held = self._sizes()
+            total, count = sum(length for _, length in held), len(held)
+            if total + size <= self.limit and count < _MOST_FILES:
+                return
+            for path, length in sorted(held, key=lambda item: _last_used(item[0])):
+                if total + size <= self.limit and count < _MOST_FILES:
                     return
                 if path.stem not in self._in_use:
-                    total -= path.stat().st_size
+                    total, count = total - length, count - 1
                     _delete(path)
             if total + size > self.limit:
                 raise LoraTooLarge(
@@ -152,5 +169,6 @@ def _last_used(path: Path) -> int:
 
 
 def _delete(path: Path) -> None:
+    Remembered("loras", [path]).forget()
     for file in (path, _note(path)):
         file.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ A LoRA can be larger than is comfortable to hold, so what lies in a file stays t
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,17 @@ class TensorFile:
                 self.check_unchanged()
                 memory = Remembered("loras", [self.path]) if self._remember else None
                 found = self._plausible(memory.get()) if memory is not None else None
-                if found is None:
-                    found = self._compute(progress)
-                    self.check_unchanged()
-                    if memory is not None:
-                        memory.put(found)
-                self._digests = found
+                if found is not None:
+                    self._digests = found
+                    return found
+                total, done = sum(t.nbytes for t in self.header.tensors.values()), 0
+                for name, _ in self.read_through():
+                    done += self.header.tensors[name].nbytes
+                    if progress is not None:
+                        progress(done, total)
+                if memory is not None:
+                    memory.put(self._digests)
+            assert self._digests is not None
             return self._digests
 
     def _plausible(self, value: Any) -> dict[str, str] | None:
@@ -83,14 +88,15 @@ class TensorFile:
         )
         return value if right else None
 
-    def _compute(self, progress: ReadingProgress | None) -> dict[str, str]:
-        total, done, found = sum(t.nbytes for t in self.header.tensors.values()), 0, {}
-        for name, info in sorted(self.header.tensors.items(), key=lambda item: item[1].offset):
-            found[name] = blake3(bytes_of(self.source(name).load()), max_threads=blake3.AUTO).hexdigest()
-            done += info.nbytes
-            if progress is not None:
-                progress(done, total)
-        return found
+    def read_through(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and content of every tensor, in the order of the file; `digests` costs nothing afterwards."""
+        found = {}
+        for name, _ in sorted(self.header.tensors.items(), key=lambda item: item[1].offset):
+            tensor = self.source(name).load()
+            found[name] = blake3(bytes_of(tensor), max_threads=blake3.AUTO).hexdigest()
+            yield name, tensor
+        self.check_unchanged()
+        self._digests = found
 
 
 class StoredTensor:

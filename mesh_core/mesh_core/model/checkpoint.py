@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
-from mesh_core.model.safetensors import TensorInfo, read_safetensors_header
+from mesh_core.model.safetensors import MAX_HEADER_BYTES, TensorInfo, read_safetensors_header
 
 ReadingProgress = Callable[[int, int], None]
 """Called with bytes done and bytes in total, while weights are read or hashed."""
@@ -48,8 +48,11 @@ class CheckpointHeader:
         return str(info.file), info.offset
 
 
-def read_header(path: str | os.PathLike[str]) -> CheckpointHeader:
+def read_header(path: str | os.PathLike[str], most: int = MAX_HEADER_BYTES) -> CheckpointHeader:
     """The header of a .safetensors file, a diffusers model folder, or the transformer of a pipeline folder.
+
+    Args:
+        most: bytes of the header of one file that are parsed.
 
     Raises:
         CheckpointUnrecognised: nothing there, or not safetensors.
@@ -57,14 +60,14 @@ def read_header(path: str | os.PathLike[str]) -> CheckpointHeader:
     """
     path = Path(path)
     if path.is_file():
-        return _of_files(path, [path])
+        return _of_files(path, [path], most)
     if not path.is_dir():
         raise CheckpointUnrecognised(
             f"There is no checkpoint at {path}.", hint="a .safetensors file, or a folder saved by diffusers"
         )
     pipeline = _json(path / "model_index.json")
     folder = path / "transformer" if pipeline and (path / "transformer").is_dir() else path
-    return _of_files(path, _weight_files(folder), config=_json(folder / "config.json"), pipeline=pipeline)
+    return _of_files(path, _weight_files(folder), most, config=_json(folder / "config.json"), pipeline=pipeline)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -108,11 +111,11 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _of_files(path: Path, files: list[Path], **parts: Any) -> CheckpointHeader:
+def _of_files(path: Path, files: list[Path], most: int, **parts: Any) -> CheckpointHeader:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        found, extra = read_safetensors_header(file)
+        found, extra = read_safetensors_header(file, most)
         metadata |= extra
         doubles = tensors.keys() & found.keys()
         if doubles:

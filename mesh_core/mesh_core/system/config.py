@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import platformdirs
 
 from mesh_core.errors import ConfigError
+from mesh_core.system.private import check_private
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -133,6 +134,14 @@ class Loras:
 
 
 @dataclass(frozen=True)
+class ComfySettings:
+    """``hosts``: names by which ComfyUI is reached, other than an address and names of the local network; one that
+    starts with a dot stands for all that end so. Pages of other names cannot use the mesh's settings there."""
+
+    hosts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class PluginSettings:
     """``disabled``: names of plugins, as `mesh plugins` shows them, that are not imported."""
 
@@ -147,6 +156,7 @@ class Settings:
     deadlines: Deadlines = field(default_factory=Deadlines)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     loras: Loras = field(default_factory=Loras)
+    comfy: ComfySettings = field(default_factory=ComfySettings)
     plugins: PluginSettings = field(default_factory=PluginSettings)
 
     @classmethod
@@ -157,9 +167,11 @@ class Settings:
 
         Raises:
             ConfigError: a file that was named does not exist, is not TOML, or holds a key or value that is not
-                accepted; names file and key.
+                accepted; names file and key. Or others may write the user's own.
         """
         file = path or config_dir() / "config.toml"
+        if path is None:
+            check_private(file)
         settings = _settings(file) if path is not None or file.exists() else cls()
         extra = tuple(name.strip() for name in os.environ.get("MESH_DISABLE_PLUGINS", "").split(",") if name.strip())
         return replace(settings, plugins=PluginSettings((*settings.plugins.disabled, *extra)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ class Remembered:
         except (OSError, ValueError):
             return None
         return stored.get("value") if isinstance(stored, dict) and stored.get("state") == self._state else None
+
+    def forget(self) -> None:
+        """Remember nothing of these files any more."""
+        with suppress(OSError):  # a cache that cannot be written was reported when it was
+            self._path.unlink(missing_ok=True)
 
     def put(self, value: Any) -> None:
         """Remember ``value``, which is plain; where that is not possible, a warning says so."""

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from mesh_core.errors import ConfigError
 from mesh_core.system.config import atomic_write
+from mesh_core.system.private import check_private
 
 _WAIT = 5.0
 """Seconds; a change takes milliseconds."""
@@ -22,8 +23,8 @@ _WAIT = 5.0
 class KeyTable:
     """Rows of one dataclass in a JSON file, by one of their fields.
 
-    Every method raises ConfigError where the file cannot be read; those that change it also where it cannot be written
-    or another process keeps it locked.
+    Every method raises ConfigError where the file cannot be read, or other users may write it; those that change it
+    also where it cannot be written or another process keeps it locked.
     """
 
     def __init__(self, path: Path, kind: type[Any], by: str) -> None:
@@ -66,6 +67,7 @@ class KeyTable:
         return self._read() if self._path.exists() else {}
 
     def _read(self) -> dict[str, Any]:
+        check_private(self._path)
         try:
             found = msgspec.json.decode(self._path.read_bytes(), type=dict[str, Any])["rows"]
             if unknown := {name for row in found for name in row} - {field.name for field in fields(self._kind)}:

@@ -18,6 +18,7 @@ from typing import Literal
 
 from mesh_core.errors import ConfigError, NotAuthorised
 from mesh_core.system.config import atomic_write, config_dir
+from mesh_core.system.private import check_private
 from mesh_core.transport.key_table import KeyTable, unreadable
 
 _IDENTITY = "identity.json"
@@ -84,7 +85,7 @@ class KeyStore:
         """This user's keys, made on first use.
 
         Raises:
-            ConfigError: the file cannot be read or written.
+            ConfigError: the file cannot be read or written, or others may write it.
         """
         if self._identity is None:
             self._identity = _load_keys(self._folder / _IDENTITY)
@@ -172,6 +173,7 @@ class KeyStore:
 
 
 def _load_keys(path: Path) -> UserKeys:
+    check_private(path)
     if not path.exists():
         _create_keys(path)
     try:

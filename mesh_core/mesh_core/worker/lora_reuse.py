@@ -5,24 +5,26 @@ They are found by their hashes in the head of the arriving file; how it arrives 
 
 from __future__ import annotations
 
-import json
 import logging
 import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 from blake3 import blake3
 
 from mesh_codec.memory import bytes_of
-from mesh_core.errors import LoraError
+from mesh_core.errors import CheckpointError, LoraError
+from mesh_core.loras.bounds import SENT_HEADER
 from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.stored import StoredTensor
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.safetensors import MAX_HEADER_BYTES
+from mesh_core.model.safetensors import check_header_size, parse_header
 
 log = logging.getLogger(__name__)
 
+_HASHES = msgspec.json.Decoder(list[str])
 
 Stretch = tuple[int, int, str]
 
@@ -68,23 +70,28 @@ def known_tensors(
     """What is here of a file of ``size`` bytes, of which ``have`` lie in ``draft``; None while its head is not whole.
 
     Nothing in the head is trusted: at worst the file is not what was offered, which its own hash shows.
+
+    Raises:
+        CheckpointUnrecognised: its head is larger than a LoRA's.
     """
     with draft.open("rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if len(start) == 8:
+            check_header_size(length, SENT_HEADER, "What arrives")
         if have < 8 + length:
             return None
-        stretches = _stretches(file.read(length), 8 + length) if length <= MAX_HEADER_BYTES else []
+        stretches = _stretches(file.read(length), 8 + length)
     hashes = {digest for _, _, digest in stretches}
     return KnownTensors(size, stretches, library.tensors(hashes, checkpoint) if hashes else {})
 
 
 def _stretches(head: bytes, offset: int) -> list[Stretch]:
     try:
-        entries = json.loads(head)
-        hashes = json.loads(entries["__metadata__"]["hashes"])
-        places = [(entries[str(i)]["data_offsets"], str(digest)) for i, digest in enumerate(hashes)]
-        return [(offset + int(begin), offset + int(end), digest) for (begin, end), digest in places]
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        entries, metadata = parse_header(head, "what arrives")
+        hashes = _HASHES.decode(metadata["hashes"])
+        places = [(entries[str(i)].data_offsets, digest) for i, digest in enumerate(hashes)]
+    except (CheckpointError, msgspec.DecodeError, KeyError) as error:
         log.debug("the head of a LoRA says nothing of its tensors: %r", error)
         return []
+    return [(offset + begin, offset + end, digest) for (begin, end), digest in places]

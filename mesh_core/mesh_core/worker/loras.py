@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mesh_core import wire
-from mesh_core.errors import LoraMissing, LoraUnmatched
+from mesh_core.errors import LoraMissing, LoraUnmatched, WireTooLarge
 from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint, CheckpointLibrary
@@ -16,6 +16,7 @@ from mesh_core.model.spans import BlockSpan
 from mesh_core.transport.base import Peer
 from mesh_core.worker.agreement import span_of
 from mesh_core.worker.lora_upload import Receiver
+from mesh_core.worker.quota import QUOTA
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import WorkerSession
 
@@ -53,6 +54,7 @@ class WorkerLoras:
 
     def seek(self, peer: Peer, message: wire.Seek) -> None:
         """Say which LoRAs are here. Runs in a loading thread: files whose content is not known yet are read."""
+        _check_count(message.loras)
         checkpoint = self._library.like(message.family, message.structure)
         span = span_of(checkpoint, message.span, may_be_empty=True)
         parameters = checkpoint.spec.parameters_of(span).keys()
@@ -63,14 +65,14 @@ class WorkerLoras:
         ]
         self._replies.send(peer.route, wire.Sought(message.id, held))
 
-    def offer(self, peer: Peer, message: wire.Offer) -> None:
+    def offer(self, peer: Peer, message: wire.Offer) -> Iterator[None]:
         """A host wants to send one: say how much of it is here already."""
-        have = self._receiver.offer(peer.key, message)
+        have = yield from self._receiver.offer(peer.key, message)
         self._replies.send(peer.route, wire.Offered(message.id, have))
 
-    def chunk(self, peer: Peer, message: wire.Chunk, buffers: list[memoryview]) -> None:
+    def chunk(self, peer: Peer, message: wire.Chunk, buffers: list[memoryview]) -> Iterator[None]:
         """Take in a piece of one, and say how much is here then."""
-        have = self._receiver.chunk(peer.key, message, buffers[0])
+        have = yield from self._receiver.chunk(peer.key, message, buffers[0])
         self._replies.send(peer.route, wire.Offered(message.id, have))
 
     def resolve(
@@ -83,7 +85,9 @@ class WorkerLoras:
 
         Raises:
             LoraMissing: one is not here (any more).
+            WireTooLarge: more than anybody means.
         """
+        _check_count(uses)
         parameters = checkpoint.spec.parameters_of(span).keys()
         found: list[Applied] = []
         for name, strength in self._preset:
@@ -115,3 +119,8 @@ class WorkerLoras:
     def forget(self, session: WorkerSession) -> None:
         """The session ended."""
         self.keep(session, ())
+
+
+def _check_count(uses: Sequence[dict[str, Any]]) -> None:
+    if len(uses) > QUOTA.loras:
+        raise WireTooLarge(f"{len(uses)} LoRAs at once; at most {QUOTA.loras} are accepted.", hint="fewer LoRAs")

@@ -17,6 +17,7 @@ class Quota:
         neighbours: that were admitted for one session.
         probes: whose answers wait to be sent.
         probe_bytes: of these answers together.
+        loras: that a session has, or that one message asks for.
     """
 
     sessions: int = 32
@@ -26,6 +27,7 @@ class Quota:
     neighbours: int = 8
     probes: int = 64
     probe_bytes: int = 256 << 20
+    loras: int = 128
 
 
 QUOTA = Quota()

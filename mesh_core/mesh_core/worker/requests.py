@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 
 from mesh_core import wire
@@ -17,11 +17,16 @@ from mesh_core.worker.turns import Turns
 
 log = logging.getLogger(__name__)
 
-Work = Callable[[], None]
+Pieces = Iterator[None]
+"""Work that is done piece by piece: what happens between two of its items is a piece."""
+
+
+_ENDED = object()
 
 
 class FairThreads:
-    """Threads that take turns over the members whose work waits. They end with the process, whatever they do.
+    """Threads that take turns over the members whose work waits: a piece of each, and one work of a member after the
+    other. They end with the process, whatever they do.
 
     Args:
         each: threads that one member has at most, so that another one's request finds one however long this one's
@@ -30,7 +35,7 @@ class FairThreads:
 
     def __init__(self, name: str, count: int, each: int) -> None:
         self._each = each
-        self._turns: Turns[tuple[str, int, Work]] = Turns()
+        self._turns: Turns[tuple[str, int, Pieces]] = Turns()
         self._running: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._changed = threading.Condition()
@@ -39,7 +44,7 @@ class FairThreads:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, key: str, work: Work, nbytes: int = 0) -> None:
+    def submit(self, key: str, work: Pieces, nbytes: int = 0) -> None:
         """Have ``work``, which raises nothing, done for the member with this key.
 
         Args:
@@ -70,7 +75,7 @@ class FairThreads:
             thread.join(max(end - monotonic(), 0))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _next(self) -> tuple[str, int, Work] | None:
+    def _next(self) -> tuple[str, int, Pieces] | None:
         with self._changed:
             while not self._stopping:
                 found = self._turns.take(lambda key: self._running[key] < self._each)
@@ -83,18 +88,21 @@ class FairThreads:
     def _work(self) -> None:
         while (found := self._next()) is not None:
             key, nbytes, work = found
+            ended = True
             try:
-                work()
+                ended = next(work, _ENDED) is _ENDED
             except Exception:
                 # The thread must outlive a failure that cannot be told.
                 log.exception("the answer to a request could not be sent")
-            finally:
-                # Frees the request's buffers now, not when the next one comes.
-                del found, work
-                with self._changed:
-                    self._running -= Counter([key])
+            with self._changed:
+                self._running -= Counter([key])
+                if not ended and not self._stopping:
+                    self._turns.put_back(key, b"", found)
+                else:
                     self._bytes -= Counter({key: nbytes})
-                    self._changed.notify_all()
+                self._changed.notify_all()
+            # Frees the request's buffers now, not when the next one comes.
+            del found, work
 
 
 class RequestThreads:
@@ -112,24 +120,36 @@ class RequestThreads:
         self.receiving = FairThreads("lora", 1, each=1)
         self.hashing = FairThreads("hash", 2, each=1)
 
-    def submit(self, threads: FairThreads, peer: Peer, message: wire.Message, work: Work, nbytes: int = 0) -> None:
+    def submit(
+        self,
+        threads: FairThreads,
+        peer: Peer,
+        message: wire.Message,
+        work: Callable[[], Pieces | None],
+        nbytes: int = 0,
+    ) -> None:
         """Have ``work``, which answers ``message``, done in ``threads``; what it raises is the answer.
 
         Args:
+            work: may return the pieces that it is done in.
             nbytes: of the message's buffers.
 
         Raises:
             WireTooLarge: see `FairThreads.submit`.
         """
 
-        def run() -> None:
+        def run() -> Pieces:
             try:
-                work()
+                pieces = work()
+                if pieces is not None:
+                    yield from pieces
+            except GeneratorExit:
+                raise
             except BaseException as error:
                 log.info("%s failed: %s", type(message).__name__, error)
                 self._replies.fail(peer.route, message, error)
 
-        threads.submit(peer.key, run, nbytes)
+        threads.submit(peer.key, run(), nbytes)
 
     def stop(self) -> None:
         """Drop what waits."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,7 +68,7 @@ class _Handler:
         buffers: whether it is given the message's buffers too.
     """
 
-    answer: Callable[..., None]
+    answer: Callable[..., Iterator[None] | None]
     threads: FairThreads | None = None
     buffers: bool = False
 

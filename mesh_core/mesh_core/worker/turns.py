@@ -22,6 +22,10 @@ class Turns(Generic[Item]):
         """``item`` waits behind the others of its line."""
         self._members.setdefault(member, {}).setdefault(line, deque()).append(item)
 
+    def put_back(self, member: str, line: bytes, item: Item) -> None:
+        """``item``, which was taken, is the next of its line again, when the member has its turn."""
+        self._members.setdefault(member, {}).setdefault(line, deque()).appendleft(item)
+
     def take(self, allowed: Callable[[str], bool] = lambda _: True) -> Item | None:
         """The next item of the members that are ``allowed`` one now; None if there is none."""
         member = next(filter(allowed, self._members), None)

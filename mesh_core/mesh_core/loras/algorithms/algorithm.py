@@ -17,6 +17,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 DECOMPOSED = ("dora_scale",)
 """The role of a tensor with which any change is weight-decomposed, as ComfyUI does it."""
 
+_LEAST_WIDTH = 1024
+"""Ranks up to this are accepted for weights that are narrower, too."""
+
 
 @dataclass(frozen=True)
 class Algorithm:
@@ -41,6 +44,11 @@ class Algorithm:
         unknown = sorted(shapes.keys() - {*self.required, *self.optional})
         if missing or unknown:
             return f"it lacks {missing[0]}" if missing else f"it has no use for {unknown[0][:64]}"
+        width = max(1, *shape[:1], prod(shape[1:]), _LEAST_WIDTH)
+        wide = max(1, *shape[:1], prod(shape[1:]))
+        for role, tensor in shapes.items():
+            if prod(tensor) > wide * width:
+                return f"{role} is larger than any rank up to {width} needs"
         try:
             fits = self.fits(shape, shapes)
         except IndexError:
