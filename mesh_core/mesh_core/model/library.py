@@ -165,6 +165,7 @@ class CheckpointLibrary:
     def _refused(self, family: str) -> Iterator[CheckpointError]:
         """Why files that may be of that family are not used; paths stay here."""
         for path, error in self.skipped.items():
+            reason: CheckpointError | None
             try:
                 found = _asked(read_header(path), self._adapters)
                 reason = None if isinstance(found, Checkpoint) else found.get(family)
