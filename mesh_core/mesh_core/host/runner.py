@@ -101,6 +101,11 @@ class SplitRunner:
         if self._patched is not None:
             self._patched.apply(())
 
+    @property
+    def untouched(self) -> Mapping[str, Tensor]:
+        """The local parameters that LoRAs changed, as they were, by name."""
+        return self._patched.base if self._patched is not None else {}
+
     def _run_local(self, state: State, conditioning: Conditioning) -> State:
         if not len(self.plan.local):
             return state

@@ -20,11 +20,12 @@ from mesh_core.loras.lora import Lora
 from mesh_core.loras.part import read_part
 from mesh_core.loras.read import read_lora
 from mesh_core.loras.received import ReceivedLoras
-from mesh_core.loras.stamped import Stamped, stamp_of
+from mesh_core.loras.stamped import Stamped
 from mesh_core.loras.stored import StoredTensor
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings, data_dir
+from mesh_core.system.file_stamp import FileStamp
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class LoraLibrary:
         listed = []
         for path in self._files():
             try:
-                stamp = stamp_of(path)
+                stamp = FileStamp.at(path)
                 facts = self._facts.get(path, stamp, partial(_facts, path))
             except (CheckpointError, LoraError, OSError) as error:
                 log.warning("%s", error)
@@ -117,7 +118,7 @@ class LoraLibrary:
             listed.append(
                 {
                     "name": self._name_of(path),
-                    "bytes": stamp[0],
+                    "bytes": stamp.size,
                     "id": path.stem if received else "",
                     "received": received,
                     "family": str(note.get("family", ""))[:64],
@@ -137,7 +138,7 @@ class LoraLibrary:
         """The LoRA of a file for that model, None if it has none; only headers are read, and each once."""
         try:
             key = path, fingerprint.structure(checkpoint.spec)
-            return self._parsed.get(key, stamp_of(path), lambda: self._read(path, checkpoint))
+            return self._parsed.get(key, FileStamp.at(path), lambda: self._read(path, checkpoint))
         except OSError as error:
             log.debug("%s cannot be read: %s", path, error)
             return None

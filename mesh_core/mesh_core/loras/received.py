@@ -18,6 +18,7 @@ from mesh_core.errors import ConfigError, LoraError, LoraMissing, LoraTooLarge
 from mesh_core.loras.lora import Lora
 from mesh_core.loras.stored import StoredTensor, TensorFile
 from mesh_core.system.config import atomic_write
+from mesh_core.system.file_stamp import FileStamp
 from mesh_core.system.remembered import Remembered
 
 log = logging.getLogger(__name__)
@@ -119,7 +120,7 @@ class ReceivedLoras:
         with self._lock:
             path, digests = self.path_of(id_), dict(draft.digests())
             os.replace(draft.path, path)
-            Remembered("loras", [path]).put(digests)
+            Remembered("loras", {path: FileStamp.at(path)}).put(digests)
             try:
                 atomic_write(_note(path), json.dumps({"name": name, "family": family}).encode())
             except ConfigError as error:

@@ -52,7 +52,8 @@ def safetensors_among(entries: Iterable[Path]) -> list[Path]:
 def find_checkpoints(root: str | os.PathLike[str]) -> Iterator[Path]:
     """Files and folders under ``root`` (itself included) that `read_header` may understand, in sorted order.
 
-    Pipeline and model folders are given once, as folders. Links are followed, each real folder once.
+    GGUF files too, so that they are refused by name. Pipeline and model folders are given once, as folders. Links are
+    followed, each real folder once.
     """
     root = Path(root)
     if root.is_file():
@@ -64,7 +65,7 @@ def find_checkpoints(root: str | os.PathLike[str]) -> Iterator[Path]:
             folders.clear()
             yield folder
         else:
-            yield from weights
+            yield from (e for e in entries if e in weights or (e.suffix == ".gguf" and e.is_file()))
 
 
 def _inside(entry: Path, home: Path) -> bool:
