@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -20,14 +20,20 @@ def threads() -> Iterator[FairThreads]:
     made.stop()
 
 
+def work(done: Callable[[], object]) -> Iterator[None]:
+    """In one piece."""
+    done()
+    yield
+
+
 def test_a_member_whose_requests_hang_leaves_threads_for_others(threads: FairThreads) -> None:
     release, ran = threading.Event(), list[str]()
     for _ in range(QUOTA.requests):
-        threads.submit("greedy", lambda: (release.wait(20), ran.append("greedy"))[1])
-    threads.submit("honest", lambda: ran.append("honest"))
+        threads.submit("greedy", work(lambda: (release.wait(20), ran.append("greedy"))))
+    threads.submit("honest", work(lambda: ran.append("honest")))
     wait_until(lambda: ran == ["honest"], what="the honest request")
     with pytest.raises(WireTooLarge):
-        threads.submit("greedy", lambda: None)
+        threads.submit("greedy", work(print))
     release.set()
     wait_until(lambda: len(ran) == 1 + QUOTA.requests, what="everything else")
 
@@ -35,17 +41,17 @@ def test_a_member_whose_requests_hang_leaves_threads_for_others(threads: FairThr
 def test_requests_that_wait_hold_few_bytes(threads: FairThreads) -> None:
     release, ran = threading.Event(), list[int]()
     for _ in range(2):
-        threads.submit("key", lambda: bool(release.wait(20)), QUOTA.request_bytes // 2)
+        threads.submit("key", work(lambda: release.wait(20)), QUOTA.request_bytes // 2)
     with pytest.raises(WireTooLarge):
-        threads.submit("key", lambda: None, 1)
-    threads.submit("other", lambda: ran.append(1), 2 * QUOTA.request_bytes)
+        threads.submit("key", work(print), 1)
+    threads.submit("other", work(lambda: ran.append(1)), 2 * QUOTA.request_bytes)
     release.set()
     wait_until(lambda: ran, what="one large request alone")
 
 
 def test_a_request_that_hangs_does_not_keep_a_worker_from_stopping(threads: FairThreads) -> None:
     started, release = threading.Event(), threading.Event()
-    threads.submit("key", lambda: (started.set(), release.wait(20))[0])
+    threads.submit("key", work(lambda: (started.set(), release.wait(20))))
     assert started.wait(10)
     threads.stop()
     assert not threads.join(0.1)
