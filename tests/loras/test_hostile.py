@@ -33,10 +33,9 @@ from mesh_core.transport.base import Peer
 from mesh_core.worker import lora_drafts
 from mesh_core.worker.requests import RequestThreads
 from tests.support import loras
+from tests.support.hostile_loras import MB, file_of, names, rewritten
 from tests.support.inbox import Inbox, finished
 from tests.support.workers import mesh_home
-
-MB = 1 << 20
 
 
 @pytest.fixture
@@ -52,10 +51,6 @@ def small(model: Checkpoint, seed: int = 0) -> Lora:
     return lora_of_state(loras.peft(shapes, seed=seed), model, f"honest {seed}", {})
 
 
-def file_of(head: bytes, data: bytes = b"") -> bytes:
-    return struct.pack("<Q", len(head)) + head + data
-
-
 def sent(inbox: Inbox, content: bytes, owner: str = "hostile") -> int:
     """What a host is told that offers ``content`` under a hash that it made up, and sends all of it."""
     offer = wire.Offer(
@@ -64,21 +59,6 @@ def sent(inbox: Inbox, content: bytes, owner: str = "hostile") -> int:
     have = finished(inbox.receiver.offer(owner, offer))
     piece = wire.Chunk(2, offer.lora, have)
     return finished(inbox.receiver.chunk(owner, piece, memoryview(content)[have:]))
-
-
-def rewritten(lora: Lora, change: Callable[[list[Any], dict[str, Any]], None]) -> bytes:
-    """The file of a LoRA after ``change`` had its patches and its head."""
-    whole = Part(lora).read(0, Part(lora).nbytes)
-    length = struct.unpack("<Q", whole[:8])[0]
-    head = json.loads(whole[8 : 8 + length])
-    patches = json.loads(head["__metadata__"]["patches"])
-    change(patches, head)
-    head["__metadata__"]["patches"] = json.dumps(patches)
-    return file_of(json.dumps(head).encode(), whole[8 + length :])
-
-
-def names(count: int, value: str) -> bytes:
-    return ("{" + ",".join(f'"{i:x}":{value}' for i in range(count)) + "}").encode()
 
 
 @pytest.mark.parametrize(
