@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mesh_core.errors import UnsupportedInput
 from mesh_core.model import BlockSpan, CheckpointHeader, Conditioning, ModelAdapter, ModelSpec, Piece, State
 from mesh_core.model.adapting import describe_parameters, refuse_attention_arguments, unusual_strides
-from mesh_flux2.blocks import scope_of, states
+from mesh_flux2.blocks import scope_of, shapes_at, states
 from mesh_flux2.config import MODEL_CLASS, config_from_shapes, config_of, make_model
 from mesh_flux2.layout import find_layout, layouts, pieces_of
 from mesh_flux2.stage import Flux2Stage
@@ -99,6 +99,13 @@ class Flux2Adapter(ModelAdapter):
 
     def finish(self, spec: ModelSpec, state: State) -> Tensor:
         return state["sample"]
+
+    def shapes(
+        self, spec: ModelSpec, cut: int, state: State, conditioning: Conditioning
+    ) -> Mapping[str, tuple[int, ...]]:
+        batch = len(state["hidden_states"])
+        image, text = (len(conditioning.constants[name]) for name in ("img_ids", "txt_ids"))
+        return shapes_at(cut, spec, batch, image, text)
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
         return layouts({name: p.shape for name, p in spec.parameters.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mesh_core.model import BlockSpan, Role
+from mesh_core.model import BlockSpan, ModelSpec, Role
 from mesh_core.model.adapting import scope_in_stacks
 
 
@@ -18,6 +18,17 @@ def states(doubles: int, singles: int, guidance: bool) -> tuple[Mapping[str, Rol
     joined: dict[str, Role] = {"hidden_states": "hidden", "temb": "exact"}
     last: dict[str, Role] = {"sample": "prediction"}
     return (first, *[apart] * max(doubles - 1, 0), *[joined] * (singles if doubles else max(singles - 1, 0)), last)
+
+
+def shapes_at(cut: int, spec: ModelSpec, batch: int, image: int, text: int) -> dict[str, tuple[int, ...]]:
+    """Of the tensors at a cut after the first, for so many tokens."""
+    width, out = (spec.parameters[name].shape[0] for name in ("x_embedder.weight", "proj_out.weight"))
+    if cut == spec.blocks:
+        return {"sample": (batch, image, out)}
+    if cut < spec.block_kinds.count("double"):
+        apart = {"hidden_states": (batch, image, width), "encoder_hidden_states": (batch, text, width)}
+        return {**apart, "temb": (batch, width)}
+    return {"hidden_states": (batch, text + image, width), "temb": (batch, width)}
 
 
 def scope_of(name: str, config: Mapping[str, Any]) -> BlockSpan:

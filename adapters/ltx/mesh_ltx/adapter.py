@@ -73,6 +73,19 @@ class LtxAdapter(ModelAdapter):
     def finish(self, spec: ModelSpec, state: State) -> tuple[Tensor, ...]:
         return state["sample"], state["audio_sample"]
 
+    def shapes(
+        self, spec: ModelSpec, cut: int, state: State, conditioning: Conditioning
+    ) -> Mapping[str, tuple[int, ...]]:
+        video, audio = (tuple(state[name].shape[:2]) for name in ("hidden_states", "audio_hidden_states"))
+
+        def rows(name: str) -> int:
+            return spec.parameters[f"{name}.weight"].shape[0]
+
+        if cut == spec.blocks:
+            return {"sample": (*video, rows("proj_out")), "audio_sample": (*audio, rows("audio_proj_out"))}
+        hidden = {"hidden_states": (*video, rows("proj_in")), "audio_hidden_states": (*audio, rows("audio_proj_in"))}
+        return {**hidden, "times": tuple(state["times"].shape)}
+
     def output(self, result: Tensor | tuple[Tensor, ...]) -> Any:
         from diffusers.models.transformers.transformer_ltx2 import AudioVisualModelOutput
 

@@ -85,6 +85,15 @@ class ModelAdapter(ABC):
     def finish(self, spec: ModelSpec, state: State) -> Tensor | tuple[Tensor, ...]:
         """The state at cut N as the tensors that the model class's forward returns."""
 
+    def shapes(
+        self, spec: ModelSpec, cut: int, state: State, conditioning: Conditioning
+    ) -> Mapping[str, tuple[int, ...]]:
+        """What ``state``, at an earlier cut, has become at ``cut``: a host refuses results of other shapes.
+
+        A tensor that is left out may have any. The default leaves all out.
+        """
+        return {}
+
     def check_call(self, spec: ModelSpec, header: CheckpointHeader, arguments: Mapping[str, Any]) -> None:  # noqa: B027
         """Refuse arguments of the pipeline's call that this model cannot do; called before any weight is read.
 

@@ -78,8 +78,13 @@ def _composed(
         held = {name: tensor.contiguous() for name, tensor in {**state, **part.constants}.items()}
         state, part.constants = ({n: held[n] for n in names} for names in (state, part.constants))
         before = {name: tensor.clone() for name, tensor in held.items()}
+        foretold = adapter.shapes(spec, stop, state, conditioning) if len(span) else {}
         with torch.no_grad():
             state = stage_of(span)(state, part)
+        for name, shape in foretold.items():
+            assert tuple(state[name].shape) == shape, (
+                f"{name} at cut {stop} has {tuple(state[name].shape)}, not {shape}"
+            )
         for name, tensor in before.items():
             assert torch.equal(tensor, held[name]), f"the stage {span} changed its input {name!r} in place"
     return adapter.finish(spec, state)
