@@ -101,7 +101,7 @@ class Flux2Adapter(ModelAdapter):
         return state["sample"]
 
     def shapes(self, spec: ModelSpec, cut: int) -> Mapping[str, Dimensions]:
-        return shapes(spec.config, cut)
+        return {**shapes(spec.config, cut), "sample": ("batch", "image", spec.parameters["proj_out.weight"].shape[0])}
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
         return layouts({name: p.shape for name, p in spec.parameters.items()})

@@ -117,6 +117,8 @@ class LtxAdapter(ModelAdapter):
             "video_coords": ("batch", 3, "video", 2),
             "audio_coords": ("batch", 1, "audio", 2),
             "video_keyframes_mask": ("batch", "video", 1),
+            "sample": ("batch", "video", spec.parameters["proj_out.weight"].shape[0]),
+            "audio_sample": ("batch", "audio", spec.parameters["audio_proj_out.weight"].shape[0]),
         }
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:

@@ -11,6 +11,7 @@ from time import perf_counter
 
 import torch
 
+from mesh_codec.errors import CodecCorrupt
 from mesh_core import wire
 from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.stats import HopStats, StepStats
@@ -19,6 +20,7 @@ from mesh_core.errors import WireMalformed
 from mesh_core.host.hops import Leg
 from mesh_core.host.remote import Remote, await_answer
 from mesh_core.host.request import Request
+from mesh_core.host.results import Expected, check_result
 from mesh_core.host.routes import RouteStats
 from mesh_core.model.spec import State
 
@@ -87,19 +89,24 @@ class Flight:
         first.tell(message, payload.buffers)
         return cls(leg, turn, message, payload, sent, deadline)
 
-    def land(self, device: torch.device, stats: StepStats) -> Landed:
+    def land(self, device: torch.device, stats: StepStats, expected: Mapping[str, Expected]) -> Landed:
         """Wait for what the leg's last worker returns, on ``device``; its cost is added to ``stats``.
 
         Raises:
             PeerLost, TransportTimeout: see `await_answer`.
-            WireMalformed: the workers' reports do not fit the leg.
+            WireMalformed: the result is not what was ``expected``, or the workers' reports do not fit the leg.
+            CodecCorrupt: the result is damaged.
             MeshError: what a worker says went wrong.
         """
         remotes = [hop.remote for hop in self.leg.hops]
         what = f"step {self.message.step}"
         result, buffers = await_answer(remotes, self.message.id, self._answer, self.deadline, what)
         arrived = perf_counter()
-        state = self.leg.decoder.decode(self.turn, result.tensors, buffers, device)
+        check_result(remotes[-1].name, result.tensors, expected)
+        try:
+            state = self.leg.decoder.decode(self.turn, result.tensors, buffers, device)
+        except (WireMalformed, CodecCorrupt) as error:
+            raise type(error)(f"{remotes[-1].name} answered wrongly: {error.message}", hint=error.hint) from error
         # Giving 33 MB back to the system takes milliseconds; they belong to the decoding.
         buffers.clear()
         decode_ms = (perf_counter() - arrived) * 1e3

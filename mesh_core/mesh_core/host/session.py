@@ -28,6 +28,7 @@ from mesh_core.host.progress import ProgressReport
 from mesh_core.host.recovery import GONE, MAX_REPAIRS, RESENT, Recovery
 from mesh_core.host.remote import Remote
 from mesh_core.host.request import Request, Requests
+from mesh_core.host.results import Expected, expected_at
 from mesh_core.host.routes import Route, codec_name_of, reason_of
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, State
@@ -209,7 +210,7 @@ class Session:
                 flight = Flight.start(
                     leg, state, names, request, turn=turn, attempt=self._attempt_number, deadline=deadline
                 )
-                landed = flight.land(self.options.device, stats)
+                landed = flight.land(self.options.device, stats, self._expected(leg, state, request))
                 self._opener.links.observe(landed.crossed, landed.wire_ms)
                 self._opener.speeds.observe(landed.crossed)
                 state = landed.state
@@ -220,6 +221,11 @@ class Session:
             raise
         sequences.heard(turn)
         return state
+
+    def _expected(self, leg: Leg, state: State, request: Request) -> dict[str, Expected]:
+        spec, cut = self.identity.spec, leg.hops[-1].span.stop
+        adapter = self.plugins.adapter(spec.family)
+        return expected_at(cut, leg.hops[0].span.start, state, request.conditioning, spec, adapter)
 
     def _send_constants(self, request: Request) -> dict[str, str]:
         """Names of the constants that the workers need, each sent to those that do not have it."""

@@ -91,8 +91,8 @@ class ModelAdapter(ABC):
         """Shapes of the state at ``cut``, and of the constants that a stage which starts there needs.
 
         A worker refuses a step whose tensors have others, before it decodes them, and estimates from them what the step
-        will take. Without this, tensors that do not fit each other may be repeated to an enormous size by the model.
-        Tensors that are left out are not checked; the default has none.
+        will take; a host refuses results of others. Without this, tensors that do not fit each other may be repeated to
+        an enormous size by the model. Tensors that are left out are not checked; the default has none.
         """
         return {}
 

@@ -19,14 +19,7 @@ def resolve(described: Mapping[str, Dimensions], shapes: Mapping[str, Sequence[i
     Raises:
         WireMalformed: a tensor has another number of dimensions than described, or a size that does not fit.
     """
-    sizes: dict[str, int] = {}
-    for name, shape in shapes.items():
-        wanted = described.get(name, tuple(shape))
-        if len(wanted) != len(shape):
-            raise _misfit(name, shape, wanted)
-        for word, size in zip(wanted, shape, strict=True):
-            if isinstance(word, str):
-                sizes[word] = max(size, sizes.get(word, size))
+    sizes = _sizes(described, shapes)
     resolved: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         wanted = described.get(name, tuple(shape))
@@ -38,6 +31,33 @@ def resolve(described: Mapping[str, Dimensions], shapes: Mapping[str, Sequence[i
             raise _misfit(name, shape, wanted)
         resolved[name] = full
     return resolved
+
+
+def foretell(
+    before: Mapping[str, Dimensions], shapes: Mapping[str, Sequence[int]], after: Mapping[str, Dimensions]
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that tensors described by ``after`` have, in a call whose tensors ``shapes`` are described by
+    ``before``. Those with a size that does not follow from it are left out.
+
+    Raises:
+        WireMalformed: a tensor has another number of dimensions than described.
+    """
+    sizes = _sizes(before, shapes)
+    found = {name: tuple(_size(word, -1, sizes) for word in wanted) for name, wanted in after.items()}
+    return {name: shape for name, shape in found.items() if -1 not in shape}
+
+
+def _sizes(described: Mapping[str, Dimensions], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """What each word stands for."""
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        wanted = described.get(name, tuple(shape))
+        if len(wanted) != len(shape):
+            raise _misfit(name, shape, wanted)
+        for word, size in zip(wanted, shape, strict=True):
+            if isinstance(word, str):
+                sizes[word] = max(size, sizes.get(word, size))
+    return sizes
 
 
 def _size(word: int | str, size: int, sizes: Mapping[str, int]) -> int:
