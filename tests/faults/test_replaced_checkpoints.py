@@ -35,8 +35,8 @@ def swapped(file: Path, contents: list[bytes]) -> Iterator[None]:
 
     def swap() -> None:
         turn = 0
-        # Long enough to open in, and short enough to meet an open, by turns.
-        while not ended.wait((0.02, 0.07, 0.4)[turn % 3]):
+        # Short enough to meet an open, and long enough to open in, longer each time, by turns.
+        while not ended.wait((0.02, 0.07, 0.3 + turn / 20)[turn % 3]):
             turn += 1
             # Windows replaces no file that is open.
             with suppress(PermissionError):
