@@ -15,7 +15,7 @@ from mesh_core import __version__
 from mesh_core.cli.findings import Finding, failed
 from mesh_core.errors import MeshError
 from mesh_core.plugins.registry import Plugins
-from mesh_core.system.config import Settings
+from mesh_core.system.config import Settings, in_bytes
 from mesh_core.transport.address import SCHEME, Place, parse_place
 from mesh_core.transport.base import Address
 
@@ -125,7 +125,7 @@ def _abilities(text: str, remote: Remote, plugins: Plugins) -> Iterator[Finding]
 def _device(report: Mapping[str, Any]) -> str:
     def gb(name: str) -> str:
         value = report.get(name)
-        return f"{value / 1e9:.1f} GB" if isinstance(value, int) else "unknown"
+        return in_bytes(value) if isinstance(value, int) else "unknown"
 
     where, what = report.get("device", "?"), report.get("name", "?")
     label = f"{where}" if where == what else f"{where}, {what}"

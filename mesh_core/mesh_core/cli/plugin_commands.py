@@ -11,6 +11,8 @@ from mesh_core.cli.commands import COMMANDS
 from mesh_core.errors import PluginConflict, PluginNotFound
 from mesh_core.plugins.report import CORE, FIRST, ONE_OF_THEM, conflict, contention
 
+_REGISTERING = ("mesh_register_", "mesh_add_")
+
 if TYPE_CHECKING:
     from mesh_core.plugins.registry import Plugins
     from mesh_core.plugins.report import PluginReport
@@ -40,9 +42,16 @@ def plugin_command(name: str) -> click.Command | None:
 
 
 def full_report(plugins: Plugins) -> list[PluginReport]:
-    """`Plugins.report` with the commands that plugins add: what they provide, or what they contend for."""
+    """`Plugins.report` with the hooks that plugins answer and the commands that they add or contend for."""
     added = _added(plugins)
-    return [_with_commands(report, added, plugins.report()) for report in plugins.report()]
+    reports = [_with_hooks(report, plugins) for report in plugins.report()]
+    return [_with_commands(report, added, reports) for report in reports]
+
+
+def _with_hooks(report: PluginReport, plugins: Plugins) -> PluginReport:
+    # What is registered is listed by its own name.
+    hooks = [f"hook {hook}" for hook in plugins.hooks_of(report.name) if not hook.startswith(_REGISTERING)]
+    return replace(report, provides=(*report.provides, *hooks))
 
 
 def _with_commands(

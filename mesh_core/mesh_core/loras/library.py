@@ -5,7 +5,6 @@ Found by what they do, or by the name that `LoraLibrary.listing` gives. The netw
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -24,8 +23,9 @@ from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings, data_dir
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _Stamp = tuple[int, int]
 
@@ -164,4 +164,7 @@ def _no_such(name: str, several: list[str], known: list[str]) -> LoraMissing:
             hint="its whole name, or its hash",
         )
     listed = ", ".join(known[:8]) or "none"
-    return LoraMissing(f"There is no LoRA {name[:100]!r} here. There are: {listed}.", hint="mesh lora list ADDRESS")
+    return LoraMissing(
+        f"There is no LoRA {name[:100]!r} here. There are: {listed}.",
+        hint="the path of a file, or a name that mesh lora list shows; of a worker: mesh lora list ADDRESS",
+    )

@@ -6,7 +6,6 @@ The network never names a path here: a file's name is the hash that its content 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Collection
@@ -18,9 +17,10 @@ from mesh_core.errors import ConfigError, LoraError, LoraMissing, LoraTooLarge
 from mesh_core.loras.lora import Lora
 from mesh_core.loras.stored import StoredTensor, TensorFile
 from mesh_core.system.config import atomic_write
+from mesh_core.system.logs import logger
 from mesh_core.system.remembered import Remembered
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class ReceivedLoras:

@@ -110,6 +110,13 @@ class Plugins:
         self._collected()
         return [*self._reports.values(), *self._set_aside]
 
+    def hooks_of(self, name: str) -> list[str]:
+        """The hooks that a plugin answers, sorted; none if it is not in use."""
+        with self._lock:
+            self._loader.load()
+            plugin = self._manager.get_plugin(name)
+            return sorted(caller.name for caller in self._manager.get_hookcallers(plugin) or [])
+
     def call_one(self, name: str, hook: str, **arguments: Any) -> list[Any]:
         """Call ``hook`` of one plugin alone and return its results; none if it is not in use.
 

@@ -6,7 +6,6 @@ They are found by their hashes in the head of the arriving file; how it arrives 
 from __future__ import annotations
 
 import json
-import logging
 import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.stored import StoredTensor
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.safetensors import MAX_HEADER_BYTES
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 Stretch = tuple[int, int, str]

@@ -7,7 +7,6 @@ that are in the library already are copied from there.
 from __future__ import annotations
 
 import errno
-import logging
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,9 +24,10 @@ from mesh_core.loras.stored import TensorFile
 from mesh_core.loras.tensors import check_finite
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
+from mesh_core.system.logs import logger
 from mesh_core.worker.lora_reuse import KnownTensors, known_tensors
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _STALE = 24 * 3600.0
 """Seconds after which a draft that nobody goes on with is removed."""

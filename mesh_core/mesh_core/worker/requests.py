@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -10,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mesh_core import wire
 from mesh_core.errors import WireTooLarge
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Peer
 from mesh_core.worker.quota import QUOTA
 from mesh_core.worker.replies import Replies
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class RequestThreads:

@@ -7,7 +7,6 @@ codecs are here. Nothing that arrives may stop any of them.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from mesh_core.model.library import CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.device import free_memory, label
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Listener, Peer
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor
@@ -40,7 +40,7 @@ from mesh_core.worker.steps import WorkerSteps
 
 __all__ = ["Worker", "WorkerOptions"]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _TICK = 0.25
 """Seconds between looks at sessions whose host may be gone."""
