@@ -29,6 +29,7 @@ ADVICE = {
     "PluginBroken": "`mesh plugins --json` shows its traceback; upgrade or disable the plugin.",
     "CheckpointUnrecognised": "Install the family's adapter; `mesh plugins` shows those that are in use.",
     "CheckpointMismatch": "Put the same file on both machines; the message names what each end has.",
+    "CheckpointChanged": "Do the same again, once nothing writes to the file.",
     "CheckpointCorrupt": "Fetch the file again.",
     "PlanError": "Write spans that follow each other without gaps; `mesh inspect` shows the blocks.",
     "PlanDoesNotFit": "Give that machine fewer blocks, or free memory on it.",

@@ -10,6 +10,7 @@ MeshError
 ├── CheckpointError
 │   ├── CheckpointUnrecognised  no adapter knows this file
 │   ├── CheckpointMismatch      two ends hold different weights
+│   ├── CheckpointChanged       replaced or written to while it was in use
 │   └── CheckpointCorrupt       truncated, foreign or damaged
 ├── PlanError                   a cut that the model does not have
 │   └── PlanDoesNotFit          the blocks need more memory than there is
@@ -49,6 +50,7 @@ from mesh_core.visible import visible_lines
 __all__ = [
     "MAX_RENDERED",
     "Cancelled",
+    "CheckpointChanged",
     "CheckpointCorrupt",
     "CheckpointError",
     "CheckpointMismatch",
@@ -135,6 +137,8 @@ class PluginBroken(PluginError):
 class CheckpointError(MeshError):
     """Base of what goes wrong with model files; itself raised when one cannot be read at all."""
 
+    remedy = "check that the file is there and that this user may read it"
+
 
 class CheckpointUnrecognised(CheckpointError):
     """Raised where there is no checkpoint, or none that an installed adapter computes with."""
@@ -143,7 +147,12 @@ class CheckpointUnrecognised(CheckpointError):
 
 
 class CheckpointMismatch(CheckpointError):
-    """Raised by a worker that holds no checkpoint with the host's fingerprint; says what it holds."""
+    """Raised by a worker that holds no checkpoint with the host's fingerprint, which says what it holds; by a host
+    whose weights in memory are not those of the file that workers would read, which names one."""
+
+
+class CheckpointChanged(CheckpointError):
+    """Raised when a file is no longer the one whose header was read; nothing that was read of it is used."""
 
 
 class CheckpointCorrupt(CheckpointError):

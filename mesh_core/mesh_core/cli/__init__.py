@@ -32,6 +32,7 @@ _SYSTEM_HINTS = {
     errno.EISDIR: "a file in that folder",
     errno.ENOTDIR: "another path",
     errno.ENOENT: "check the path",
+    errno.EEXIST: "another path",
     errno.ENOSPC: "free some space",
     errno.EMFILE: "a higher limit of open files (ulimit -n)",
     errno.EADDRINUSE: "another port",

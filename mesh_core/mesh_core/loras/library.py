@@ -23,11 +23,10 @@ from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings, data_dir
+from mesh_core.system.file_stamp import FileStamp
 from mesh_core.system.logs import logger
 
 log = logger(__name__)
-
-_Stamp = tuple[int, int]
 
 
 class LoraLibrary:
@@ -41,7 +40,7 @@ class LoraLibrary:
     def __init__(self, received: ReceivedLoras, folders: Sequence[Path] = ()) -> None:
         self.received = received
         self._folders = LoraFolders(tuple(folders))
-        self._parsed: dict[tuple[Path, str], tuple[_Stamp, Lora]] = {}
+        self._parsed: dict[tuple[Path, str], tuple[FileStamp, Lora]] = {}
         self._lock = threading.Lock()
 
     def find(self, id_: str, outline: str, checkpoint: Checkpoint, parameters: Collection[str]) -> Lora | None:
@@ -131,8 +130,7 @@ class LoraLibrary:
     def _parse(self, path: Path, checkpoint: Checkpoint) -> Lora | None:
         """The LoRA of a file for that model, None if it has none; only headers are read, and each once."""
         try:
-            found = path.stat()
-            stamp, key = (found.st_size, found.st_mtime_ns), (path, fingerprint.structure(checkpoint.spec))
+            stamp, key = FileStamp.at(path), (path, fingerprint.structure(checkpoint.spec))
             with self._lock:
                 known = self._parsed.get(key)
             if known is not None and known[0] == stamp:

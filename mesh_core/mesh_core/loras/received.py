@@ -17,6 +17,7 @@ from mesh_core.errors import ConfigError, LoraError, LoraMissing, LoraTooLarge
 from mesh_core.loras.lora import Lora
 from mesh_core.loras.stored import StoredTensor, TensorFile
 from mesh_core.system.config import atomic_write
+from mesh_core.system.file_stamp import FileStamp
 from mesh_core.system.logs import logger
 from mesh_core.system.remembered import Remembered
 
@@ -51,7 +52,7 @@ class ReceivedLoras:
             LoraError: no hash, and so no file name.
         """
         if len(id_) != 64 or not set(id_) <= set("0123456789abcdef"):
-            raise LoraError(f"{id_[:80]!r} is not the hash of a LoRA.")
+            raise LoraError(f"{id_[:80]!r} is not the hash of a LoRA.", hint="one that mesh lora list shows")
         return self.folder / f"{id_}.safetensors"
 
     def name_of(self, path: Path) -> str:
@@ -102,7 +103,7 @@ class ReceivedLoras:
         with self._lock:
             path, digests = self.path_of(id_), dict(draft.digests())
             os.replace(draft.path, path)
-            Remembered("loras", [path]).put(digests)
+            Remembered("loras", {path: FileStamp.at(path)}).put(digests)
             try:
                 atomic_write(_note(path), json.dumps({"name": name, "family": family}).encode())
             except ConfigError as error:
@@ -118,7 +119,9 @@ class ReceivedLoras:
         path = self.path_of(id_)
         with self._lock:
             if not path.is_file():
-                raise LoraMissing(f"No LoRA {id_[:12]} was received here.", hint="mesh lora list")
+                raise LoraMissing(
+                    f"No LoRA {id_[:12]} was received here.", hint="mesh lora list ADDRESS shows those that are here"
+                )
             if id_ in self._in_use:
                 raise LoraError(f"The LoRA {id_[:12]} is in use.", hint="the same when its session has ended")
             _delete(path)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mesh_core.model.carried import refuse_kept_in_float32, refuse_other_tensors
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec, Piece, State
@@ -113,10 +114,12 @@ class ModelAdapter(ABC):
         """A stage of ``span`` with its weights read from ``weights`` and nothing else read.
 
         Raises:
-            CheckpointError: a tensor is missing or damaged.
+            CheckpointError: a tensor is missing or damaged, or the model has what a stage cannot carry.
         """
         with torch.device("meta"):
             model = self.skeleton(spec).eval().requires_grad_(False)
+        refuse_other_tensors(model)
+        refuse_kept_in_float32(model, dtype)
         weights.fill(model, spec.parameters_of(span), device=torch.device(device), dtype=dtype)
         return self.stage(spec, span, model).eval()
 

@@ -1,10 +1,13 @@
-"""The folder of a diffusers pipeline: what it holds, and whether its pipeline can make what is asked of it."""
+"""The folder of a diffusers pipeline: what it holds, whether it can make what is asked of it, and loading it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from packaging.version import Version
 
 from mesh_core.builtin import installed_plugins
 from mesh_core.errors import ConfigError
@@ -50,10 +53,44 @@ def check_call(path: str | Path, arguments: Mapping[str, Any], plugins: Plugins 
     header = pipeline_header(path)
     checkpoint = recognise(header, plugins or installed_plugins())
     checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
-    name = header.pipeline.get("_class_name")
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+    found = _class_of(header)
+    if found is None:
+        name = str(header.pipeline.get("_class_name"))[:80]
         raise ConfigError(
-            f"diffusers {diffusers.__version__} has no pipeline {str(name)[:80]!r}.", hint="pip install -U diffusers"
+            f"diffusers {diffusers.__version__} has no pipeline {name!r}.", hint="pip install -U diffusers"
         )
     return found
+
+
+def pipeline_around(model: Any, header: CheckpointHeader, dtype: torch.dtype, arguments: Mapping[str, Any]) -> Any:
+    """The pipeline in a folder with ``model`` for its transformer.
+
+    Args:
+        arguments: of ``from_pretrained``.
+
+    Raises:
+        ConfigError: the pipeline takes another transformer.
+    """
+    import diffusers
+
+    # The class itself: the general one passes over components that the class has a default for.
+    kind = None if "custom_pipeline" in arguments else _class_of(header)
+    general = kind or diffusers.DiffusionPipeline
+    # Renamed in diffusers 0.42.
+    typed = {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
+    pipeline = general.from_pretrained(str(header.path), transformer=model, **typed, **arguments)
+    if getattr(pipeline, "transformer", None) is not model:
+        raise ConfigError(
+            f"{type(pipeline).__name__} does not use the transformer that it is given, so it would not be split.",
+            hint="split() on the loaded pipeline",
+        )
+    return pipeline
+
+
+def _class_of(header: CheckpointHeader) -> type[Any] | None:
+    """The class that ``model_index.json`` names, if diffusers has it."""
+    import diffusers
+
+    name = header.pipeline.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline) else None

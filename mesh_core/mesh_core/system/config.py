@@ -173,7 +173,9 @@ def _settings(file: Path) -> Settings:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"Could not read the settings {file}: {error.strerror}.") from error
+        raise ConfigError(
+            f"Could not read the settings {file}: {error.strerror}.", hint="check the path, and that you may read it"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{file} is not TOML: {error}.", hint="correct it, or delete it to use the defaults"
@@ -188,7 +190,8 @@ def _settings(file: Path) -> Settings:
     settings = Settings(**read)
     if settings.heartbeat.lost_after <= settings.heartbeat.interval:
         raise ConfigError(
-            f"{file}: heartbeat.lost_after must be longer than heartbeat.interval ({settings.heartbeat.interval} s)."
+            f"{file}: heartbeat.lost_after must be longer than heartbeat.interval ({settings.heartbeat.interval} s).",
+            hint="a larger lost_after or a smaller interval",
         )
     return settings
 
@@ -202,7 +205,8 @@ def _table(kind: type[T], table: Mapping[str, Any], file: Path, where: str) -> T
             values[key] = _value(value, known[key].default, known[key].metadata)
         except (ConfigError, ValueError) as error:
             reason = error.message if isinstance(error, ConfigError) else str(error)
-            raise ConfigError(f"{file}: {where}.{key} = {value!r}: {reason}") from error
+            hint = error.hint if isinstance(error, ConfigError) else "correct it, or take it out to use the default"
+            raise ConfigError(f"{file}: {where}.{key} = {value!r}: {reason}", hint=hint) from error
     return kind(**values)
 
 

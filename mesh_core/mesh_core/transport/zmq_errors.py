@@ -40,4 +40,4 @@ def _hint(number: int | None) -> str:
         return "another port (--port), or stop the worker that already listens there"
     if number == zmq.EADDRNOTAVAIL:
         return "an address of this machine, or 0.0.0.0 for all of them"
-    return "a port above 1024" if number == errno.EACCES else "mesh doctor"
+    return "a port above 1024" if number == errno.EACCES else "mesh doctor, to test this machine and the way there"
