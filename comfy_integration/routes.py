@@ -18,6 +18,7 @@ from aiohttp import web
 from mesh_codec.errors import CodecError
 from mesh_core.errors import ConfigError, MeshError
 from mesh_core.transport.keys import KeyStore, KnownWorker
+from mesh_core.visible import visible_values
 
 from .pack_state import PackState
 from .workers import choices, label
@@ -90,7 +91,7 @@ def _answers(handler: Callable[[dict[str, Any]], Awaitable[Any]]) -> Handler:
         try:
             return web.json_response(await handler(body))
         except (MeshError, CodecError) as error:
-            return web.json_response({"error": error.message, "hint": error.hint}, status=400)
+            return web.json_response(visible_values({"error": error.message, "hint": error.hint}), status=400)
 
     return answer
 
@@ -141,10 +142,11 @@ def _tried(worker: KnownWorker, pack: PackState) -> dict[str, Any]:
             {"name": d.get("name", d.get("device", "?")), "budget": d.get("budget"), "loaded": d.get("loaded")}
             for d in remote.welcome.devices
         ]
-        return {
+        found = {
             "name": remote.welcome.name,
             "version": remote.welcome.package,
             "families": sorted(remote.welcome.adapters),
             "devices": devices,
             "ms": (monotonic() - began) * 1e3,
         }
+        return visible_values(found)

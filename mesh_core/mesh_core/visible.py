@@ -8,8 +8,10 @@ Whatever shows text passes it through here at that moment; names are kept and co
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["LONGEST", "visible", "visible_lines"]
+__all__ = ["LONGEST", "visible", "visible_lines", "visible_values"]
 
 LONGEST = 4000
 """Characters of a text that are shown unless somebody says otherwise."""
@@ -28,6 +30,15 @@ def visible_lines(text: object, most: int = LONGEST) -> str:
     """As `visible`, but line breaks and tabs stay, for tracebacks and messages that may have several lines."""
     lines = str(text)[: most + 1].replace("\r\n", "\n").split("\n")
     return _cut("\n".join("\t".join(_escaped(cell) for cell in line.split("\t")) for line in lines), most)
+
+
+def visible_values(value: Any) -> Any:
+    """Plain values as JSON takes them, with each text in them as `visible` makes it; keys are ours and stay."""
+    if isinstance(value, Mapping):
+        return {key: visible_values(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [visible_values(item) for item in value]
+    return visible(value) if type(value) is str else value
 
 
 def _escaped(text: str) -> str:

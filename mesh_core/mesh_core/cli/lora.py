@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mesh_core.system.config import in_bytes
 from mesh_core.system.tables import aligned
 from mesh_core.system.terminal import say, say_json, say_lines
 
@@ -67,7 +68,7 @@ def push(address: str, files: tuple[Path, ...], model: Path) -> None:
     with closing(_connected(address)) as remote:
         for one in loras:
             sent = send(remote, one, fingerprint.structure(checkpoint.spec), Settings.load(), LoadingLine())
-            say(f"{one.name}  {one.id[:12]}  {f'{sent / 1e6:.1f} MB sent' if sent else 'was there'}")
+            say(f"{one.name}  {one.id[:12]}  {f'{in_bytes(sent)} sent' if sent else 'was there'}")
 
 
 @lora.command()
@@ -101,7 +102,7 @@ def inspect(file: Path, model: Path | None, as_json: bool) -> None:
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    lines = [f"{facts['file']}: {facts['tensors']} tensors, {facts['bytes'] / 1e6:.2f} MB"]
+    lines = [f"{facts['file']}: {facts['tensors']} tensors, {in_bytes(facts['bytes'])}"]
     lines += [f"  {key}: {facts[key]}" for key in ("title", "base", "trigger") if key in facts]
     if "id" in facts:
         kinds = ", ".join(f"{n} x {name}" for name, n in facts["algorithms"].items())
@@ -117,11 +118,10 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 def _table(loras: list[dict[str, Any]]) -> list[str]:
     if not loras:
         return ["no LoRAs"]
-    rows = [["name", "MB", "hash", "for", "words"]]
+    rows = [["name", "size", "hash", "for", "words"]]
     for x in loras:
         made_for = str(x.get("family") or x.get("base") or "")
-        size = f"{x['bytes'] / 1e6:.1f}"
-        rows.append([str(x["name"]), size, str(x["id"])[:12], made_for, str(x.get("trigger") or "")])
+        rows.append([str(x["name"]), in_bytes(x["bytes"]), str(x["id"])[:12], made_for, str(x.get("trigger") or "")])
     return aligned(rows, left=5)
 
 

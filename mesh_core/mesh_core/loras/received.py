@@ -120,7 +120,7 @@ class ReceivedLoras:
         with self._lock:
             if not path.is_file():
                 raise LoraMissing(
-                    f"No LoRA {id_[:12]} was received here.", hint="mesh lora list ADDRESS shows those that are here"
+                    f"No LoRA {id_[:12]} was received here.", hint="one that mesh lora list ADDRESS shows"
                 )
             if id_ in self._in_use:
                 raise LoraError(f"The LoRA {id_[:12]} is in use.", hint="the same when its session has ended")

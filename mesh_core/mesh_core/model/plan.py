@@ -67,7 +67,7 @@ def check(model: ModelSpec, hops: Sequence[Hop], workers: int) -> Plan:
         if (hop.worker == HOST_INDEX) != (i == 0) or not 0 <= hop.worker <= workers:
             raise PlanError(
                 "The host runs the first span, and only that one.",
-                hint="local=':4' (--local :4), and spans for workers behind it",
+                hint="local=':4' (--local :4)",
             )
         position = hop.span.stop
     if position != model.blocks:
