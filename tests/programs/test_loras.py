@@ -181,8 +181,8 @@ def test_a_lora_for_something_else_is_named_by_its_file_and_not_by_a_slot(
         with pytest.raises(LoraUnmatched) as caught:
             split.load_lora_weights(source, **options)
         message = caught.value.message
-        assert ("The LoRA" if isinstance(source, dict) else str(file)) in message and module in message
-        assert "default_" not in message and "made for klein" in caught.value.hint
+        assert ("a LoRA without a name" if isinstance(source, dict) else str(file)) in message and module in message
+        assert "default_0" not in message and "made for klein" in caught.value.hint
     mesh_core.unsplit(split)
 
 

@@ -109,7 +109,7 @@ def lora_of(
             patches.append(_patch(algorithm, rows, tensors, shared, sources, alpha, scaling, stem))
     if not patches:
         raise LoraUnmatched(
-            _why_nothing(where, unmatched, spec.family), hint=f"a LoRA that was made for {spec.variant}"
+            _why_nothing(where, unmatched, spec.family), hint=f"a LoRA that was made for {spec.family} {spec.variant}"
         )
     try:
         return Lora.of(name, spec, patches, unmatched=tuple(sorted(unmatched)), metadata=dict(metadata))

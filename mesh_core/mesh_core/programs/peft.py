@@ -82,7 +82,7 @@ class PeftLoras:
             LoraError, LoraUnmatched: see `read_lora`.
             UnsupportedInput: a source that is neither a state dict nor a file.
         """
-        label = name or Path(file).stem
+        label = name or Path(file).stem or "a LoRA without a name"
         if name is None:
             numbers = (i for i in range(len(self.loaded) + 1) if f"default_{i}" not in self.loaded)
             name = f"default_{next(numbers)}"
@@ -92,7 +92,7 @@ class PeftLoras:
                 if name in self.loaded
                 else f"There is no adapter {name!r} to swap."
             )
-        lora, state = self._read(source, label or name, options, file)
+        lora, state = self._read(source, label, options, file or label)
         if hotswap:
             self.loaded[name] = PeftLora(lora, state, dict(options), self.loaded[name].weight)
             return name
@@ -101,7 +101,7 @@ class PeftLoras:
         return name
 
     def _read(
-        self, source: Any, name: str, options: Mapping[str, Any], file: str
+        self, source: Any, name: str, options: Mapping[str, Any], where: str
     ) -> tuple[Lora, dict[str, Tensor] | str]:
         if isinstance(source, (str, Path)) and Path(source).is_file():
             return warn_of_unmatched(read_lora(source, self.checkpoint, name)), str(source)
@@ -113,7 +113,7 @@ class PeftLoras:
         prefix = options.get("prefix", PREFIX)
         own = {k: v for k, v in source.items() if prefix is None or k.startswith(f"{prefix}.")}
         if not own:
-            raise self._nothing_for_us(source, prefix, file)
+            raise self._nothing_for_us(source, prefix, where)
         # The caller may change its tensors later.
         state = {key: tensor.detach().to("cpu", copy=True) for key, tensor in own.items()}
         named = dict(state)
@@ -123,11 +123,12 @@ class PeftLoras:
             named[key if key.endswith(".alpha") else f"{key}.alpha"] = torch.tensor(float(alpha))
         metadata = options.get("metadata")
         note = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else {}
-        return warn_of_unmatched(lora_of_state(named, self.checkpoint, name, note, file)), state
+        return warn_of_unmatched(lora_of_state(named, self.checkpoint, name, note, where)), state
 
-    def _nothing_for_us(self, source: Mapping[str, Any], prefix: str | None, file: str) -> LoraUnmatched:
+    def _nothing_for_us(self, source: Mapping[str, Any], prefix: str | None, where: str) -> LoraUnmatched:
         keys = f": none of its {len(source)} keys begins with {prefix}, for example {min(source)}" if source else ""
+        spec = self.checkpoint.spec
         return LoraUnmatched(
-            f"{file or 'The LoRA'} holds nothing for the transformer{keys}.",
-            hint=f"a LoRA that was made for {self.checkpoint.spec.variant}; mesh lora inspect FILE shows what one is",
+            f"{where} holds nothing for the transformer{keys}.",
+            hint=f"a LoRA that was made for {spec.family} {spec.variant}; mesh lora inspect FILE shows what one is",
         )
