@@ -58,6 +58,11 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded_by(code) == set()
 
 
+def test_help_of_a_command_that_a_plugin_adds_loads_no_other_plugin() -> None:
+    code = "from mesh_core.cli import cli\ncli(['bench', '--help'], standalone_mode=False)"
+    assert loaded_by(code) <= {"mesh_codec", "mesh_core.plugins.registry"}
+
+
 def test_help_lists_each_command_that_exists_with_its_line() -> None:
     shown = " ".join(CliRunner().invoke(cli, ["--help"], terminal_width=200).output.split())
     assert set(cli.list_commands(click.Context(cli))) >= {"plugins"}

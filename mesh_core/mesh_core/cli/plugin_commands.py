@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,8 +29,14 @@ def plugin_command(name: str) -> click.Command | None:
     from mesh_core.builtin import installed_plugins
 
     plugins = installed_plugins()
-    found = {owner: commands[name] for owner, commands in _added(plugins).items() if name in commands}
-    rivals = [report for report in plugins.report() if report.name in found]
+    # What the core lists as its own is nobody else's; importing the others, and torch with them, takes seconds.
+    own = [report for report in plugins.known() if report.distribution == CORE] if name in COMMANDS else []
+    for commands in _added(plugins, own).values():
+        if name in commands:
+            return commands[name]
+    reports = plugins.report()
+    found = {owner: commands[name] for owner, commands in _added(plugins, reports).items() if name in commands}
+    rivals = [report for report in reports if report.name in found]
     first = [report for report in rivals if report.distribution in FIRST]
     if len(rivals) > 1 and not first:
         raise PluginConflict(contention(f"command {name!r}", rivals), hint=ONE_OF_THEM)
@@ -43,8 +50,8 @@ def plugin_command(name: str) -> click.Command | None:
 
 def full_report(plugins: Plugins) -> list[PluginReport]:
     """`Plugins.report` with the hooks that plugins answer and the commands that they add or contend for."""
-    added = _added(plugins)
     reports = [_with_hooks(report, plugins) for report in plugins.report()]
+    added = _added(plugins, reports)
     return [_with_commands(report, added, reports) for report in reports]
 
 
@@ -70,10 +77,10 @@ def _with_commands(
     return report
 
 
-def _added(plugins: Plugins) -> dict[str, dict[str, click.Command]]:
-    """Commands by the name of the plugin that adds them."""
+def _added(plugins: Plugins, reports: Sequence[PluginReport]) -> dict[str, dict[str, click.Command]]:
+    """The commands of some plugins, by the name of the plugin that adds them."""
     added: dict[str, dict[str, click.Command]] = {}
-    for report in plugins.report():
+    for report in reports:
         group = click.Group()
         plugins.call_one(report.name, "mesh_add_commands", cli=group)
         if group.commands:
