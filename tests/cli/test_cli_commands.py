@@ -21,6 +21,10 @@ from mesh_codec import EntropyCodec
 from mesh_codec.qualities import names
 from mesh_core.builtin import installed_plugins
 from mesh_core.cli import FAILED, cli
+from mesh_core.model import fingerprint
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import recognise
+from mesh_core.system.remembered import Remembered
 from tests.adapters import tiny
 from tests.support.workers import ProcessWorker, mesh_home, process_worker
 
@@ -212,6 +216,32 @@ def test_doctor_notices_other_weights(worker: ProcessWorker, tmp_path: Path) -> 
     assert code == 1
     assert weights["status"] == "FAIL" and "other weights" in weights["detail"]
     assert weights["hint"]
+
+
+def rotten(file: Path) -> None:
+    """As if the disk had changed the content since it was hashed, and nothing else of the file."""
+    header = read_header(file)
+    structure = fingerprint.structure(recognise(header, installed_plugins()).spec)
+    Remembered("fingerprints", header.stamps, structure).put("0" * 64)
+
+
+def test_doctor_and_serve_notice_a_file_whose_content_changed_unseen(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "klein.safetensors"
+    model.parent.mkdir()
+    tiny.save_single_file(tiny.transformer(guidance=False, doubles=1, singles=1), model)
+
+    def found() -> dict[str, Any]:
+        _, report = checks("--model", model, "mesh://127.0.0.1:1")
+        return report[("this machine", "weights")]
+
+    assert "hashed for the first time" in found()["detail"]
+    assert found()["status"] == "ok" and "as when it was hashed first" in found()["detail"]
+    rotten(model)
+    check = found()
+    assert check["status"] == "FAIL" and "content changed" in check["detail"] and "copy it again" in check["hint"]
+    rotten(model)
+    with process_worker(model.parent, "--device", "cpu", "--verify", name="attic") as verified:
+        assert "klein.safetensors: its content changed" in "\n".join(verified.log)
 
 
 def test_doctor_says_which_part_of_the_way_fails(worker: ProcessWorker) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 PUBLIC: Mapping[str, str] = {
     "mesh_core.errors": """
-        MAX_RENDERED Cancelled CheckpointCorrupt CheckpointError CheckpointMismatch
+        MAX_RENDERED Cancelled CheckpointChanged CheckpointCorrupt CheckpointError CheckpointMismatch
         CheckpointUnrecognised ConfigError ConstantsMissing LoraError LoraMissing LoraTooLarge
         LoraUnmatched MeshError NotAuthorised PeerLost PlanDoesNotFit PlanError PluginBroken
         PluginConflict PluginError PluginIncompatible PluginNotFound RemoteError SessionError

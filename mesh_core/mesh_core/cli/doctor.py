@@ -26,7 +26,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
     "--model",
     type=click.Path(path_type=Path),
     default=None,
-    help="Also check that the workers hold the same weights; reads the whole model once on each machine.",
+    help="Also hash this model anew, whatever is remembered of it, and check that the workers hold the same weights.",
 )
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Seconds per worker.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -42,7 +42,10 @@ def doctor(addresses: tuple[str, ...], model: Path | None, timeout: float, as_js
     settings = _settings(timeout)
     found: list[Finding] = []
     shown = ""
-    for check in chain(check_machine(plugins), _check_workers(addresses, model, plugins, settings)):
+    checks = chain(
+        check_machine(plugins), _check_model(model, plugins), _check_workers(addresses, model, plugins, settings)
+    )
+    for check in checks:
         found.append(check)
         if not as_json:
             shown = _show(check, shown)
@@ -67,6 +70,17 @@ def _settings(timeout: float) -> Settings:
     except ConfigError:
         settings = Settings()
     return replace(settings, deadlines=replace(settings.deadlines, connect=timeout))
+
+
+def _check_model(model: Path | None, plugins: Plugins) -> Iterator[Finding]:
+    if model is None:
+        return
+    from mesh_core.cli.check_files import check_files
+    from mesh_core.cli.check_machine import MACHINE
+    from mesh_core.cli.findings import guarded
+    from mesh_core.cli.progress import LoadingLine
+
+    yield from guarded(MACHINE, "weights", lambda: check_files(MACHINE, model, plugins, LoadingLine()))
 
 
 def _check_workers(

@@ -15,6 +15,7 @@ from mesh_core.cli.announcement import announce
 from mesh_core.cli.values import parse_lora
 from mesh_core.errors import ConfigError
 from mesh_core.system.logs import start_logging
+from mesh_core.system.terminal import Coloured, say
 
 if TYPE_CHECKING:
     from mesh_core.system.config import Settings
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--name", default=None, help="What hosts call this worker. [default: this machine's name]")
 @click.option("--insecure", is_flag=True, help="No encryption and no keys: whoever reaches the port is trusted.")
 @click.option("--force", is_flag=True, help="Allow --insecure on an address that other machines reach.")
+@click.option("--verify", is_flag=True, help="First read and hash all checkpoints, whatever is remembered of them.")
 @click.option("--verbose", is_flag=True, help="Log what hosts ask for.")
 def serve(
     models: tuple[Path, ...],
@@ -41,6 +43,7 @@ def serve(
     port: int | None,
     insecure: bool,
     force: bool,
+    verify: bool,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -62,6 +65,8 @@ def serve(
     flags = {flag: True for flag, on in (("insecure", insecure), ("force", force)) if on}
     listener = plugins.transport("mesh").listen(address, **flags)
     worker = Worker(worker_options, listener, plugins)
+    if verify:
+        _verify(worker)
     _stop_on_signals(worker)
     announce(worker, listener.address)
     worker.serve()
@@ -117,3 +122,19 @@ def _stop_on_signals(worker: Worker) -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+
+
+def _verify(worker: Worker) -> None:
+    """Hash what is served; what changed unseen is served as what it is now, which no host asks for."""
+    from mesh_core.cli.check_files import content
+    from mesh_core.cli.progress import LoadingLine
+    from mesh_core.errors import CheckpointError
+
+    for checkpoint in worker.library.scan():
+        try:
+            status, detail, hint = content(checkpoint, LoadingLine())
+        except CheckpointError as error:
+            status, detail, hint = "FAIL", error.message, error.hint
+        say(Coloured(f"  {checkpoint.name}: {detail}", "red" if status == "FAIL" else None), err=True)
+        if hint:
+            say(f"        try: {hint}", err=True)

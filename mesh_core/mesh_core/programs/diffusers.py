@@ -256,7 +256,7 @@ def _transformer_of(pipeline: Any) -> Any:
     if model is None:
         raise ConfigError(
             f"A {type(pipeline).__name__} holds no transformer that could be split.",
-            hint="a pipeline of diffusers with one, for example Flux2Pipeline",
+            hint="a pipeline of diffusers that has one",
         )
     return model
 

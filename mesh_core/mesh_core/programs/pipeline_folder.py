@@ -48,18 +48,10 @@ def check_call(path: str | Path, arguments: Mapping[str, Any], plugins: Plugins 
         ConfigError: an argument that the model does not accept, or a pipeline that diffusers does not have.
         CheckpointError: its transformer is none of an installed family.
     """
-    import diffusers
-
     header = pipeline_header(path)
     checkpoint = recognise(header, plugins or installed_plugins())
     checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
-    found = _class_of(header)
-    if found is None:
-        name = str(header.pipeline.get("_class_name"))[:80]
-        raise ConfigError(
-            f"diffusers {diffusers.__version__} has no pipeline {name!r}.", hint="pip install -U diffusers"
-        )
-    return found
+    return _class_of(header)
 
 
 def pipeline_around(model: Any, header: CheckpointHeader, dtype: torch.dtype, arguments: Mapping[str, Any]) -> Any:
@@ -69,16 +61,16 @@ def pipeline_around(model: Any, header: CheckpointHeader, dtype: torch.dtype, ar
         arguments: of ``from_pretrained``.
 
     Raises:
-        ConfigError: the pipeline takes another transformer.
+        ConfigError: a pipeline that diffusers does not have, or one that takes another transformer.
     """
     import diffusers
 
+    custom = "custom_pipeline" in arguments or not isinstance(header.pipeline.get("_class_name"), str)
     # The class itself: the general one passes over components that the class has a default for.
-    kind = None if "custom_pipeline" in arguments else _class_of(header)
-    general = kind or diffusers.DiffusionPipeline
+    kind = diffusers.DiffusionPipeline if custom else _class_of(header)
     # Renamed in diffusers 0.42.
     typed = {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
-    pipeline = general.from_pretrained(str(header.path), transformer=model, **typed, **arguments)
+    pipeline = kind.from_pretrained(str(header.path), transformer=model, **typed, **arguments)
     if getattr(pipeline, "transformer", None) is not model:
         raise ConfigError(
             f"{type(pipeline).__name__} does not use the transformer that it is given, so it would not be split.",
@@ -87,10 +79,14 @@ def pipeline_around(model: Any, header: CheckpointHeader, dtype: torch.dtype, ar
     return pipeline
 
 
-def _class_of(header: CheckpointHeader) -> type[Any] | None:
-    """The class that ``model_index.json`` names, if diffusers has it."""
+def _class_of(header: CheckpointHeader) -> type[Any]:
+    """The class that ``model_index.json`` names. Raises ConfigError if diffusers does not have it."""
     import diffusers
 
     name = header.pipeline.get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise ConfigError(
+            f"diffusers {diffusers.__version__} has no pipeline {str(name)[:80]!r}.", hint="pip install -U diffusers"
+        )
+    return found
