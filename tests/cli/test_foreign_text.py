@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -152,3 +153,15 @@ def test_json_stays_json(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert_harmless(printed, lines=True)
     assert json.loads(printed) == {"name": f"{NASTY}\x7f\u00e4"}
+
+
+def test_the_traceback_of_a_defect() -> None:
+    code = (
+        "import click, mesh_core.cli as c\n"
+        "def fail(): raise ZeroDivisionError(chr(27) + '[2J gone')\n"
+        "c.cli.get_command = lambda context, name: click.Command('go', callback=fail)\n"
+        "c.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "go"], capture_output=True, text=True)
+    assert done.returncode == 1 and r"ZeroDivisionError: \x1b[2J gone" in done.stderr
+    assert_harmless(done.stderr, lines=True)
