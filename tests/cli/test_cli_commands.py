@@ -79,6 +79,37 @@ def test_serve_lists_what_it_serves(worker: ProcessWorker) -> None:
     assert "dev.safetensors: flux2" in served
 
 
+def test_serve_says_what_it_left_out_and_why(models: Path, tmp_path: Path) -> None:
+    weights = TINY_KLEIN / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, tmp_path / "vae.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:100_000])
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    (tmp_path / "old.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
+    shutil.copy(TINY_KLEIN.parent / "loras" / "night.safetensors", tmp_path)
+    (tmp_path / "notes.txt").write_text("nobody takes this for a model")
+    for i in range(6):
+        (tmp_path / f"z{i}.safetensors").write_bytes(bytes(4))
+    shutil.copy(models / "dev.safetensors", tmp_path)
+    with process_worker(tmp_path, "--device", "cpu") as worker:
+        said = list(worker.log)
+    left_out = [line for line in said if "not served: " in line]
+    reasons = {name: line for line in left_out for name in os.listdir(tmp_path) if name in line}
+    expected = {
+        "cut.safetensors": "truncated",
+        "flux.gguf": "GGUF",
+        "lfs.safetensors": "Git LFS",
+        "night.safetensors": "is a LoRA: name it, or its folder, with --loras",
+        "old.ckpt": "not a safetensors file",
+        "vae.safetensors": "No installed adapter",
+    }
+    for name, why in expected.items():
+        assert why in reasons[name]
+    assert len(reasons) == 10
+    assert any("and 2 more files that are not served" in line for line in said)
+    assert "notes.txt" not in "".join(said) and any("dev.safetensors: flux2" in line for line in said)
+
+
 def test_serve_ends_when_asked(tmp_path: Path) -> None:
     with process_worker(tmp_path, "--device", "cpu") as idle:
         idle.process.send_signal(signal.SIGTERM)
@@ -115,6 +146,14 @@ def test_inspect_suggests_a_cut_that_fits(models: Path) -> None:
     assert f"--local {suggestion['local']}" in mesh("inspect", models / "tiny-klein", "--memory", "2.16GB").stdout
 
 
+def test_inspect_shows_small_sizes_and_how_to_have_a_cut_suggested(models: Path) -> None:
+    shown = mesh("inspect", models / "dev.safetensors").stdout
+    assert "0.00" not in shown and "KB each" in shown
+    assert (
+        "--memory" in shown and "--memory" not in mesh("inspect", models / "dev.safetensors", "--memory", "1GB").stdout
+    )
+
+
 def test_inspect_of_something_else_names_it(tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("not a model")
@@ -147,6 +186,15 @@ def test_generate_refuses_a_folder_that_is_not_there_before_it_loads_anything(mo
     result = mesh("generate", models / "tiny-klein", "face", "--local", ":", "-o", tmp_path / "gone" / "x.png")
     assert result.exit_code == FAILED
     assert "--output" in result.stderr
+    for wrong in (["-o", tmp_path / "x.xyz"], ["-o", tmp_path], ["--stats", tmp_path / "gone" / "x.json"]):
+        result = mesh("generate", models / "tiny-klein", "face", "--local", ":", *wrong)
+        assert result.exit_code == FAILED and result.stderr.splitlines()[-1].startswith("try: "), wrong
+
+
+def test_generate_from_a_single_file_says_what_it_needs_and_what_the_file_is_good_for(models: Path) -> None:
+    result = mesh("generate", models / "dev.safetensors", "face")
+    assert result.exit_code == FAILED
+    assert "is a single file" in result.stderr and "folder of a whole pipeline" in result.stderr
 
 
 def test_doctor_finds_nothing_wrong_with_this_machine_and_a_good_worker(models: Path, worker: ProcessWorker) -> None:

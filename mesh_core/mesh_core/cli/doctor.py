@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from mesh_core.system.terminal import Coloured, say, say_json
 
 if TYPE_CHECKING:
     from mesh_core.cli.findings import Finding
@@ -50,10 +51,12 @@ def doctor(addresses: tuple[str, ...], model: Path | None, timeout: float, as_js
             shown = _show(check, shown)
     failures = sum(check.status == "FAIL" for check in found)
     if as_json:
-        click.echo(json.dumps({"failed": failures, "checks": [asdict(check) for check in found]}, indent=2))
+        say_json({"failed": failures, "checks": [asdict(check) for check in found]})
     else:
         warnings = sum(check.status == "warn" for check in found)
-        click.secho(f"\n{len(found)} checks: {failures} failed, {warnings} warnings", fg="red" if failures else None)
+        total = f"{len(found)} checks: {failures} failed, {warnings} warnings"
+        say()
+        say(Coloured(total, "red" if failures else None))
     if failures:
         click.get_current_context().exit(1)
 
@@ -100,9 +103,10 @@ def _check_workers(
 def _show(check: Finding, subject: str) -> str:
     """Print one check, under its subject; returns the subject."""
     if check.subject != subject:
-        click.echo(f"{'' if not subject else chr(10)}{check.subject}")
-    mark = click.style(f"{check.status:<4}", fg=_COLOURS[check.status])
-    click.echo(f"  {mark}  {check.name:<12} {check.detail}")
+        if subject:
+            say()
+        say(check.subject)
+    say("  ", Coloured(f"{check.status:<4}", _COLOURS[check.status]), f"  {check.name:<12} {check.detail}")
     if check.hint:
-        click.echo(f"        try: {check.hint}")
+        say(f"        try: {check.hint}")
     return check.subject

@@ -7,15 +7,17 @@ import os
 import platform
 import signal
 import sys
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mesh_core.cli.announcement import announce
 from mesh_core.cli.values import parse_lora
 from mesh_core.errors import ConfigError
+from mesh_core.system.logs import start_logging
+from mesh_core.system.terminal import Coloured, say
 
 if TYPE_CHECKING:
     from mesh_core.system.config import Settings
@@ -51,7 +53,7 @@ def serve(
 
     Stop it with Ctrl-C.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(message)s")
+    start_logging(logging.INFO if verbose else logging.WARNING)
     presets = [parse_lora(text) for text in options.pop("presets")]
     _check_paths(models, options["loras"], presets)
     from mesh_core.builtin import installed_plugins
@@ -68,10 +70,10 @@ def serve(
     if verify:
         _verify(worker)
     _stop_on_signals(worker)
-    _announce(worker, listener.address)
+    announce(worker, listener.address)
     if not worker.serve():
         # Python would wait at its end for what does not end.
-        logging.warning("something in this worker hangs; it is given up")
+        say("Something in this worker hangs; it is given up.", err=True)
         sys.stderr.flush()
         os._exit(0)
 
@@ -139,27 +141,6 @@ def _verify(worker: Worker) -> None:
             status, detail, hint = content(checkpoint, LoadingLine())
         except CheckpointError as error:
             status, detail, hint = "FAIL", error.message, error.hint
-        click.secho(f"  {checkpoint.name}: {detail}", fg="red" if status == "FAIL" else None, err=True)
+        say(Coloured(f"  {checkpoint.name}: {detail}", "red" if status == "FAIL" else None), err=True)
         if hint:
-            click.echo(f"        try: {hint}", err=True)
-
-
-def _announce(worker: Worker, address: str) -> None:
-    """Tell a person what is served and how to use it; programs read the last line."""
-    from mesh_core.transport.address import is_loopback, parse_place
-    from mesh_core.transport.invites import create_invite
-
-    for checkpoint in worker.library.scan():
-        click.echo(f"  {checkpoint.name}: {checkpoint.spec.family} {checkpoint.spec.variant}", err=True)
-    if known := worker.loras.lora_library.listing():
-        click.echo(f"  {len(known)} LoRAs", err=True)
-    place = parse_place(address)
-    if place.insecure:
-        click.secho("NOT encrypted: whoever reaches this port can use this worker.", fg="red", err=True)
-    elif not is_loopback(place.host):
-        invite = create_invite(address, name=worker.options.name)
-        until = datetime.fromtimestamp(invite.until).strftime("%H:%M")
-        click.echo(f"To use it from another machine, run there (works once, until {until}):", err=True)
-        click.echo(f'  mesh join "{invite}"', err=True)
-    click.echo(f"listening at {address}", err=True)
-    sys.stderr.flush()
+            say(f"        try: {hint}", err=True)

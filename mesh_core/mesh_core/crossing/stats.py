@@ -8,6 +8,9 @@ from functools import cache
 from statistics import median
 from typing import Any
 
+from mesh_core.system.tables import aligned
+from mesh_core.visible import visible
+
 
 @dataclass
 class HopStats:
@@ -103,9 +106,7 @@ class RunStats:
         for i in range(max(len(s.hops) for s in self.steps)):
             hops = [s.hops[i] for s in self.steps if i < len(s.hops)]
             rows.append(_row(hops))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(_HEAD))]
-        lines = ["  ".join(_padded(row, widths)) for row in rows]
-        return "\n".join([*lines, "", *self._totals()])
+        return "\n".join([*aligned(rows, left=2), "", *map(visible, self._totals())])
 
     def _totals(self) -> list[str]:
         def mid(value: Callable[[StepStats], float]) -> float:
@@ -136,11 +137,6 @@ class RunStats:
 
 
 _HEAD = ["worker", "blocks", "in KB", "raw KB", "out KB", "raw KB", "queue ms", "decode ms", "compute ms", "encode ms"]
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    cells = zip(row, widths, strict=True)
-    return [cell.rjust(width) if column > 1 else cell.ljust(width) for column, (cell, width) in enumerate(cells)]
 
 
 def _row(hops: Sequence[HopStats]) -> list[str]:

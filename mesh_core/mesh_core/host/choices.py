@@ -5,7 +5,6 @@ Gathers what `mesh_core.host.links` and `mesh_core.host.speeds` know; keeps noth
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
@@ -17,8 +16,9 @@ from mesh_core.host.routes import Ends, Route, RouteEnd
 from mesh_core.host.speeds import LEARNING, CodecSpeeds
 from mesh_core.model.spec import ModelSpec, Role, State
 from mesh_core.plugins.registry import Plugins
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LOOK_AGAIN = 0.5
 """Seconds between two looks at the choice once what steps say has settled. A change that is found so much later costs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -21,8 +20,9 @@ from mesh_core.host.progress import Activity, ProgressReport
 from mesh_core.host.routes import Route
 from mesh_core.host.speeds import CodecSpeeds
 from mesh_core.plugins.registry import Plugins
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Opener:

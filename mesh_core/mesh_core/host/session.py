@@ -8,7 +8,6 @@ with the result that it would have had; where a worker lost that step, from noth
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from time import perf_counter
@@ -33,8 +32,9 @@ from mesh_core.host.routes import Route, codec_name_of, reason_of
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.plugins.registry import Plugins
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Session:

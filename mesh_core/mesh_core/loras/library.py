@@ -5,7 +5,6 @@ Found by what they do, or by the name that `LoraLibrary.listing` gives. The netw
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -26,8 +25,9 @@ from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings, data_dir
 from mesh_core.system.file_stamp import FileStamp
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _MOST_KEPT = 100_000
 """Patches of all LoRAs that are kept in memory; one takes about 2 kB."""
@@ -170,4 +170,7 @@ def _no_such(name: str, several: list[str], known: list[str]) -> LoraMissing:
             hint="its whole name, or its hash",
         )
     listed = ", ".join(known[:8]) or "none"
-    return LoraMissing(f"There is no LoRA {name[:100]!r} here. There are: {listed}.", hint="mesh lora list ADDRESS")
+    return LoraMissing(
+        f"There is no LoRA {name[:100]!r} here. There are: {listed}.",
+        hint="the path of a file, or a name that mesh lora list shows; of a worker: mesh lora list ADDRESS",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from mesh_core.model.adapter import ModelAdapter
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress, read_header
 from mesh_core.model.folders import find_checkpoints
 from mesh_core.model.spec import ModelSpec
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Adapters(Protocol):
@@ -92,16 +92,16 @@ class CheckpointLibrary:
         self.skipped: dict[Path, CheckpointError] = {}
 
     def scan(self) -> list[Checkpoint]:
-        """All checkpoints, found from their headers; those that cannot be read are logged and left out."""
+        """All checkpoints, found from their headers; the others are in `skipped`."""
         found: dict[Path, Checkpoint] = {}
         skipped: dict[Path, CheckpointError] = {}
         for path in (p for root in self._roots for p in find_checkpoints(root)):
             try:
                 found[path] = recognise(read_header(path), self._adapters)
             except CheckpointError as error:
-                level = logging.DEBUG if isinstance(error, CheckpointUnrecognised) else logging.WARNING
-                log.log(level, "%s is left out: %s", path, error)
                 skipped[path] = error
+                if path not in self.skipped:
+                    log.info("not served: %s", error)
         self._known, self.skipped = found, skipped
         return list(found.values())
 

@@ -41,6 +41,8 @@ _NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENTRY = msgspec.json.Decoder(HeaderEntry)
 _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -85,13 +87,8 @@ def read_safetensors_header(file: Path, most: int = MAX_HEADER_BYTES) -> FileHea
             stamp = FileStamp.settled(stream.fileno())
             size, start = stamp.size, stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            if start[:4] == b"GGUF":
-                raise CheckpointUnrecognised(
-                    f"{file} is a GGUF file; quantised GGUF is not read yet.",
-                    hint="the .safetensors file of the same model",
-                )
             if size < 8 or length > size - 8:
-                raise CheckpointUnrecognised(f"{file} is not a safetensors file, or its start is damaged.")
+                raise _another_format(file, start)
             check_header_size(length, most, str(file))
             header = stream.read(length)
             _check_same(stream, stamp, file)
@@ -102,6 +99,16 @@ def read_safetensors_header(file: Path, most: int = MAX_HEADER_BYTES) -> FileHea
     tensors = {name: _tensor_info(file, name, entry, begin) for name, entry in entries.items()}
     _check_layout(file, tensors, begin, size)
     return FileHeader(tensors, metadata, stamp)
+
+
+def _another_format(file: Path, start: bytes) -> CheckpointUnrecognised:
+    if start[:4] == b"GGUF":
+        message, hint = "is a GGUF file; quantised GGUF is not read yet", "the .safetensors file of the same model"
+    elif start == _LFS_POINTER[: len(start)] and start:
+        message, hint = "is a pointer of Git LFS: the file itself was not downloaded", "git lfs pull in its folder"
+    else:
+        message, hint = "is not a safetensors file, or its start is damaged", ""
+    return CheckpointUnrecognised(f"{file} {message}.", hint=hint)
 
 
 @contextmanager
@@ -143,7 +150,7 @@ def read_into(stream: BinaryIO, target: memoryview, file: object) -> None:
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error}.") from error
         if not count:
-            raise CheckpointCorrupt(f"{file} ends early.", hint="copy it again")
+            raise CheckpointCorrupt(f"{file} ends early.")
         done += count
 
 
@@ -228,8 +235,6 @@ def _check_layout(file: Path, tensors: Mapping[str, TensorInfo], start: int, siz
             raise CheckpointCorrupt(f"{file}: {info.name!r} overlaps its neighbour or leaves a gap.")
         position += info.nbytes
     if position > size:
-        raise CheckpointCorrupt(
-            f"{file} is truncated: it has {size} bytes, its header promises {position}.", hint="copy it again"
-        )
+        raise CheckpointCorrupt(f"{file} is truncated: it has {size} bytes, its header promises {position}.")
     if position < size:
         raise CheckpointCorrupt(f"{file} has {size - position} bytes more than its header promises.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.same_weights import first_difference, fits
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 CHANGED_HINT = "the changed model saved to a folder that the workers serve too; LoRAs through loras=, not fused"
 

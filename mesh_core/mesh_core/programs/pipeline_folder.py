@@ -20,10 +20,16 @@ def pipeline_header(path: str | Path) -> CheckpointHeader:
     """The header of the transformer in a pipeline's folder.
 
     Raises:
-        ConfigError: the folder holds no ``model_index.json``.
+        ConfigError: a single file, or a folder that holds no ``model_index.json``.
         CheckpointError: see `read_header`.
     """
     header = read_header(path)
+    if not header.pipeline and Path(path).is_file():
+        raise ConfigError(
+            f"{path} is a single file, which holds a transformer alone; text encoders and VAE are needed here too.",
+            hint="the folder of a whole pipeline, saved by diffusers; a single file can be served, inspected, and in a "
+            "script be loaded into a pipeline for split()",
+        )
     if not header.pipeline:
         raise ConfigError(
             f"{path} is not a pipeline folder: it has no model_index.json.",

@@ -68,6 +68,13 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * base ** _UNITS[unit.rstrip("B").rstrip("I")])
 
 
+def in_bytes(size: float) -> str:
+    """A number of bytes for people, with three digits or so: ``"12.3 GB"``, ``"520 KB"``. Counts in 1000s."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if size >= u), (1.0, "bytes"))
+    number = size / unit
+    return f"{number:.0f} {name}" if unit == 1.0 or number >= 100 else f"{number:.{1 if number >= 10 else 2}f} {name}"
+
+
 @dataclass(frozen=True)
 class WorkerSettings:
     """What `mesh serve` offers.
@@ -181,7 +188,9 @@ def _settings(file: Path) -> Settings:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"Could not read the settings {file}: {error.strerror}.") from error
+        raise ConfigError(
+            f"Could not read the settings {file}: {error.strerror}.", hint="check the path, and that you may read it"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{file} is not TOML: {error}.", hint="correct it, or delete it to use the defaults"
@@ -196,7 +205,8 @@ def _settings(file: Path) -> Settings:
     settings = Settings(**read)
     if settings.heartbeat.lost_after <= settings.heartbeat.interval:
         raise ConfigError(
-            f"{file}: heartbeat.lost_after must be longer than heartbeat.interval ({settings.heartbeat.interval} s)."
+            f"{file}: heartbeat.lost_after must be longer than heartbeat.interval ({settings.heartbeat.interval} s).",
+            hint="a larger lost_after or a smaller interval",
         )
     return settings
 
@@ -210,7 +220,8 @@ def _table(kind: type[T], table: Mapping[str, Any], file: Path, where: str) -> T
             values[key] = _value(value, known[key].default, known[key].metadata)
         except (ConfigError, ValueError) as error:
             reason = error.message if isinstance(error, ConfigError) else str(error)
-            raise ConfigError(f"{file}: {where}.{key} = {value!r}: {reason}") from error
+            hint = error.hint if isinstance(error, ConfigError) else "correct it, or take it out to use the default"
+            raise ConfigError(f"{file}: {where}.{key} = {value!r}: {reason}", hint=hint) from error
     return kind(**values)
 
 
@@ -248,12 +259,16 @@ def _check_known(given: Mapping[str, Any], known: Mapping[str, Any], file: Path,
             )
 
 
-def atomic_write(path: Path, content: bytes, *, private: bool = False) -> None:
+_OURS = "free some space, or set MESH_HOME to a folder that you may write to"
+
+
+def atomic_write(path: Path, content: bytes, *, private: bool = False, hint: str = _OURS) -> None:
     """Write a file so that a reader sees all of the old or all of the new content; makes missing folders.
 
     Args:
         private: readable by this user only, where the system has such permissions; on Windows the permissions of
             the folder hold.
+        hint: of the error; by default for the mesh's own files.
 
     Raises:
         ConfigError: the file cannot be written; names it and the reason.
@@ -270,7 +285,4 @@ def atomic_write(path: Path, content: bytes, *, private: bool = False) -> None:
     except OSError as error:
         with suppress(OSError):  # the folder itself may be what is wrong
             draft.unlink()
-        raise ConfigError(
-            f"Could not write {path}: {error.strerror or error}.",
-            hint="free some space, or set MESH_HOME to a folder that you may write to",
-        ) from error
+        raise ConfigError(f"Could not write {path}: {error.strerror or error}.", hint=hint) from error

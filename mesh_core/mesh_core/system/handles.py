@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
-import logging
 
 try:
     import resource
 except ImportError:  # Windows, where there is no such limit.
     resource = None  # type: ignore[assignment]
 
-log = logging.getLogger(__name__)
+from mesh_core.system.logs import logger
+
+log = logger(__name__)
 
 _WANTED = 1 << 16
 _WITHOUT_LIMIT = 1 << 13

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +13,9 @@ from blake3 import blake3
 from mesh_core.errors import ConfigError
 from mesh_core.system.config import atomic_write, cache_dir
 from mesh_core.system.file_stamp import FileStamp
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Remembered:

@@ -9,6 +9,9 @@ from mesh_core.errors import TransportError, Unreachable
 from mesh_core.system.handles import EXHAUSTED, EXHAUSTED_HINT
 from mesh_core.transport.address import Place
 
+WAY = "is the machine awake, on this network or VPN, and the port open in its firewall?"
+"""What to look at where nothing answers."""
+
 _RETRY = 0.05
 _DIAGNOSIS = 2.0
 _SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
@@ -41,7 +44,7 @@ def reach(place: Place, timeout: float) -> str:
         except TimeoutError as error:
             raise Unreachable(
                 f"Nothing answers at {place} within {timeout:g} s.",
-                hint="is the machine awake, on this network, and the port open in its firewall?",
+                hint=WAY,
             ) from error
         except OSError as error:
             if error.errno in EXHAUSTED:
@@ -55,7 +58,7 @@ def _nobody(place: Place, error: OSError) -> Unreachable:
     if isinstance(error, ConnectionRefusedError):
         hint = f"mesh serve --port {place.port} on {place.host}; with --bind 0.0.0.0 for other machines to reach it"
         return Unreachable(f"Nobody listens at {place}: the connection is refused.", hint=hint)
-    return Unreachable(f"{place} cannot be reached: {error.strerror or error}.", hint="mesh doctor")
+    return Unreachable(f"{place} cannot be reached: {error.strerror or error}.", hint=WAY)
 
 
 def mechanism(place: Place, timeout: float) -> str | None:

@@ -5,7 +5,6 @@ Knows where keys are kept and what they open; nothing of what the messages mean.
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ import zmq
 
 from mesh_core.errors import ConfigError
 from mesh_core.system.handles import raised_limit
+from mesh_core.system.logs import logger
 from mesh_core.transport.address import Place, is_loopback, numeric, parse_place
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 from mesh_core.transport.gate import Gate
@@ -34,7 +34,7 @@ from mesh_core.transport.zmq_refusals import JOIN
 from mesh_core.transport.zmq_socket import Socket, Wire, milliseconds
 from mesh_core.wire.limits import LIMITS, MessageLimits
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class ZeroMqTransport(Transport):

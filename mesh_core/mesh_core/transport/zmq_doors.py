@@ -6,7 +6,6 @@ that have not said anything are few, and those of one key are: libzmq names each
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -22,9 +21,10 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from mesh_core.system.logs import logger
 from mesh_core.transport.zmq_socket import Context, Socket
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _SILENT_S = 30.0
 """A connection that has said nothing for so long is closed: a host says that it is there when it has shaken hands."""

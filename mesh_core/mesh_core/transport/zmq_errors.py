@@ -45,4 +45,4 @@ def _hint(number: int | None) -> str:
         return "an address of this machine, or 0.0.0.0 for all of them"
     if number in EXHAUSTED:
         return EXHAUSTED_HINT
-    return "a port above 1024" if number == errno.EACCES else "mesh doctor"
+    return "a port above 1024" if number == errno.EACCES else "mesh doctor, to test this machine and the way there"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ from typing import cast
 import zmq
 
 from mesh_core.errors import NotAuthorised
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Listener, Peer, Trust
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.gate import Gate
@@ -21,7 +21,7 @@ from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_socket import HERE, Context, Socket, Wire, close_with, milliseconds
 from mesh_core.wire.framing import Frame
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _CLOSING = 1.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from math import inf
 from time import monotonic
 
 from mesh_core.errors import Cancelled, TransportTimeout, WireTooLarge
+from mesh_core.system.logs import logger
 from mesh_core.worker.turns import Turns
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,12 +9,13 @@ from time import monotonic
 
 from mesh_core import wire
 from mesh_core.errors import WireTooLarge
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Peer
 from mesh_core.worker.quota import QUOTA
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.turns import Turns
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Pieces = Iterator[None]
 """Work that is done piece by piece: what happens between two of its items is a piece."""

@@ -8,7 +8,6 @@ worker from stopping.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from mesh_core.model.library import CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.device import free_memory, label
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Listener, Peer, Trust
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor
@@ -42,7 +42,7 @@ from mesh_core.worker.steps import WorkerSteps
 
 __all__ = ["Worker", "WorkerOptions"]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _TICK = 0.25
 """Seconds between looks at sessions whose host may be gone."""

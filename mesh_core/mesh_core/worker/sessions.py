@@ -5,7 +5,6 @@ Opening a session is `mesh_core.worker.opening`, computing its steps `mesh_core.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +13,7 @@ from time import monotonic
 from mesh_core import wire
 from mesh_core.errors import SessionUnknown, WireTooLarge
 from mesh_core.system.config import Settings
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Listener, Peer
 from mesh_core.worker.executor import Executor, Job
 from mesh_core.worker.loras import WorkerLoras
@@ -22,7 +22,7 @@ from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import WorkerSession
 from mesh_core.worker.stages import StageStore
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LOOK_EVERY = 0.1
 """Seconds between two looks for hosts that are gone: not with every message, while a step waits to be computed."""

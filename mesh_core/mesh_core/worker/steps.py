@@ -6,7 +6,6 @@ the next worker. What a session keeps from one step for the next is its `StepMem
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import Any
@@ -22,6 +21,7 @@ from mesh_core.model.adapter import Stage
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.device import synchronise
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Peer
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor, Job
@@ -29,7 +29,7 @@ from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import WorkerSession
 from mesh_core.worker.sessions import WorkerSessions
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LOOK_EVERY = 0.1
 """Seconds between two looks at what was handed on."""

@@ -66,7 +66,7 @@ def describe_parameters(
         infos = [header.tensors.get(p.tensor) for p in parts]
         missing = [p.tensor for p, info in zip(parts, infos, strict=True) if info is None]
         if missing:
-            raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.", hint="copy or download it again")
+            raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.")
         dtypes = {info.dtype for info in infos if info is not None}
         if not dtypes <= set(COMPUTED_TYPES):
             raise CheckpointUnrecognised(
