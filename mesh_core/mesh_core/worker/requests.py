@@ -17,7 +17,7 @@ from mesh_core.worker.turns import Turns
 
 log = logger(__name__)
 
-Pieces = Iterator[None]
+PieceByPiece = Iterator[None]
 """Work that is done piece by piece: what happens between two of its items is a piece."""
 
 
@@ -35,7 +35,7 @@ class FairThreads:
 
     def __init__(self, name: str, count: int, each: int) -> None:
         self._each = each
-        self._turns: Turns[tuple[str, int, Pieces]] = Turns()
+        self._turns: Turns[tuple[str, int, PieceByPiece]] = Turns()
         self._running: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._changed = threading.Condition()
@@ -44,7 +44,7 @@ class FairThreads:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, key: str, work: Pieces, nbytes: int = 0) -> None:
+    def submit(self, key: str, work: PieceByPiece, nbytes: int = 0) -> None:
         """Have ``work``, which raises nothing, done for the member with this key.
 
         Args:
@@ -75,7 +75,7 @@ class FairThreads:
             thread.join(max(end - monotonic(), 0))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _next(self) -> tuple[str, int, Pieces] | None:
+    def _next(self) -> tuple[str, int, PieceByPiece] | None:
         with self._changed:
             while not self._stopping:
                 found = self._turns.take(lambda key: self._running[key] < self._each)
@@ -125,7 +125,7 @@ class RequestThreads:
         threads: FairThreads,
         peer: Peer,
         message: wire.Message,
-        work: Callable[[], Pieces | None],
+        work: Callable[[], PieceByPiece | None],
         nbytes: int = 0,
     ) -> None:
         """Have ``work``, which answers ``message``, done in ``threads``; what it raises is the answer.
@@ -138,7 +138,7 @@ class RequestThreads:
             WireTooLarge: see `FairThreads.submit`.
         """
 
-        def run() -> Pieces:
+        def run() -> PieceByPiece:
             try:
                 pieces = work()
                 if pieces is not None:
