@@ -29,6 +29,7 @@ from mesh_core.system.device import free_memory, label
 from mesh_core.transport.base import Listener, Peer, Trust
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor
+from mesh_core.worker.inbox import Inbox
 from mesh_core.worker.loras import WorkerLoras
 from mesh_core.worker.opening import SessionOpener
 from mesh_core.worker.probes import ProbeAnswers
@@ -117,6 +118,7 @@ class Worker:
         constants = ConstantsCache(self._device, settings.worker.constants_cache)
         self.steps = WorkerSteps(name, self._device, plugins, sessions, constants, executor, replies)
         self._requests = RequestThreads(replies)
+        self._inbox = Inbox(listener, lambda peer, error: replies.fail(peer.route, None, error))
         self._probes = ProbeAnswers()
         self._stopping = threading.Event()
         self._handlers = self._table()
@@ -149,9 +151,7 @@ class Worker:
         survey = threading.Thread(target=self._survey, name="codec-speed", daemon=True)
         survey.start()
         while not self._stopping.is_set():
-            got = self.listener.receive(_TICK)
-            if got is not None:
-                self._dispatch(*got)
+            self._inbox.read_one(_TICK, self._dispatch)
             self.sessions.stop_orphans()
         self._executor.stop()
         self._requests.stop()
