@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 
 import pytest
@@ -10,6 +11,7 @@ import zmq.error
 
 from mesh_core.errors import PeerLost, TransportError, TransportTimeout, Unreachable
 from mesh_core.transport.zmq_errors import mapped_errors
+from mesh_core.wire.failure import describe
 
 CLASSES = [c for _, c in inspect.getmembers(zmq.error, inspect.isclass) if issubclass(c, zmq.ZMQBaseError)]
 
@@ -39,3 +41,13 @@ def test_those_that_a_caller_tells_apart(number: int, kind: type[TransportError]
 def test_other_errors_pass() -> None:
     with pytest.raises(KeyError), mapped_errors("x"):
         raise KeyError("x")
+
+
+@pytest.mark.parametrize("error", [zmq.ZMQError(errno.EMFILE), OSError(errno.EMFILE, "Too many open files")])
+def test_a_process_without_files_left_says_so(error: Exception) -> None:
+    with pytest.raises(TransportError, match="Too many open files") as caught, mapped_errors("Connecting"):
+        raise error
+    assert "ulimit" in caught.value.hint
+    if isinstance(error, OSError):
+        told = describe(error)
+        assert told["error"] == "TransportError" and "ulimit" in told["hint"] and not told["traceback"]

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import errno
-
-try:
-    import resource
-except ImportError:  # Windows, where there is no such limit.
-    resource = None  # type: ignore[assignment]
+import sys
 
 from mesh_core.system.logs import logger
 
@@ -15,6 +11,8 @@ log = logger(__name__)
 
 _WANTED = 1 << 16
 _WITHOUT_LIMIT = 1 << 13
+"""On Windows, where there is no such limit."""
+
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, getattr(errno, "WSAEMFILE", errno.EMFILE)})
 """Numbers of the errors of a process, or a machine, that has too many open."""
 
@@ -23,8 +21,10 @@ EXHAUSTED_HINT = "try again in some seconds; if it stays so, start it with more 
 
 def raised_limit() -> int:
     """How many there may be, after asking the system for as many as it gives without being asked by its owner."""
-    if resource is None:
+    if sys.platform == "win32":
         return _WITHOUT_LIMIT
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _WANTED if hard == resource.RLIM_INFINITY else min(hard, _WANTED)
     if soft == resource.RLIM_INFINITY or soft >= most:

@@ -84,7 +84,7 @@ class ZmqChannel(Channel):
         """A message that is already here, or None."""
         if self.socket.closed or not self.socket.poll(0):
             return None
-        return self._wire.receive(self.socket)[0]
+        return self._wire.receive(self.socket)
 
     def ready(self) -> bool:
         """Whether `receive` would not wait."""

@@ -20,6 +20,7 @@ from mesh_core.transport.zmq_doors import Doors
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_socket import HERE, Context, Socket, Wire, close_with, milliseconds
 from mesh_core.wire.framing import Frame
+from mesh_core.wire.limits import GREETING
 
 log = logger(__name__)
 
@@ -152,13 +153,16 @@ class ZmqListener(Listener):
                 log.warning("an answer was dropped: %s", error)
 
     def _take(self) -> tuple[Peer, list[memoryview]] | None:
-        (route, *frames), last = self._wire.receive(self._socket)
-        key = "" if self._gate is None else str(last.get("User-Id"))
-        trust: Trust | None = "member" if self._gate is None else self._gate.trust(key)
+        first = self._socket.recv(zmq.NOBLOCK, copy=False)
+        route, key, trust = first.bytes, "", cast("Trust | None", "member")
+        if self._gate is not None:
+            key = str(first.get("User-Id"))
+            trust = self._gate.trust(key)
+        frames = self._wire.receive(self._socket, None if trust in ("member", "neighbour") else GREETING)
         if trust is None:
-            self._outbox.append((bytes(route), _REFUSED))
+            self._outbox.append((route, _REFUSED))
             self._flush()
             return None
-        if not self._doors.spoke(cast(int, last.get(zmq.SRCFD)), key) or frames == HERE:
+        if not self._doors.spoke(first.get(zmq.SRCFD), key) or frames == HERE:
             return None
-        return Peer(bytes(route), key, trust), frames
+        return Peer(route, key, trust), frames

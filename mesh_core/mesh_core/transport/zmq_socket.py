@@ -83,25 +83,26 @@ class Wire:
             flags = zmq.NOBLOCK | (zmq.SNDMORE if index < last else 0)
             socket.send(part, flags, copy=part.nbytes < _ZERO_COPY)
 
-    def receive(self, socket: Socket) -> tuple[list[memoryview], zmq.Frame]:
-        """The frames of the next message, which must be there, and its last part, which knows who sent it.
+    def receive(self, socket: Socket, limits: MessageLimits | None = None) -> list[memoryview]:
+        """The frames of the next message, which must be there.
 
-        What is over the limits is dropped on the way, but for one frame, so that the message is still refused by
-        whoever reads it.
+        What is over ``limits`` (by default those of the connection) is dropped on the way, but for one frame, so that
+        the message is still refused by whoever reads it.
         """
+        limits = limits or self.limits
         frames: list[memoryview] = []
         pieces: list[memoryview] = []
-        size = 0
-        while True:
+        size, more = 0, True
+        while more:
             part = socket.recv(zmq.NOBLOCK, copy=False)
+            more = part.more
             size += len(part)
-            if len(frames) < self.limits.buffers + 3 and size <= self.limits.message:
+            if size == len(part) or (len(frames) < limits.buffers + 2 and size <= limits.message):
                 pieces.append(part.buffer)
-                if len(part) < self._piece or not part.more:
+                if len(part) < self._piece or not more:
                     frames.append(pieces[0] if len(pieces) == 1 else _joined(pieces))
                     pieces = []
-            if not part.more:
-                return frames, part
+        return frames
 
     def _pieces(self, frame: memoryview) -> list[memoryview]:
         if frame.nbytes < self._piece:

@@ -11,6 +11,8 @@ class Quota:
 
     Attributes:
         sessions: open at once; of more, the one that was silent for longest is forgotten.
+        messages: that wait to be read.
+        message_bytes: of these together, but for a single one.
         steps: that wait, of one session.
         requests: of one kind (to load or list, LoRAs that arrive, constants), that wait.
         request_bytes: that come with them, unless it is one request alone.
@@ -21,6 +23,8 @@ class Quota:
     """
 
     sessions: int = 32
+    messages: int = 1024
+    message_bytes: int = 1 << 30
     steps: int = 8
     requests: int = 16
     request_bytes: int = 1 << 30

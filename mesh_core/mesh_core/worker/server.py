@@ -30,6 +30,7 @@ from mesh_core.system.logs import logger
 from mesh_core.transport.base import Listener, Peer, Trust
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor
+from mesh_core.worker.inbox import Inbox
 from mesh_core.worker.loras import WorkerLoras
 from mesh_core.worker.opening import SessionOpener
 from mesh_core.worker.probes import ProbeAnswers
@@ -122,6 +123,7 @@ class Worker:
         longest = settings.deadlines.step
         self.steps = WorkerSteps(name, self._device, longest, plugins, sessions, constants, executor, replies)
         self._requests = RequestThreads(replies)
+        self._inbox = Inbox(listener, lambda peer, error: replies.fail(peer.route, None, error))
         self._probes = ProbeAnswers()
         self._stopping = threading.Event()
         self._handlers = self._table()
@@ -158,9 +160,7 @@ class Worker:
         survey = threading.Thread(target=self._survey, name="codec-speed", daemon=True)
         survey.start()
         while not self._stopping.is_set():
-            got = self.listener.receive(_TICK)
-            if got is not None:
-                self._dispatch(*got)
+            self._inbox.read_one(_TICK, self._dispatch)
             self.sessions.stop_orphans()
             self.steps.report_losses()
         end = monotonic() + _ENDS_WITHIN
