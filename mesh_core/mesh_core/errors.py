@@ -230,7 +230,7 @@ class ConstantsMissing(SessionError):
 
 
 class Cancelled(SessionError):
-    """Raised out of a step that was asked to stop, between two blocks."""
+    """Raised out of a step that was asked to stop, before one of its layers."""
 
 
 class LoraError(MeshError):
