@@ -18,7 +18,7 @@ from mesh_core.builtin import load_plugins
 from mesh_core.crossing import constants
 from mesh_core.errors import ConstantsMissing, UnsupportedInput, WireMalformed
 from mesh_core.host.progress import Phase
-from mesh_core.host.results import Expected, check_result, expected_at
+from mesh_core.host.results import ExpectedTensor, check_result, expected_at
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Deadlines, Heartbeat, Settings, WorkerSettings
 from tests.adapters import tiny
@@ -302,7 +302,7 @@ def test_a_state_that_is_relayed_is_held_to_its_cut_too(near: Rig) -> None:
     state, conditioning = adapter.begin(spec, tiny.inputs(guidance=False))
     tokens = len(conditioning.constants["img_ids"]), len(conditioning.constants["txt_ids"])
     expected = expected_at(2, state, conditioning, spec, adapter)
-    assert expected["hidden_states"] == Expected(True, "float32", [1, sum(tokens), 64])
+    assert expected["hidden_states"] == ExpectedTensor(True, "float32", [1, sum(tokens), 64])
     entry = {"n": "temb", "h": {"dtype": "bfloat16", "shape": [1, 64]}}
     hidden = {"n": "hidden_states", "h": {"dtype": "float32", "shape": [1, tokens[0], 64]}}
     with pytest.raises(WireMalformed, match="w0 answered with a tensor 'hidden_states' of shape"):

@@ -20,7 +20,7 @@ from mesh_core.errors import WireMalformed
 from mesh_core.host.hops import Leg
 from mesh_core.host.remote import Remote, await_answer
 from mesh_core.host.request import Request
-from mesh_core.host.results import Expected, check_result
+from mesh_core.host.results import ExpectedTensor, check_result
 from mesh_core.host.routes import RouteStats
 from mesh_core.model.spec import State
 
@@ -89,7 +89,7 @@ class Flight:
         first.tell(message, payload.buffers)
         return cls(leg, turn, message, payload, sent, deadline)
 
-    def land(self, device: torch.device, stats: StepStats, expected: Mapping[str, Expected]) -> Landed:
+    def land(self, device: torch.device, stats: StepStats, expected: Mapping[str, ExpectedTensor]) -> Landed:
         """Wait for what the leg's last worker returns, on ``device``; its cost is added to ``stats``.
 
         Raises:

@@ -18,7 +18,7 @@ _HINT = "the same versions of comfyui-mesh and of the model's adapter on both ma
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedTensor:
     """One tensor of a result. None where anything is right.
 
     Attributes:
@@ -32,15 +32,15 @@ class Expected:
 
 def expected_at(
     cut: int, sent: State, conditioning: Conditioning, spec: ModelSpec, adapter: ModelAdapter
-) -> dict[str, Expected]:
+) -> dict[str, ExpectedTensor]:
     """What ``sent``, a state at an earlier cut, becomes at ``cut``: a model computes in the type that it is given."""
     shapes = adapter.shapes(spec, cut, sent, conditioning)
     computed = next((t.dtype for t in sorted(sent.values(), key=lambda t: -t.numel()) if t.is_floating_point()), None)
-    expected: dict[str, Expected] = {}
+    expected: dict[str, ExpectedTensor] = {}
     for name, role in spec.states[cut].items():
         # Whatever is exact may have a type of its own, but keeps it.
         dtype = sent[name].dtype if name in sent else computed if role != "exact" else None
-        expected[name] = Expected(
+        expected[name] = ExpectedTensor(
             name not in spec.optional or name in sent,
             from_torch(dtype).name if dtype is not None else None,
             list(shapes[name]) if name in shapes else None,
@@ -48,7 +48,7 @@ def expected_at(
     return expected
 
 
-def check_result(worker: str, entries: Sequence[Mapping[str, Any]], expected: Mapping[str, Expected]) -> None:
+def check_result(worker: str, entries: Sequence[Mapping[str, Any]], expected: Mapping[str, ExpectedTensor]) -> None:
     """Whether the tensors of a result are those that were expected of ``worker``.
 
     Raises:

@@ -28,7 +28,7 @@ from mesh_core.host.progress import ProgressReport
 from mesh_core.host.recovery import GONE, MAX_REPAIRS, RESENT, Recovery
 from mesh_core.host.remote import Remote
 from mesh_core.host.request import Request, Requests
-from mesh_core.host.results import Expected, expected_at
+from mesh_core.host.results import ExpectedTensor, expected_at
 from mesh_core.host.routes import Route, codec_name_of, reason_of
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, State
@@ -222,7 +222,7 @@ class Session:
         sequences.heard(turn)
         return state
 
-    def _expected(self, leg: Leg, state: State, request: Request) -> dict[str, Expected]:
+    def _expected(self, leg: Leg, state: State, request: Request) -> dict[str, ExpectedTensor]:
         spec, cut = self.identity.spec, leg.hops[-1].span.stop
         adapter = self.plugins.adapter(spec.family)
         return expected_at(cut, state, request.conditioning, spec, adapter)
