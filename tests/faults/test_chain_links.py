@@ -205,3 +205,14 @@ def test_a_worker_that_was_started_anew_is_told_of_in_the_stats(chain: Chain, un
     assert [step.restarted for step in steps] == [i == DISTURBED for i in range(STEPS)]
     assert "1 steps started at a key frame: within the quality, and not as undisturbed" in run.stats.table()
     assert 0 < float((picture - undisturbed).square().mean()) < 1e-4 * float(undisturbed.square().mean())
+
+
+def test_a_codec_that_cannot_go_back_starts_anew_and_it_is_told(
+    chain: Chain, undisturbed: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EntropyCodec, "memory", lambda codec, settings: "reset")
+    picture, run = chain.picture(lambda _: chain.between.cut())
+    steps = run.stats.steps
+    assert [step.restarted for step in steps] == [i == DISTURBED for i in range(STEPS)]
+    assert sum(step.resent for step in steps) == 1
+    assert 0 < float((picture - undisturbed).square().mean()) < 1e-4 * float(undisturbed.square().mean())

@@ -69,7 +69,7 @@ class HevcCodec(Codec):
 
     def memory(self, settings: Mapping[str, Any]) -> StreamMemory:
         """What engines predict from is theirs, and cannot be brought back."""
-        return "reset" if HevcSettings.read(settings).temporal else "none"
+        return "reset" if settings.get("temporal", DEFAULTS["temporal"]) else "none"
 
     def encoder(self, settings: Mapping[str, Any]) -> HevcEncoder:
         return HevcEncoder(HevcSettings.read(settings), self._engines, self._pool)

@@ -51,27 +51,31 @@ class _Passes:
     step: int = 0
     before: tuple[int, dict[str, object]] = (0, {})
 
-    def begin(self, after: int) -> None:
+    def begin(self, after: int, *, remembering: bool) -> None:
         """Have all streams stand where the step numbered ``after`` left them; 0: at a key frame.
+
+        Args:
+            remembering: whether any of them has a memory.
 
         Raises:
             CodecStateLost: nothing is known of that step any more.
         """
         ends: dict[str, Encoder | Decoder] = {**self.encoders, **self.decoders}
-        if not after:
+        known = after in (self.step, self.before[0])
+        if after and remembering and not known:
+            raise CodecStateLost(f"What step {after} left in the codecs is not here.", hint="a key frame")
+        if not after or not known:
             for end in ends.values():
                 end.reset()
             self.before = 0, {}
         elif after == self.step:
             self.before = after, {name: end.state() for name, end in ends.items()}
-        elif after == self.before[0]:
+        else:
             for name, end in ends.items():
                 if name in self.before[1]:
                     end.restore(self.before[1][name])
                 else:
                     end.reset()
-        else:
-            raise CodecStateLost(f"What step {after} left in the codecs is not here.", hint="a key frame")
         self.step = 0
 
 
@@ -94,6 +98,7 @@ class Streams:
         if missing:
             raise WireMalformed(f"Codec {min(missing)!r} was agreed on but is not installed here.", hint="mesh plugins")
         self._choices, self._codecs, self._limits = choices, codecs, limits
+        self._remembering = any(codecs[c.codec].memory(c.settings) != "none" for c in choices.values())
         self._passes: OrderedDict[str, _Passes] = OrderedDict()
 
     @property
@@ -122,7 +127,7 @@ class Streams:
         self._passes.move_to_end(name)
         while len(self._passes) > MOST_SEQUENCES:
             self._passes.popitem(last=False)
-        held.begin(turn.after)
+        held.begin(turn.after, remembering=self._remembering)
         return held
 
     def encode(self, turn: Turn, state: State) -> Payload:
