@@ -40,7 +40,7 @@ _ENTRY = msgspec.json.Decoder(HeaderEntry)
 _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a checkpoint: where its bytes are.
 
