@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import platform
 import signal
@@ -64,6 +65,8 @@ def serve(
     worker = Worker(worker_options, listener, plugins)
     _stop_on_signals(worker)
     _announce(worker, listener.address)
+    # What was imported stays: looking through it for garbage, again and again, would stop all threads for long.
+    gc.freeze()
     worker.serve()
 
 
