@@ -26,8 +26,9 @@ from benchmarks import ROOT
 from benchmarks.networks import Network, shaped
 from mesh_codec.qualities import lossy, names
 from mesh_core.bench.processes import Child, plugins
-from mesh_core.bench.report import aligned, save
+from mesh_core.bench.report import save
 from mesh_core.bench.through import ThroughModel
+from mesh_core.system.tables import aligned
 from mesh_core.transport.keys import KeyStore
 
 RATES: Mapping[str, float] = {"100mbit": 12.5e6, "1gbit": 125e6, "2.5gbit": 312.5e6, "10gbit": 1250e6}

@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks import ROOT
-from mesh_core.bench.report import aligned
 from mesh_core.errors import ConfigError
+from mesh_core.system.tables import aligned
 
 Case = tuple[int, bool]
 """Bytes of the state, and whether it crosses encrypted."""

@@ -42,7 +42,7 @@ def messages() -> list[tuple[wire.Message, int]]:
     trace = [report("blue", "4:12"), report("red", "12:20")]
     options = {"guidance": 3.5, "frames": 25, "mask": None}
     return [
-        (wire.Step(7, SESSION, 3, 1, "cond#41", HASHES, options, tensors, trace, 300_000), 5),
+        (wire.Step(7, SESSION, 3, 1, 2, "cond#41", HASHES, options, tensors, trace, 300_000), 5),
         (wire.Result(7, SESSION, 3, 1, tensors, [*trace, report("green", "20:32")]), 5),
         (wire.Ping(11, SESSION), 0),
     ]

@@ -73,6 +73,6 @@ def _refused(what: str, text: str, place: HostPort | None) -> NotAuthorised:
     name = place[0] if place is not None and place[0].isprintable() and len(place[0]) <= 100 else "NAME"
     return NotAuthorised(
         f"{what} {shown}, which may be a site that means harm.",
-        hint=f'if you know it: hosts = ["{name}"] under [comfy] in config.toml (mesh doctor says where); '
-        "or the page by the address of this machine",
+        hint=f'if you know it: hosts = ["{name}"] under [comfy] in config.toml (mesh doctor says where), or the page '
+        "by the address of this machine",
     )

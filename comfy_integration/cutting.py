@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -28,8 +27,6 @@ from .patching import KEY, raise_if_interrupted
 from .split import Split, attach
 from .status import NodeState
 from .weight_source import UNREAD, LoadedModel, WeightSource
-
-log = logging.getLogger(__name__)
 
 
 def cut_model(patcher: Any, wanted: SplitSettings, pack: PackState, node: str) -> Any:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
+
+from mesh_core.system.logs import logger
 
 from .nodes import NODES
 from .pack_state import pack_state
 from .routes import add_routes
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class MeshExtension(ComfyExtension):

@@ -6,7 +6,6 @@ is in the file. So the hash is taken over the weights in memory, in the types th
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +27,11 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.comfy import ComfySide, header_of
 from mesh_core.programs.comfy_recognition import recognise_module
 from mesh_core.programs.identity import identify
+from mesh_core.system.logs import logger
 
 from .partial_model import ROOT
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _FOLDERS = ("diffusion_models", "checkpoints")
 

@@ -5,7 +5,6 @@ A session that was closed opens again when its model is sampled, so closing one 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ from .status import Statuses
 if TYPE_CHECKING:
     from mesh_core.host.session import Session
     from mesh_core.plugins.registry import Plugins
-
-log = logging.getLogger(__name__)
 
 
 class PackState:

@@ -8,7 +8,6 @@ answers the page of this ComfyUI only, see `callers`.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,9 @@ from aiohttp import web
 from mesh_codec.errors import CodecError
 from mesh_core.errors import ConfigError, MeshError, NotAuthorised
 from mesh_core.system.config import Settings
+from mesh_core.system.logs import logger
 from mesh_core.transport.keys import KeyStore, KnownWorker
+from mesh_core.visible import visible_values
 
 from .callers import check_caller
 from .pack_state import PackState
@@ -30,7 +31,7 @@ from .workers import choices, label
 if TYPE_CHECKING:
     from mesh_core.host.remote import Remote
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LONGEST = 2000
 _LARGEST = 16 << 10
@@ -108,7 +109,7 @@ def _for_the_page(handler: Callable[[web.Request], Awaitable[Any]]) -> Handler:
 
 
 def _told(error: MeshError | CodecError, status: int) -> web.Response:
-    return web.json_response({"error": error.message, "hint": error.hint}, status=status)
+    return web.json_response(visible_values({"error": error.message, "hint": error.hint}), status=status)
 
 
 def _answers(handler: Callable[[dict[str, str]], Awaitable[Any]]) -> Handler:
@@ -184,10 +185,11 @@ def _tried(worker: KnownWorker, pack: PackState) -> dict[str, Any]:
             {"name": d.get("name", d.get("device", "?")), "budget": d.get("budget"), "loaded": d.get("loaded")}
             for d in remote.welcome.devices
         ]
-        return {
+        found = {
             "name": remote.welcome.name,
             "version": remote.welcome.package,
             "families": sorted(remote.welcome.adapters),
             "devices": devices,
             "ms": (monotonic() - began) * 1e3,
         }
+        return visible_values(found)

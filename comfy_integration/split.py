@@ -6,7 +6,6 @@ Joins three things: ComfyUI's patcher (wrappers around sampling and around the m
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from mesh_core.errors import MeshError, PeerLost, TransportTimeout, Unreachable
 from mesh_core.host.session import Session
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.system.device import synchronise
+from mesh_core.system.logs import logger
 
 from .cut import ModelCut
 from .loras import loras_for_workers
@@ -31,7 +31,7 @@ from .status import NodeState
 from .weight_source import UNREAD, WeightSource
 from .whole_model import Forward, refuse_if_too_large, run_whole_here
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LOST = (PeerLost, Unreachable, TransportTimeout)
 

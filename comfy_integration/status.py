@@ -1,6 +1,7 @@
 """What the nodes show while they work: workers and their state, the last step, the codec. Sent to every open page.
 
-Holds plain values only; knows no session. The page asks for all of it when it loads, and hears of changes by event.
+Holds plain values only, which become visible text when they are sent; knows no session. The page asks for all of it
+when it loads, and hears of changes by event.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesh_core.errors import NotAuthorised
 from mesh_core.host.progress import Activity, Phase
+from mesh_core.visible import visible_values
 
 if TYPE_CHECKING:
     from mesh_core.crossing.stats import StepStats
@@ -77,7 +79,7 @@ class Statuses:
     def all(self) -> dict[str, Any]:
         """Every node's values by its id, as JSON takes them."""
         with self._lock:
-            return {node: dict(vars(status)) for node, status in self._nodes.items()}
+            return {node: visible_values(vars(status)) for node, status in self._nodes.items()}
 
     def start(self, node: str, workers: Sequence[Mapping[str, Any]], blocks: int, local: int) -> None:
         """The node begins anew with these workers; ``local`` of the ``blocks`` run here."""
@@ -133,7 +135,7 @@ class Statuses:
             return
         self._told[node] = now
         with self._lock:
-            values = dict(vars(self._nodes[node]))
+            values = visible_values(vars(self._nodes[node]))
         self._send(EVENT, values)
 
 

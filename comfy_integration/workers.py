@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mesh_core.errors import ConfigError
 from mesh_core.transport.keys import KeyStore, KnownWorker
+from mesh_core.visible import visible
 
 from .texts import PASTED
 
@@ -23,7 +24,7 @@ class WorkerRef:
 
 def label(worker: KnownWorker) -> str:
     """How the worker combo shows a worker; `address_of` reads it."""
-    return f"{worker.name} @ {worker.address}"
+    return f"{visible(worker.name)} @ {worker.address}"
 
 
 def choices(keys: KeyStore | None = None) -> list[str]:

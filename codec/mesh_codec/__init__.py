@@ -7,7 +7,17 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
-    from mesh_codec.base import Buffer, Codec, CodecChoice, DecodeLimits, Decoder, Encoded, Encoder, Estimate
+    from mesh_codec.base import (
+        Buffer,
+        Codec,
+        CodecChoice,
+        DecodeLimits,
+        Decoder,
+        Encoded,
+        Encoder,
+        Estimate,
+        StreamMemory,
+    )
     from mesh_codec.dtypes import DTYPES, DType, from_name, from_safetensors, from_torch
     from mesh_codec.entropy import EntropyCodec
     from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported
@@ -38,13 +48,24 @@ __all__ = [
     "Quality",
     "QualityLevel",
     "RawCodec",
+    "StreamMemory",
     "from_name",
     "from_safetensors",
     "from_torch",
 ]
 
 _NAMES = {
-    "base": ("Buffer", "Codec", "CodecChoice", "DecodeLimits", "Decoder", "Encoded", "Encoder", "Estimate"),
+    "base": (
+        "Buffer",
+        "Codec",
+        "CodecChoice",
+        "DecodeLimits",
+        "Decoder",
+        "Encoded",
+        "Encoder",
+        "Estimate",
+        "StreamMemory",
+    ),
     "dtypes": ("DTYPES", "DType", "from_name", "from_safetensors", "from_torch"),
     "entropy": ("EntropyCodec",),
     "errors": ("CodecCorrupt", "CodecError", "CodecStateLost", "CodecUnsupported"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,10 @@ from torch import Tensor
 from mesh_codec.qualities import Quality as Quality
 
 Buffer = bytes | bytearray | memoryview
+
+StreamMemory = Literal["none", "restored", "reset"]
+"""What streams carry from one tensor to the next: nothing; something that `Encoder.restore` brings back exactly; or
+something that is lost on the way back, so that a key frame follows."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,15 @@ class Encoder(ABC):
     def reset(self) -> None:  # noqa: B027  (stateless codecs have nothing to forget)
         """Forget all references: the next tensor is coded as a key frame."""
 
+    def state(self) -> object:
+        """What `restore` needs to have the stream go on as from here, whatever is coded meanwhile: what is referred to
+        does not change any more. Kept beside the stream for one step, so it is no copy. None where nothing is kept."""
+        return None
+
+    def restore(self, state: object) -> None:
+        """Go back to where `state` of this stream was taken. Unless a codec does better, a key frame follows."""
+        self.reset()
+
 
 class Decoder(ABC):
     """Decodes the tensors of one stream, in the order in which they were encoded."""
@@ -79,6 +92,14 @@ class Decoder(ABC):
 
     def reset(self) -> None:  # noqa: B027
         """Forget all references."""
+
+    def state(self) -> object:
+        """As `Encoder.state`."""
+        return None
+
+    def restore(self, state: object) -> None:
+        """As `Encoder.restore`."""
+        self.reset()
 
 
 @dataclass(frozen=True)
@@ -121,6 +142,10 @@ class Codec(ABC):
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
         """What ``settings`` will cost for tensors of ``dtype``; by default nothing is known beforehand."""
         return Estimate()
+
+    def memory(self, settings: Mapping[str, Any]) -> StreamMemory:
+        """What streams with these settings carry from one tensor to the next, at either end."""
+        return "none"
 
     def remedies(self) -> Sequence[tuple[str, str]]:
         """What keeps this codec from what this machine's hardware could do: what is wrong, and what to do about it.

@@ -22,7 +22,7 @@ import torch
 from mesh_codec.ans.coder import CoderFactory
 from mesh_codec.ans.nvcomp import NvComp
 from mesh_codec.ans.stream import AnsDecoder, AnsEncoder
-from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoder, Estimate, Quality
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoder, Estimate, Quality, StreamMemory
 from mesh_codec.entropy_streams import EntropyDecoder, EntropyEncoder
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.formats import shared_format
@@ -70,6 +70,9 @@ class EntropyCodec(Codec):
             return Estimate(engine=engine)
         bits = _BITS - _BITS_PER_OCTAVE * log2(float(settings["step"]) / _REFERENCE_STEP)
         return Estimate(max(bits, 0.5), engine, f"{self.name}+temporal")
+
+    def memory(self, settings: Mapping[str, Any]) -> StreamMemory:
+        return "restored" if settings.get("temporal", True) else "none"
 
     def remedies(self) -> Sequence[tuple[str, str]]:
         problem = self._on_device.problem()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from mesh_codec.symbols import RADIUS, Symbols
 
 _MOST_FRAMES = 1 << 62
 
+_Standing = tuple[Reference | None, int]
+"""What an end is restored to: its reference, which no later tensor changes, and the number of the next tensor."""
+
 
 class EntropyEncoder(Encoder):
     """``relative_step`` is in standard deviations; pieces of a tensor are coded side by side in ``pool``."""
@@ -50,6 +53,12 @@ class EntropyEncoder(Encoder):
 
     def reset(self) -> None:
         self._reference = None
+
+    def state(self) -> object:
+        return self._reference, self._frame
+
+    def restore(self, state: object) -> None:
+        self._reference, self._frame = cast(_Standing, state)
 
     def encode(self, tensor: Tensor) -> Encoded:
         form = form_of(tensor)
@@ -66,7 +75,7 @@ class EntropyEncoder(Encoder):
         before, sides = b"", b""
         if reference is not None and reference.serves(form, spread.step):
             before = reference.digest
-            reference.rescale(reference.kept_step(spread.step), grid.pieces())
+            reference = reference.rescaled(reference.kept_step(spread.step), grid.pieces())
             pieces = self._code(matrix, grid, reference, predict=True)
         if reference is None or not any(piece.predicted for piece, _ in pieces):
             before, sides = b"", pack_channels(spread.ranks, spread.means)
@@ -105,6 +114,12 @@ class EntropyDecoder(Decoder):
         self._reference = None
         self._next = 0
 
+    def state(self) -> object:
+        return self._reference, self._next
+
+    def restore(self, state: object) -> None:
+        self._reference, self._next = cast(_Standing, state)
+
     def decode(self, encoded: Encoded, device: torch.device | str = "cpu") -> Tensor:
         form = read_lossy_form(encoded.header, self._limits, "entropy")
         step, count, frame, before = _read_facts(encoded.header, form)
@@ -123,8 +138,6 @@ class EntropyDecoder(Decoder):
                 raise CodecCorrupt("A key frame holds changes.")
             ranks, means = read_channels(sides, grid.channels)
             reference = _key(form, Spread(means, ranks, step))
-        # From here on the symbols are neither those of the tensor before nor of this one, until all is done.
-        self._reference = None
         by_channel = torch.empty((grid.channels, grid.tokens), dtype=form.dtype.torch)
         matrix, quantiser = bits_of(by_channel), reference.quantiser
 
@@ -160,9 +173,7 @@ class EntropyDecoder(Decoder):
         if reference is None or not reference.serves(form, step):
             raise CodecCorrupt("A tensor is predicted from one that is nothing like it.")
         flat_bytes(sides, 0, "channels")
-        self._reference = None
-        reference.rescale(step, grid.pieces())
-        return reference
+        return reference.rescaled(step, grid.pieces())
 
     def _advance(self, frame: int, reference: Reference | None) -> None:
         if self._temporal:

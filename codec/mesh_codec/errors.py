@@ -8,12 +8,16 @@ CodecError
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class CodecError(Exception):
-    """Base of all codec errors. ``hint`` is what the reader can do now."""
+    """Base of all codec errors. ``hint`` is what the reader can do now; left out, it is the kind's ``remedy``."""
+
+    remedy: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        self.message, self.hint = message, hint
+        self.message, self.hint = message, hint or self.remedy
         super().__init__(message)
 
     def __str__(self) -> str:
@@ -23,9 +27,13 @@ class CodecError(Exception):
 class CodecUnsupported(CodecError):
     """See above; the other end, another codec or another quality may still do."""
 
+    remedy = "another quality or codec"
+
 
 class CodecCorrupt(CodecError):
     """See above; the stream cannot tell what it was meant to be."""
+
+    remedy = "the same version of comfyui-mesh-codec on both machines"
 
 
 class CodecStateLost(CodecError):

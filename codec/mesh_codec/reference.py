@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,16 +65,18 @@ class Reference:
         """The step to use where ``wanted`` is asked for."""
         return self.step if 1 / _TOLERANCE <= wanted / self.step <= _TOLERANCE else wanted
 
-    def rescale(self, step: float, cuts: Sequence[Cut]) -> None:
-        """Express the symbols in another ``step``, rounded to nearest. Exact on every machine: whole numbers only."""
-        if step == self.step:
-            return
-        factor = round(self.step / step * (1 << _FRACTION_BITS))
-        half = 1 << (_FRACTION_BITS - 1)
-        for cut in cuts:
-            scaled = (self.symbols[cut].astype(np.int64) * factor + half) >> _FRACTION_BITS
-            self.symbols[cut] = np.clip(scaled, -RADIUS, RADIUS)
-        self.step = step
+    def rescaled(self, step: float, cuts: Sequence[Cut]) -> Reference:
+        """A copy with the symbols in another ``step``, rounded to nearest. Exact on every machine: whole numbers only.
+
+        What is coded next changes the copy, so that a stream can go back to this."""
+        symbols = self.symbols.copy()
+        if step != self.step:
+            factor = round(self.step / step * (1 << _FRACTION_BITS))
+            half = 1 << (_FRACTION_BITS - 1)
+            for cut in cuts:
+                scaled = (symbols[cut].astype(np.int64) * factor + half) >> _FRACTION_BITS
+                symbols[cut] = np.clip(scaled, -RADIUS, RADIUS)
+        return replace(self, step=step, symbols=symbols)
 
 
 def chain(before: bytes, form: Form, step: float, buffers: Sequence[Buffer]) -> bytes:

@@ -11,13 +11,13 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded
+from mesh_codec.base import Codec, DecodeLimits, Decoder, Encoded, StreamMemory
 from mesh_codec.dtypes import DTYPES, DType
 from mesh_codec.errors import CodecCorrupt, CodecError, CodecStateLost, CodecUnsupported
 from mesh_codec.memory import bytes_of
@@ -162,6 +162,33 @@ def _check_losses(codec: Codec, level: QualityLevel, settings: Mapping[str, Any]
         _check_close(decoder.decode(_carried(again)), tensors[4], level)
 
 
+def check_restoring(codec: Codec) -> None:
+    """A stream that goes back to a state gives the same as before, or, where the codec's memory is ``reset``, something
+    close. Payloads of streams without memory need no others."""
+    for level, settings in _offered(codec):
+        memory, tensors = codec.memory(settings), _activations(5)
+        assert memory in get_args(StreamMemory), f"memory of {memory!r} at {level.name}"
+        encoder, decoder = codec.encoder(settings), codec.decoder(settings)
+        for tensor in tensors[:2]:
+            decoder.decode(_carried(encoder.encode(tensor)))
+        here, there = encoder.state(), decoder.state()
+        coded = [_carried(encoder.encode(tensor)) for tensor in tensors[2:4]]
+        expected = [decoder.decode(payload) for payload in coded]
+        if memory == "none":
+            with _only(CodecUnsupported, f"decoding alone what has no memory at {level.name}"):
+                assert _same(codec.decoder(settings).decode(coded[1]), expected[1]), "streams have a memory"
+        for arrived in range(3):
+            for tensor in tensors[:arrived]:
+                decoder.decode(_carried(encoder.encode(-tensor)))
+            encoder.encode(-tensors[4])
+            encoder.restore(here)
+            decoder.restore(there)
+            found = [decoder.decode(_carried(encoder.encode(tensor))) for tensor in tensors[2:4]]
+            for one, wanted, tensor in zip(found, expected, tensors[2:4], strict=True):
+                _check_close(one, tensor, level)
+                assert memory == "reset" or _same(one, wanted), f"a stream does not go back exactly at {level.name}"
+
+
 def check_limits(codec: Codec) -> None:
     """A payload over any of the `DecodeLimits` is `CodecCorrupt`; so is one that announces far more than it holds, and
     neither makes the decoder allocate what was announced."""
@@ -202,15 +229,9 @@ def check_damage(codec: Codec) -> None:
 
 
 CHECKS: tuple[Callable[[Codec], None], ...] = (
-    check_capabilities,
-    check_settings,
-    check_forms,
-    check_strides,
-    check_input_is_kept,
-    check_streams,
-    check_limits,
-    check_damage,
-)
+    check_capabilities, check_settings, check_forms, check_strides, check_input_is_kept, check_streams, check_restoring,
+    check_limits, check_damage,
+)  # fmt: skip
 """All that `check_codec` checks."""
 
 

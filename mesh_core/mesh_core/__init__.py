@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if typing.TYPE_CHECKING:
     from mesh_core.errors import (
         Cancelled,
+        CheckpointChanged,
         CheckpointCorrupt,
         CheckpointError,
         CheckpointMismatch,
@@ -49,6 +50,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "Cancelled",
+    "CheckpointChanged",
     "CheckpointCorrupt",
     "CheckpointError",
     "CheckpointMismatch",

@@ -10,6 +10,7 @@ MeshError
 ├── CheckpointError
 │   ├── CheckpointUnrecognised  no adapter knows this file
 │   ├── CheckpointMismatch      two ends hold different weights
+│   ├── CheckpointChanged       replaced or written to while it was in use
 │   └── CheckpointCorrupt       truncated, foreign or damaged
 ├── PlanError                   a cut that the model does not have
 │   └── PlanDoesNotFit          the blocks need more memory than there is
@@ -42,9 +43,14 @@ that a page or a node can show it apart from the rest.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from mesh_core.visible import visible_lines
+
 __all__ = [
     "MAX_RENDERED",
     "Cancelled",
+    "CheckpointChanged",
     "CheckpointCorrupt",
     "CheckpointError",
     "CheckpointMismatch",
@@ -87,17 +93,21 @@ class MeshError(Exception):
     """Base of all mesh errors.
 
     Args:
-        message: what happened, and to what.
-        hint: what the reader can do now; appended to the message.
+        message: what happened, and to what. May repeat what came from elsewhere: whoever shows it, or ``hint``, makes
+            it visible text, as ``str`` does.
+        hint: what the reader can do now; appended to the message. Left out: ``remedy``.
     """
+
+    remedy: ClassVar[str] = ""
+    """What helps against errors of this kind, where nothing better is known."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         self.message = message[:MAX_RENDERED]
-        self.hint = hint[:MAX_RENDERED]
+        self.hint = (hint or self.remedy)[:MAX_RENDERED]
         super().__init__(self.message)
 
     def __str__(self) -> str:
-        return f"{self.message} Try: {self.hint}" if self.hint else self.message
+        return visible_lines(f"{self.message} Try: {self.hint}" if self.hint else self.message, 3 * MAX_RENDERED)
 
 
 class ConfigError(MeshError):
@@ -127,17 +137,28 @@ class PluginBroken(PluginError):
 class CheckpointError(MeshError):
     """Base of what goes wrong with model files; itself raised when one cannot be read at all."""
 
+    remedy = "check that the file is there and that this user may read it"
+
 
 class CheckpointUnrecognised(CheckpointError):
     """Raised where there is no checkpoint, or none that an installed adapter computes with."""
 
+    remedy = "a .safetensors file or a folder saved by diffusers, of a family that mesh plugins lists"
+
 
 class CheckpointMismatch(CheckpointError):
-    """Raised by a worker that holds no checkpoint with the host's fingerprint; says what it holds."""
+    """Raised by a worker that holds no checkpoint with the host's fingerprint, which says what it holds; by a host
+    whose weights in memory are not those of the file that workers would read, which names one."""
+
+
+class CheckpointChanged(CheckpointError):
+    """Raised when a file is no longer the one whose header was read; nothing that was read of it is used."""
 
 
 class CheckpointCorrupt(CheckpointError):
     """Raised when a file breaks its format, ends early, or lacks what its family must have."""
+
+    remedy = "copy or download it again"
 
 
 class PlanError(MeshError):
@@ -155,6 +176,8 @@ class UnsupportedInput(MeshError):
 class WireError(MeshError):
     """Base of what is refused of a message; the sender is at fault, and nothing of it was used."""
 
+    remedy = "the same version of comfyui-mesh on both machines"
+
 
 class WireMalformed(WireError):
     """Raised for a message with missing, unknown, ill-typed or contradicting fields."""
@@ -162,6 +185,8 @@ class WireMalformed(WireError):
 
 class WireTooLarge(WireError):
     """Raised for a message or frame over a limit, before it is sent or before it is unpacked."""
+
+    remedy = "a smaller picture or batch"
 
 
 class WireUnsupportedVersion(WireError):
@@ -179,9 +204,13 @@ class Unreachable(TransportError):
 class TransportTimeout(TransportError):
     """Raised when the other end is there, but did not answer or get to it within the deadline."""
 
+    remedy = "mesh doctor, or a longer deadline in config.toml where the worker is only slow"
+
 
 class PeerLost(TransportError):
     """Raised when a connection broke, or a worker stopped answering pings."""
+
+    remedy = "mesh serve on that machine again, or mesh doctor to test the way there"
 
 
 class NotAuthorised(TransportError):
@@ -207,6 +236,8 @@ class Cancelled(SessionError):
 class LoraError(MeshError):
     """Base of what goes wrong with LoRAs; itself raised for tensors that fit neither algorithm nor weight."""
 
+    remedy = "another copy of the file, or a LoRA that was made for this model"
+
 
 class LoraUnmatched(LoraError):
     """Raised for a LoRA of which nothing names a parameter of the model: it was made for another."""
@@ -228,6 +259,8 @@ class RemoteError(MeshError):
         worker: name or address of the worker.
         remote_traceback: the worker's traceback as text, at most ``MAX_RENDERED`` characters.
     """
+
+    remedy = "the worker's log, and mesh doctor"
 
     def __init__(self, message: str, *, hint: str = "", worker: str = "", remote_traceback: str = "") -> None:
         super().__init__(message, hint=hint)

@@ -58,6 +58,11 @@ def test_help_loads_nothing_heavy() -> None:
     assert loaded_by(code) == set()
 
 
+def test_help_of_a_command_that_a_plugin_adds_loads_no_other_plugin() -> None:
+    code = "from mesh_core.cli import cli\ncli(['bench', '--help'], standalone_mode=False)"
+    assert loaded_by(code) <= {"mesh_codec", "mesh_core.plugins.registry"}
+
+
 def test_help_lists_each_command_that_exists_with_its_line() -> None:
     shown = " ".join(CliRunner().invoke(cli, ["--help"], terminal_width=200).output.split())
     assert set(cli.list_commands(click.Context(cli))) >= {"plugins"}
@@ -100,6 +105,46 @@ def test_an_expected_error_is_two_lines_and_no_traceback(kind: type[Exception]) 
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message", "help_of"),
+    [
+        (["--bogus"], "'--bogus'", "mesh"),
+        (["bogus"], "'bogus'", "mesh"),
+        (["join"], "INVITE", "mesh join"),
+        (["lora", "bogus"], "'bogus'", "mesh lora"),
+        (["lora", "rm", "--bogus"], "'--bogus'", "mesh lora rm"),
+        (["generate", "model", "face", "--quality", "best"], "'lossless', 'transparent'", "mesh generate"),
+    ],
+)
+def test_a_mistake_in_the_command_line_looks_like_any_other_error(
+    arguments: list[str], message: str, help_of: str
+) -> None:
+    result = CliRunner().invoke(cli, arguments, prog_name="mesh")
+    assert result.exit_code == FAILED and result.stdout == ""
+    error, hint = result.stderr.splitlines()
+    assert error.startswith("error: ") and message in error
+    assert hint == f"try: {help_of} --help"
+
+
+@pytest.mark.parametrize("group", [[], ["lora"]])
+def test_a_group_without_a_command_shows_its_help(group: list[str]) -> None:
+    assert "Commands:" in CliRunner().invoke(cli, group).output
+
+
+def test_what_the_system_refuses_is_an_error_with_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    try:
+        (tmp_path / "file" / "below").write_text("")
+    except OSError as error:
+        refused = error
+    result = CliRunner().invoke(failing(refused), ["go"])
+    assert result.exit_code == FAILED
+    message, hint = result.stderr.splitlines()
+    assert message.startswith(f"error: {tmp_path / 'file' / 'below'}: ") and hint.startswith("try: ")
+    verbose = CliRunner().invoke(failing(refused), ["--verbose", "go"])
+    assert "Traceback" in verbose.stderr and "write_text" in verbose.stderr
+
+
 def test_verbose_shows_both_ends_tracebacks() -> None:
     error = RemoteError("out of memory", worker="attic", remote_traceback="File remote.py, line 3")
     result = CliRunner().invoke(failing(error), ["--verbose", "go"])
@@ -129,6 +174,7 @@ def test_the_table_of_plugins_names_what_is_in_use(monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0
     assert "core.split" in result.output
     assert "codec raw" in result.output
+    assert "hook mesh_propose_split" in result.output, "what only answers hooks says which"
     assert "Disabled in the settings" in result.output
 
 

@@ -21,6 +21,10 @@ from mesh_codec import EntropyCodec
 from mesh_codec.qualities import names
 from mesh_core.builtin import installed_plugins
 from mesh_core.cli import FAILED, cli
+from mesh_core.model import fingerprint
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import recognise
+from mesh_core.system.remembered import Remembered
 from tests.adapters import tiny
 from tests.support.workers import ProcessWorker, mesh_home, process_worker
 
@@ -75,6 +79,37 @@ def test_serve_lists_what_it_serves(worker: ProcessWorker) -> None:
     assert "dev.safetensors: flux2" in served
 
 
+def test_serve_says_what_it_left_out_and_why(models: Path, tmp_path: Path) -> None:
+    weights = TINY_KLEIN / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, tmp_path / "vae.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:100_000])
+    (tmp_path / "flux.gguf").write_bytes(b"GGUF" + bytes(100))
+    (tmp_path / "lfs.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    (tmp_path / "old.ckpt").write_bytes(b"PK\x03\x04" + bytes(100))
+    shutil.copy(TINY_KLEIN.parent / "loras" / "night.safetensors", tmp_path)
+    (tmp_path / "notes.txt").write_text("nobody takes this for a model")
+    for i in range(6):
+        (tmp_path / f"z{i}.safetensors").write_bytes(bytes(4))
+    shutil.copy(models / "dev.safetensors", tmp_path)
+    with process_worker(tmp_path, "--device", "cpu") as worker:
+        said = list(worker.log)
+    left_out = [line for line in said if "not served: " in line]
+    reasons = {name: line for line in left_out for name in os.listdir(tmp_path) if name in line}
+    expected = {
+        "cut.safetensors": "truncated",
+        "flux.gguf": "GGUF",
+        "lfs.safetensors": "Git LFS",
+        "night.safetensors": "is a LoRA: name it, or its folder, with --loras",
+        "old.ckpt": "not a safetensors file",
+        "vae.safetensors": "No installed adapter",
+    }
+    for name, why in expected.items():
+        assert why in reasons[name]
+    assert len(reasons) == 10
+    assert any("and 2 more files that are not served" in line for line in said)
+    assert "notes.txt" not in "".join(said) and any("dev.safetensors: flux2" in line for line in said)
+
+
 def test_serve_ends_when_asked(tmp_path: Path) -> None:
     with process_worker(tmp_path, "--device", "cpu") as idle:
         idle.process.send_signal(signal.SIGTERM)
@@ -111,6 +146,14 @@ def test_inspect_suggests_a_cut_that_fits(models: Path) -> None:
     assert f"--local {suggestion['local']}" in mesh("inspect", models / "tiny-klein", "--memory", "2.16GB").stdout
 
 
+def test_inspect_shows_small_sizes_and_how_to_have_a_cut_suggested(models: Path) -> None:
+    shown = mesh("inspect", models / "dev.safetensors").stdout
+    assert "0.00" not in shown and "KB each" in shown
+    assert (
+        "--memory" in shown and "--memory" not in mesh("inspect", models / "dev.safetensors", "--memory", "1GB").stdout
+    )
+
+
 def test_inspect_of_something_else_names_it(tmp_path: Path) -> None:
     file = tmp_path / "notes.txt"
     file.write_text("not a model")
@@ -143,6 +186,15 @@ def test_generate_refuses_a_folder_that_is_not_there_before_it_loads_anything(mo
     result = mesh("generate", models / "tiny-klein", "face", "--local", ":", "-o", tmp_path / "gone" / "x.png")
     assert result.exit_code == FAILED
     assert "--output" in result.stderr
+    for wrong in (["-o", tmp_path / "x.xyz"], ["-o", tmp_path], ["--stats", tmp_path / "gone" / "x.json"]):
+        result = mesh("generate", models / "tiny-klein", "face", "--local", ":", *wrong)
+        assert result.exit_code == FAILED and result.stderr.splitlines()[-1].startswith("try: "), wrong
+
+
+def test_generate_from_a_single_file_says_what_it_needs_and_what_the_file_is_good_for(models: Path) -> None:
+    result = mesh("generate", models / "dev.safetensors", "face")
+    assert result.exit_code == FAILED
+    assert "is a single file" in result.stderr and "folder of a whole pipeline" in result.stderr
 
 
 def test_doctor_finds_nothing_wrong_with_this_machine_and_a_good_worker(models: Path, worker: ProcessWorker) -> None:
@@ -164,6 +216,32 @@ def test_doctor_notices_other_weights(worker: ProcessWorker, tmp_path: Path) -> 
     assert code == 1
     assert weights["status"] == "FAIL" and "other weights" in weights["detail"]
     assert weights["hint"]
+
+
+def rotten(file: Path) -> None:
+    """As if the disk had changed the content since it was hashed, and nothing else of the file."""
+    header = read_header(file)
+    structure = fingerprint.structure(recognise(header, installed_plugins()).spec)
+    Remembered("fingerprints", header.stamps, structure).put("0" * 64)
+
+
+def test_doctor_and_serve_notice_a_file_whose_content_changed_unseen(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "klein.safetensors"
+    model.parent.mkdir()
+    tiny.save_single_file(tiny.transformer(guidance=False, doubles=1, singles=1), model)
+
+    def found() -> dict[str, Any]:
+        _, report = checks("--model", model, "mesh://127.0.0.1:1")
+        return report[("this machine", "weights")]
+
+    assert "hashed for the first time" in found()["detail"]
+    assert found()["status"] == "ok" and "as when it was hashed first" in found()["detail"]
+    rotten(model)
+    check = found()
+    assert check["status"] == "FAIL" and "content changed" in check["detail"] and "copy it again" in check["hint"]
+    rotten(model)
+    with process_worker(model.parent, "--device", "cpu", "--verify", name="attic") as verified:
+        assert "klein.safetensors: its content changed" in "\n".join(verified.log)
 
 
 def test_doctor_says_which_part_of_the_way_fails(worker: ProcessWorker) -> None:

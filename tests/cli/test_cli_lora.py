@@ -48,7 +48,7 @@ def test_push_list_and_rm(worker: ProcessWorker, folder: Path) -> None:
     ink = str(folder / "mine" / "ink.safetensors")
     pushed = mesh("lora", "push", worker.address, ink, "--model", str(folder / "klein"))
     assert pushed.exit_code == 0, pushed.output
-    assert "MB sent" in pushed.output
+    assert "B sent" in pushed.output
     assert "was there" in mesh("lora", "push", worker.address, ink, "--model", str(folder / "klein")).output
     listed = json.loads(mesh("lora", "list", worker.address, "--json").stdout)
     assert {(x["name"], x["received"]) for x in listed} == {("ink", True), ("turbo.safetensors", False)}

@@ -17,6 +17,7 @@ from mesh_codec.testing import (
     check_forms,
     check_input_is_kept,
     check_limits,
+    check_restoring,
     check_streams,
 )
 
@@ -111,6 +112,20 @@ class MixesItsStreams(Plain):
         return inner.encode(before if same and before is not None else tensor)
 
 
+class GoesBackToAKeyFrame(EntropyCodec):
+    """Its encoder has no `restore` of its own."""
+
+    def encoder(self, settings: Mapping[str, Any]) -> Encoder:
+        inner = super().encoder(settings)
+        inner.restore = lambda _: inner.reset()  # type: ignore[method-assign]
+        return inner
+
+
+class DeniesItsMemory(EntropyCodec):
+    def memory(self, settings: Mapping[str, Any]) -> Any:
+        return "none"
+
+
 @pytest.mark.parametrize(
     ("codec", "check", "what"),
     [
@@ -120,6 +135,8 @@ class MixesItsStreams(Plain):
         (AllocatesWhatItIsTold(), check_limits, "allocates"),
         (TripsOverAHeader(), check_damage, "raises"),
         (MixesItsStreams(), check_streams, "all bits"),
+        (GoesBackToAKeyFrame(), check_restoring, "not go back exactly"),
+        (DeniesItsMemory(), check_restoring, "raises CodecStateLost"),
         (ForgetsTheSign(), check_codec, "all its bits"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Codec) else "",

@@ -85,18 +85,47 @@ def cache(limit: int) -> ConstantsCache:
 
 
 def test_the_least_recently_used_constant_goes_first() -> None:
-    held = cache(100)
+    held = cache(20_000)
     for name in "abc":
-        held.put(name, torch.zeros(10))  # 40 bytes each: the third pushes the first out
+        held.put(name, torch.zeros(1000))  # 4 kB each, and as much around it: the third pushes the first out
     with pytest.raises(ConstantsMissing, match="text"):
         held.get({"text": "a"})
     held.get({"text": "b"})
-    held.put("d", torch.zeros(10))
+    held.put("d", torch.zeros(1000))
     assert set(held.get({"text": "b", "ids": "d"})) == {"text", "ids"}
-    assert held.nbytes == 80
+    assert 8000 < held.nbytes <= 20_000
 
 
 def test_a_constant_over_the_whole_cache_is_refused_with_the_setting_to_change() -> None:
     with pytest.raises(WireTooLarge) as caught:
-        cache(100).put("a", torch.zeros(26))
+        cache(5000).put("a", torch.zeros(1000))
     assert "constants_cache" in caught.value.hint
+
+
+def test_constants_without_elements_are_limited_in_number() -> None:
+    held = cache(1 << 20)
+    for number in range(100_000):
+        held.put(str(number), torch.zeros(0))
+    with pytest.raises(ConstantsMissing):
+        held.get({"text": "0"})
+    assert held.get({"text": "99999"})
+    assert held.nbytes <= 1 << 20
+
+
+def test_the_member_that_takes_most_gives_way() -> None:
+    held = cache(1 << 20)
+    held.put("mine", torch.zeros(50_000), "modest")
+    for number in range(200):
+        held.put(str(number), torch.zeros(number * 100), "greedy")
+    assert held.get({"text": "mine"})["text"].nbytes == 200_000
+    with pytest.raises(ConstantsMissing):
+        held.get({"text": "0"})
+
+
+def test_a_constant_that_two_members_send_is_held_and_counted_once() -> None:
+    held = cache(1 << 20)
+    for owner in ("one", "other"):
+        held.put("shared", torch.zeros(1000), owner)
+    once = held.nbytes
+    held.put("shared", torch.zeros(1000), "one")
+    assert held.nbytes == once < 10_000

@@ -10,12 +10,14 @@ import torch
 from mesh_codec import EntropyCodec, RawCodec
 from mesh_codec.base import Buffer, CodecChoice, DecodeLimits
 from mesh_codec.errors import CodecCorrupt
+from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.streams import Streams, aligned
 from mesh_core.errors import WireMalformed
 
 CODECS = {"raw": RawCodec(), "entropy": EntropyCodec()}
 CPU = torch.device("cpu")
 RAW = CodecChoice("raw")
+FIRST = Turn("", 1)
 
 
 def lossy(quality: str) -> CodecChoice:
@@ -34,8 +36,8 @@ def state() -> dict[str, torch.Tensor]:
 
 def test_what_goes_in_comes_out_bit_for_bit() -> None:
     sent = state()
-    payload = streams(hidden=RAW, temb=RAW).encode("", sent)
-    got = streams(hidden=RAW, temb=RAW).decode("", payload.entries, payload.buffers, CPU)
+    payload = streams(hidden=RAW, temb=RAW).encode(FIRST, sent)
+    got = streams(hidden=RAW, temb=RAW).decode(FIRST, payload.entries, payload.buffers, CPU)
     assert got.keys() == sent.keys() and all(torch.equal(got[n], sent[n]) for n in sent)
     assert payload.raw_bytes == payload.coded_bytes == 2 * 50 * 64 * 2 + 2 * 64 * 4
 
@@ -43,17 +45,17 @@ def test_what_goes_in_comes_out_bit_for_bit() -> None:
 def test_each_tensor_is_coded_as_agreed_for_it() -> None:
     choices = {"hidden": lossy("balanced"), "temb": RAW}
     sent = state()
-    payload = streams(**choices).encode("", sent)
-    got = streams(**choices).decode("", payload.entries, payload.buffers, CPU)
+    payload = streams(**choices).encode(FIRST, sent)
+    got = streams(**choices).decode(FIRST, payload.entries, payload.buffers, CPU)
     assert torch.equal(got["temb"], sent["temb"]) and not torch.equal(got["hidden"], sent["hidden"])
     assert payload.coded_bytes < 0.6 * payload.raw_bytes
 
 
 def tampered(change: str) -> tuple[list[dict[str, Any]], list[Buffer]]:
-    payload = streams(hidden=RAW, temb=RAW).encode("", state())
+    payload = streams(hidden=RAW, temb=RAW).encode(FIRST, state())
     entries, buffers = [dict(e) for e in payload.entries], list(payload.buffers)
     if change == "another codec":
-        other = streams(hidden=lossy("fast"), temb=RAW).encode("", state())
+        other = streams(hidden=lossy("fast"), temb=RAW).encode(FIRST, state())
         entries, buffers = [dict(e) for e in other.entries], list(other.buffers)
     elif change == "another setting":
         entries[0]["s"] = {"step": 1}
@@ -85,7 +87,7 @@ CHANGES = [
 def test_anything_else_than_agreed_is_refused(change: str) -> None:
     entries, buffers = tampered(change)
     with pytest.raises((WireMalformed, CodecCorrupt)):
-        streams(hidden=RAW, temb=RAW).decode("", entries, buffers, CPU)
+        streams(hidden=RAW, temb=RAW).decode(FIRST, entries, buffers, CPU)
 
 
 def test_a_codec_that_is_not_installed_is_named() -> None:

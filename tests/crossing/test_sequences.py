@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mesh_codec import CodecChoice, CodecStateLost, DecodeLimits, EntropyCodec
 from mesh_core.builtin import load_plugins
-from mesh_core.crossing.sequences import MOST_SEQUENCES, Sequences
+from mesh_core.crossing.sequences import MOST_SEQUENCES, Sequences, Turn
 from mesh_core.crossing.streams import Streams
 from mesh_core.hookspecs import hookimpl
 from mesh_core.host.runner import SplitRunner
@@ -101,11 +101,15 @@ def test_an_end_that_dropped_its_streams_gets_a_key_frame(opened: Open) -> None:
         assert run.session is not None
         steps = generation(5, 1)
         results = [run(next(steps)), run(next(steps))]
-        # The host's side forgets; the worker's remembers, and finds that the first tensor comes again.
-        run.session._legs[0].encoder.reset()
+        run.session._legs[0].encoder._passes.clear()
         results += [run(inputs) for inputs in steps]
-        assert sum(step.resent for step in run.stats.steps) == 1
+        assert [step.resent for step in run.stats.steps] == [0, 0, 1, 0]
+        assert [step.restarted for step in run.stats.steps] == [False, False, True, False]
+        assert "1 steps started at a key frame: within the quality" in run.stats.table()
     assert float((results[-1] - expected[-1]).square().mean()) < 0.01 * float(expected[-1].square().mean())
+
+
+CPU = torch.device("cpu")
 
 
 def streams() -> Streams:
@@ -117,21 +121,48 @@ def test_streams_are_bounded_at_both_ends() -> None:
     encoder, decoder = streams(), streams()
     tensor = torch.randn(64, 8)
     for i in range(3 * MOST_SEQUENCES):
-        payload = encoder.encode(f"{i}#1", {"x": tensor})
-        decoder.decode(f"{i}#1", payload.entries, payload.buffers, torch.device("cpu"))
+        payload = encoder.encode(Turn(f"{i}#1", i + 1), {"x": tensor})
+        decoder.decode(Turn(f"{i}#1", i + 1), payload.entries, payload.buffers, CPU)
     assert len(encoder._passes) == len(decoder._passes) == MOST_SEQUENCES
-    for take in range(20):
-        encoder.encode(f"same#{take}", {"x": tensor})
+    for take in range(1, 20):
+        encoder.encode(Turn(f"same#{take}", take), {"x": tensor})
     assert len(encoder._passes) == MOST_SEQUENCES and sum(name == "same" for name in encoder._passes) == 1
 
 
 def test_a_stream_of_another_sequence_is_no_reference() -> None:
     encoder, decoder = streams(), streams()
     tensor = torch.randn(64, 8)
-    for _ in range(2):
-        payload = encoder.encode("a#1", {"x": tensor})
-    with pytest.raises(CodecStateLost):
-        decoder.decode("a#1", payload.entries, payload.buffers, torch.device("cpu"))
+    encoder.encode(Turn("a#1", 1), {"x": tensor})
+    payload = encoder.encode(Turn("a#1", 2, after=1), {"x": tensor})
+    for turn in (Turn("a#1", 2, after=1), Turn("a#1", 2)):
+        with pytest.raises(CodecStateLost):
+            decoder.decode(turn, payload.entries, payload.buffers, CPU)
+
+
+@pytest.mark.parametrize("arrived", [0, 1, 2], ids=lambda n: f"{n} of the lost ones arrived")
+def test_a_step_that_is_coded_again_is_coded_as_if_it_had_never_been(arrived: int) -> None:
+    tensors = [torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) for _ in range(1)]
+    for i in range(5):
+        tensors.append(tensors[-1] + 0.05 * torch.randn(64, 8, generator=torch.Generator().manual_seed(i + 1)))
+    quiet, there = streams(), streams()
+    encoder, decoder = streams(), streams()
+
+    def cross(one: Streams, other: Streams, turn: Turn, tensor: Tensor) -> tuple[list[bytes], Tensor]:
+        payload = one.encode(turn, {"x": tensor})
+        return [bytes(b) for b in payload.buffers], other.decode(turn, payload.entries, payload.buffers, CPU)["x"]
+
+    reached, number = 0, 0
+    for step, tensor in enumerate(tensors, 1):
+        wanted = cross(quiet, there, Turn("a#1", step, step - 1), tensor)
+        for lost in range(2):
+            number += 1
+            payload = encoder.encode(Turn("a#1", number, reached), {"x": -tensor})
+            if lost < arrived:
+                decoder.decode(Turn("a#1", number, reached), payload.entries, payload.buffers, CPU)
+        number += 1
+        bytes_sent, found = cross(encoder, decoder, Turn("a#1", number, reached), tensor)
+        assert bytes_sent == wanted[0] and torch.equal(found, wanted[1])
+        reached = number
 
 
 def test_names_follow_constants_and_generations() -> None:

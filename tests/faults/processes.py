@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -83,10 +84,14 @@ class FaultyProcess:
 
 
 class FastWorker(FaultyProcess):
-    """A worker over the checkpoints in ``folder``, at a port that stays the same over restarts."""
+    """A worker over the checkpoints in ``folder``, at a port that stays the same over restarts.
 
-    def __init__(self, folder: Path, name: str, settings: Settings, memory: int) -> None:
-        self._arguments = folder, name, settings, memory
+    Args:
+        files: so many files and connections may it have open, where the system can say so.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Settings, memory: int, files: int | None = None) -> None:
+        self._arguments = files, folder, name, settings, memory
         self._port = 0
         self.begin()
 
@@ -122,12 +127,12 @@ class LoneHost(FaultyProcess):
 
 @contextmanager
 def workers(
-    folder: Path, n: int = 1, settings: Settings | None = None, *, memory: int = 4 << 30
+    folder: Path, n: int = 1, settings: Settings | None = None, *, memory: int = 4 << 30, files: int | None = None
 ) -> Iterator[list[FastWorker]]:
     started: list[FastWorker] = []
     try:
         for i in range(n):
-            started.append(FastWorker(folder, f"w{i}", settings or Settings(), memory))
+            started.append(FastWorker(folder, f"w{i}", settings or Settings(), memory, files))
         yield started
     finally:
         for worker in started:
@@ -142,8 +147,14 @@ def _prepare(home: str) -> None:
     torch.set_num_threads(1)
 
 
-def _serve(folder: Path, name: str, settings: Settings, memory: int, port: int, home: str, ready: Any) -> None:
+def _serve(
+    files: int | None, folder: Path, name: str, settings: Settings, memory: int, port: int, home: str, ready: Any
+) -> None:
     _prepare(home)
+    if files is not None and sys.platform != "win32":
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     logging.disable(logging.ERROR)
     options = WorkerOptions((folder,), name, memory=memory, settings=settings)
     worker = listening_worker(f"mesh://127.0.0.1:{port}", options, load_plugins())

@@ -21,12 +21,14 @@ from mesh_core.errors import (
     PlanError,
     PluginNotFound,
     SessionUnknown,
+    Unreachable,
     WireMalformed,
     WireUnsupportedVersion,
 )
 from mesh_core.host.remote import Remote
 from mesh_core.plugins.registry import Plugins
-from mesh_core.transport.base import Address
+from mesh_core.testing.listeners import TransportRig
+from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.invites import create_invite
 from mesh_core.transport.keys import KeyStore
 from tests.faults.conftest import IMPATIENT, Case
@@ -74,11 +76,11 @@ def test_a_stranger_is_refused(steady: FastWorker, tmp_path: Path) -> None:
     assert "mesh join" in caught.value.hint
 
 
-def test_a_worker_with_another_key_than_the_known_one(steady: FastWorker, tmp_path: Path) -> None:
-    with mesh_home(tmp_path), pytest.raises(NotAuthorised, match="another key") as caught:
+def test_a_worker_that_was_never_joined(steady: FastWorker, tmp_path: Path) -> None:
+    with mesh_home(tmp_path), pytest.raises(Unreachable, match="was ever joined") as caught:
         # A user who never joined expects its own worker at an address of this machine.
         Remote(Address(steady.address), load_plugins(), IMPATIENT).connect()
-    assert "mesh keys forget" in caught.value.hint
+    assert "mesh join" in caught.value.hint
 
 
 def test_an_invite_works_once(steady: FastWorker, cli: Cli, tmp_path: Path) -> None:
@@ -127,13 +129,38 @@ def test_a_second_worker_at_the_same_port(steady: FastWorker, cli: Cli, model: P
 def test_another_wire_version(
     steady: FastWorker, plugins: Plugins, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
+    ours = wire.VERSION
     if where == "hello":
-        monkeypatch.setattr(wire, "VERSION", 2)
+        monkeypatch.setattr(wire, "VERSION", ours + 1)
     else:
-        monkeypatch.setattr("mesh_core.wire.framing.VERSION", 2)
-    with pytest.raises(WireUnsupportedVersion, match=r"version (1|2)") as caught:
+        monkeypatch.setattr("mesh_core.wire.framing.VERSION", ours + 1)
+    with pytest.raises(WireUnsupportedVersion, match=rf"version ({ours}|{ours + 1})") as caught:
         Remote(Address(steady.address), plugins, IMPATIENT).connect()
     assert "pip install --upgrade comfyui-mesh" in caught.value.hint
+
+
+@pytest.mark.parametrize(("spoken", "answer"), [([1], 0), ([3, 4], 0), ([1, 2, 3], 2)])
+def test_a_hello_of_other_versions(remote: Remote, spoken: list[int], answer: int) -> None:
+    hello = wire.Hello(wire.next_id(), spoken, "9.9.9", {}, "desk")
+    if answer:
+        assert remote.ask(hello, wire.Welcome, timeout=5).wire == answer
+    else:
+        with pytest.raises(WireUnsupportedVersion, match=f"version {', '.join(map(str, spoken))}, this end"):
+            remote.ask(hello, wire.Welcome, timeout=5)
+
+
+def test_a_worker_that_answers_in_another_version_than_it_was_asked(plugins: Plugins) -> None:
+    def lie(listener: Listener, peer: Peer, frames: list[memoryview]) -> None:
+        hello, _ = wire.unpack(frames)
+        welcome = wire.Welcome(hello.id, 3, "9.9.9", {}, "liar", "", {}, [], {})
+        listener.send(peer.route, wire.pack(welcome))
+
+    with TransportRig() as rig:
+        serving = rig.serve(plugins.transport("mesh"), "mesh://127.0.0.1:0", lie)
+        liar = Remote(serving.address, plugins, IMPATIENT)
+        with pytest.raises(WireUnsupportedVersion, match="speaks wire version 3"):
+            liar.connect()
+        assert not liar.connected
 
 
 def test_one_weight_differs(steady: FastWorker, quick: Case, plugins: Plugins, tmp_path: Path) -> None:

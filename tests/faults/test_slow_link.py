@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
-from time import sleep
 
 import torch
 
@@ -15,52 +11,16 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Heartbeat
 from tests.faults.conftest import IMPATIENT, Case
 from tests.faults.processes import FastWorker
+from tests.support.faulty_link import faulty_link
 from tests.support.splitting import split
-
-_PIECE = 16 << 10
-
-
-@contextmanager
-def slowed(address: str, rate: float) -> Iterator[str]:
-    """Another address of the same worker, where each connection carries ``rate`` bytes per second one way."""
-    place = address.removeprefix("mesh://").rpartition(":")
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def carry(source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(_PIECE):
-                target.sendall(data)
-                sleep(len(data) / rate)
-        for end in (source, target):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                host, worker = server.accept()[0], socket.create_connection((place[0], int(place[2])))
-                for pair in ((host, worker), (worker, host)):
-                    threading.Thread(target=carry, args=pair, daemon=True).start()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    try:
-        yield f"mesh://127.0.0.1:{server.getsockname()[1]}"
-    finally:
-        # Closing alone does not wake a thread that waits in accept().
-        with suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join(10)
 
 
 def test_a_state_that_takes_long_to_cross(case: Callable[..., Case], steady: FastWorker, plugins: Plugins) -> None:
     large = case(height=48, width=40)
     settings = replace(IMPATIENT, heartbeat=Heartbeat(interval=0.1, lost_after=0.6))
     state_bytes = (48 * 40 + 7) * 64 * 4
-    with slowed(steady.address, state_bytes / 2.0) as address:
-        with split(large.path, ":12", [address], plugins, settings=settings) as runner:
+    with faulty_link(steady.address, state_bytes / 2.0) as link:
+        with split(large.path, ":12", [link.address], plugins, settings=settings) as runner:
             assert torch.equal(runner(large.inputs), large.expected)
             (step,) = runner.stats.steps
             assert step.wire_ms > 1200 and step.resent == 0 and runner.stats.reconnects == 0

@@ -138,7 +138,7 @@ def test_what_the_steps_cost_is_told_and_counted(path: Path, plugins: Plugins, w
     with split(path, ":0", workers[:2], plugins) as run:
         run(tiny.inputs(guidance=False))
         broken = tiny.inputs(guidance=False)
-        broken["txt_ids"] = broken["txt_ids"][:, :3]
+        broken["encoder_hidden_states"] = broken["encoder_hidden_states"].to(torch.bfloat16)
         with pytest.raises(RemoteError, match="w0") as caught:
             run(broken)
         assert "Traceback" in caught.value.remote_traceback

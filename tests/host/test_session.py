@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from mesh_core.builtin import load_plugins
 from mesh_core.crossing import constants
 from mesh_core.errors import ConstantsMissing, UnsupportedInput, WireMalformed
 from mesh_core.host.progress import Phase
+from mesh_core.host.results import Expected, check_result, expected_at
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Deadlines, Heartbeat, Settings, WorkerSettings
+from mesh_core.worker.constants import ConstantsCache
 from tests.adapters import tiny
-from tests.support.splitting import split
+from tests.support.splitting import checkpoint_at, split
 from tests.support.workers import ThreadWorker, thread_workers, wait_until
 
 BLOCKS = 5
@@ -195,7 +197,7 @@ def test_constants_that_the_worker_dropped_are_sent_again(near: Rig) -> None:
     inputs = tiny.inputs(guidance=False)
     with split(near.path, ":0", near.workers, near.plugins) as run:
         expected = run(inputs)
-        near.workers[0].worker.steps.constants._held.clear()
+        near.workers[0].worker.steps.constants = ConstantsCache(torch.device("cpu"), 1 << 20)
         assert torch.equal(run(inputs), expected)
         assert [s.resent for s in run.stats.steps] == [0, 1]
 
@@ -203,7 +205,8 @@ def test_constants_that_the_worker_dropped_are_sent_again(near: Rig) -> None:
 def test_a_constants_cache_that_is_too_small_is_an_error_that_names_the_setting(models: tuple[Path, nn.Module]) -> None:
     inputs = tiny.inputs(guidance=False)
     sizes = [inputs["encoder_hidden_states"].nbytes, inputs["img_ids"][0].nbytes, inputs["txt_ids"][0].nbytes]
-    settings = replace(QUICK, worker=WorkerSettings(constants_cache=max(sizes) + min(sizes) - 1))
+    # Each of them fits, with what surrounds it, but not all three.
+    settings = replace(QUICK, worker=WorkerSettings(constants_cache=max(sizes) + 5000))
     plugins = load_plugins()
     with (
         thread_workers(models[0].parent, 1, plugins=plugins, settings=settings) as workers,
@@ -245,26 +248,67 @@ def test_better_qualities_are_closer_and_larger(rig: Rig) -> None:
     assert sizes == sorted(sizes) and len(set(sizes)) == 4
 
 
-@pytest.mark.parametrize("lie", ["codec", "settings"])
-def test_a_worker_that_answers_with_another_codec_than_agreed_is_refused(
-    near: Rig, lie: str, monkeypatch: pytest.MonkeyPatch
+def _entry(change: dict[str, Any]) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    return lambda entries: [{**entry, **change} for entry in entries]
+
+
+def _form(**change: Any) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    return lambda entries: [{**entry, "h": {**entry["h"], **change}} for entry in entries]
+
+
+@pytest.mark.parametrize(
+    ("lie", "named"),
+    [
+        (_entry({"c": "entropy"}), "entropy"),
+        (_entry({"s": {"step": 0.5}}), "step"),
+        (lambda entries: [], "without the tensor 'sample'"),
+        (_entry({"n": "surprise"}), "without the tensor 'sample'"),
+        (lambda entries: [*entries, {**entries[0], "n": "more", "k": 0}], "'more'"),
+        (_form(shape=[1, 256]), r"'sample' of shape \[1, 256\] where \[1, 16, 16\]"),
+        (_form(shape=[1, 8, 32]), r"'sample' of shape"),
+        (_form(shape=[1, 1 << 20, 16]), r"'sample' of shape"),
+        (_form(shape="large"), r"'sample' of shape large"),
+        (_form(dtype="int32"), "'sample' of dtype int32 where float32"),
+        (_form(dtype=7), "'sample' of dtype 7"),
+    ],
+    ids=range(11),
+)
+def test_a_worker_that_answers_with_anything_else_than_agreed_is_refused_and_named(
+    near: Rig,
+    lie: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    named: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     replies = near.workers[0].worker.replies
     send = replies.send
 
     def lying(route: bytes, message: wire.Message, buffers: Any = ()) -> None:
         if isinstance(message, wire.Result):
-            change = {"c": "entropy"} if lie == "codec" else {"s": {"step": 0.5}}
-            message = structs.replace(message, tensors=[{**t, **change} for t in message.tensors])
+            entries = lie(list(message.tensors))
+            message, buffers = structs.replace(message, tensors=entries), buffers[: sum(e["k"] for e in entries)]
         send(route, message, buffers)
 
     with split(near.path, ":2", near.workers, near.plugins) as run:
         monkeypatch.setattr(replies, "send", lying)
-        with pytest.raises(WireMalformed):
+        with pytest.raises(WireMalformed, match=named) as caught:
             run(tiny.inputs(guidance=False))
+        assert "w0" in caught.value.message
         monkeypatch.setattr(replies, "send", send)
         inputs = tiny.inputs(guidance=False)
         assert torch.equal(run(inputs), near.whole(inputs)), "the session survives"
+
+
+def test_a_state_that_is_relayed_is_held_to_its_cut_too(near: Rig) -> None:
+    adapter = near.plugins.adapter("klein")
+    spec = checkpoint_at(near.path, near.plugins).spec
+    state, conditioning = adapter.begin(spec, tiny.inputs(guidance=False))
+    tokens = len(conditioning.constants["img_ids"]), len(conditioning.constants["txt_ids"])
+    expected = expected_at(2, 0, state, conditioning, spec, adapter)
+    assert expected["hidden_states"] == Expected(True, "float32", [1, sum(tokens), 64])
+    entry = {"n": "temb", "h": {"dtype": "bfloat16", "shape": [1, 64]}}
+    hidden = {"n": "hidden_states", "h": {"dtype": "float32", "shape": [1, tokens[0], 64]}}
+    with pytest.raises(WireMalformed, match="w0 answered with a tensor 'hidden_states' of shape"):
+        check_result("w0", [entry, hidden], expected)
 
 
 def test_what_cannot_cross_is_refused_before_anything_is_sent(rig: Rig) -> None:

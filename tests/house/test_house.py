@@ -149,6 +149,34 @@ def _capitalised(tree: ast.Module) -> Iterator[tuple[str, int]]:
     yield from found.items()
 
 
+PRINTING = re.compile(
+    r"print|input|secho|echo|click\.(secho|echo|style|prompt|confirm|pause|edit|progressbar|echo_via_pager)|sys\.std(out|err)\.write(lines)?"
+    r"|(\w+\.)?Console|(\w+\.)?tqdm|warnings\.warn|logging\.(getLogger|basicConfig|\w*Handler|debug|info|warning|error|exception)"
+)
+"""Calls that put text before people."""
+
+MAKES_VISIBLE = {
+    "mesh_core/mesh_core/system/terminal.py": "what the command line prints",
+    "mesh_core/mesh_core/system/logs.py": "the loggers of the product",
+    "mesh_core/mesh_core/bench/processes.py": "JSON, from a process to its parent",
+    "comfy_integration/__init__.py": "says that mesh_core is missing, without it",
+}
+"""Files that may, and for what."""
+
+
+def test_text_reaches_people_through_the_places_that_make_it_visible() -> None:
+    """Names and errors of other machines hold what terminals act on; see `mesh_core.visible`."""
+    past = [
+        f"{place(path, node.lineno)} {name}"
+        for path, tree in sources().items()
+        # The codecs see no names: they log what is wrong with this machine's own libraries.
+        if path.relative_to(ROOT).as_posix() not in MAKES_VISIBLE and not _of(path, "mesh_codec")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and PRINTING.fullmatch(name := ast.unparse(node.func))
+    ]
+    assert past == []
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_import_circles(package: str) -> None:
     """Imports inside functions and those for type checkers count too, but for what a package offers at its top."""

@@ -170,7 +170,7 @@ def test_loras_that_do_not_fit_are_refused_and_the_session_goes_on(rig: Rig) -> 
     size = span_bytes(spec, spec.span(":"), 4)
     with thread_workers(rig.path, 1, plugins=rig.plugins, memory=size + 1000) as workers:
         with split(rig.path, ":0", workers, rig.plugins) as run:
-            with pytest.raises(PlanDoesNotFit, match=r"need .* GB"):
+            with pytest.raises(PlanDoesNotFit, match=r"need .* MB"):
                 run.set_loras([Applied(rig.ink)])
             assert torch.equal(run(rig.inputs), rig.whole())
             assert workers[0].worker.stages.nbytes == size

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mesh_core.errors import CheckpointCorrupt
+from mesh_core.errors import CheckpointChanged
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.system.config import cache_dir
@@ -168,5 +168,5 @@ def test_a_checkpoint_that_shrinks_meanwhile_is_an_error(tmp_path: Path) -> None
     spec = ADAPTER.recognise(header)
     assert spec is not None
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(CheckpointCorrupt, match=r"m\.safetensors ends early"):
+    with pytest.raises(CheckpointChanged, match=r"m\.safetensors changed while it was in use"):
         fingerprint.of_checkpoint(header, spec)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mesh_core.errors import CheckpointCorrupt
+from mesh_core.errors import CheckpointChanged, CheckpointCorrupt
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
 from mesh_core.model.pool import ParameterPool
 from mesh_core.model.spans import BlockSpan
@@ -101,7 +101,7 @@ def test_a_file_that_shrank_since_it_was_recognised_is_named(tmp_path: Path) -> 
     spec = ADAPTER.recognise(header)
     assert spec is not None
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(CheckpointCorrupt, match=r"m\.safetensors ends early"):
+    with pytest.raises(CheckpointChanged, match=r"m\.safetensors changed while it was in use"):
         ADAPTER.build_stage(spec, BlockSpan(0, 5), WeightReader(header), device=CPU, dtype=torch.float32)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 PUBLIC: Mapping[str, str] = {
     "mesh_core.errors": """
-        MAX_RENDERED Cancelled CheckpointCorrupt CheckpointError CheckpointMismatch
+        MAX_RENDERED Cancelled CheckpointChanged CheckpointCorrupt CheckpointError CheckpointMismatch
         CheckpointUnrecognised ConfigError ConstantsMissing LoraError LoraMissing LoraTooLarge
         LoraUnmatched MeshError NotAuthorised PeerLost PlanDoesNotFit PlanError PluginBroken
         PluginConflict PluginError PluginIncompatible PluginNotFound RemoteError SessionError
@@ -21,8 +21,8 @@ PUBLIC: Mapping[str, str] = {
         mesh_step_finished mesh_step_started
     """,
     "mesh_core.model": """
-        BlockSpan CheckpointHeader Conditioning ModelAdapter ModelSpec ParameterSpec Piece Role
-        Stage State TensorInfo WeightReader read_header
+        BlockSpan CheckpointHeader Conditioning Dimensions ModelAdapter ModelSpec ParameterSpec Piece
+        Role Stage State TensorInfo WeightReader read_header
     """,
     "mesh_core.model.adapting": """
         COMPUTED_TYPES PREFIXES describe_parameters diffusers_class find_naming full_config

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline
+from safetensors.torch import load_file
 
 import mesh_core
 from mesh_core.builtin import load_plugins
@@ -163,6 +164,26 @@ def test_a_lora_that_cannot_be_used_leaves_those_that_are(rig: Rig, tmp_path: Pa
         mesh_core.set_loras(pipeline, [str(loras.save(tmp_path / "broken.safetensors", broken))])
     assert torch.equal(pipelines.run(pipeline), expected)
     mesh_core.unsplit(pipeline)
+
+
+@pytest.mark.parametrize("module", ["text_encoder.layers.0.q_proj", "transformer.down.0"])
+def test_a_lora_for_something_else_is_named_by_its_file_and_not_by_a_slot(
+    rig: Rig, tmp_path: Path, module: str
+) -> None:
+    file = loras.save(tmp_path / "style.safetensors", loras.peft({module: (8, 8)}, prefix=""))
+    split = rig.split(rig.whole())
+    given: list[tuple[Any, dict[str, str]]] = [
+        (str(file), {}),
+        (tmp_path, {"weight_name": "style.safetensors", "adapter_name": "mine"}),
+        (load_file(file), {}),
+    ]
+    for source, options in given:
+        with pytest.raises(LoraUnmatched) as caught:
+            split.load_lora_weights(source, **options)
+        message = caught.value.message
+        assert ("a LoRA without a name" if isinstance(source, dict) else str(file)) in message and module in message
+        assert "default_0" not in message and "made for klein" in caught.value.hint
+    mesh_core.unsplit(split)
 
 
 @pytest.mark.parametrize("local", [":", ":1", None])

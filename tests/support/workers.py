@@ -32,9 +32,9 @@ class ProcessWorker:
         log: the lines of its standard error so far.
     """
 
-    def __init__(self, folder: Path, home: Path, options: Sequence[str]) -> None:
+    def __init__(self, folder: Path, home: Path, options: Sequence[str], program: Sequence[str]) -> None:
         self.home = home
-        self._command = [sys.executable, "-m", "mesh_core.cli", "serve", str(folder), *options]
+        self._command = [sys.executable, *program, "serve", str(folder), *options]
         self.log: list[str] = []
         self._start(port=0)
 
@@ -93,7 +93,12 @@ class ProcessWorker:
 
 @contextmanager
 def process_worker(
-    folder: Path, *options: str, home: Path | None = None, settings: str = "", name: str = "worker"
+    folder: Path,
+    *options: str,
+    home: Path | None = None,
+    settings: str = "",
+    name: str = "worker",
+    program: Sequence[str] = ("-m", "mesh_core.cli"),
 ) -> Iterator[ProcessWorker]:
     """A worker process over the checkpoints in ``folder``.
 
@@ -101,12 +106,13 @@ def process_worker(
         options: further arguments of ``mesh serve``.
         home: its MESH_HOME; by default that of this process.
         settings: text of its config.toml.
+        program: what Python runs as ``mesh``.
     """
     home = home or Path(os.environ["MESH_HOME"])
     if settings:
         (home / "config").mkdir(parents=True, exist_ok=True)
         (home / "config" / "config.toml").write_text(settings, encoding="utf-8")
-    worker = ProcessWorker(folder, home, ["--name", name, *options])
+    worker = ProcessWorker(folder, home, ["--name", name, *options], program)
     try:
         yield worker
     finally:

@@ -55,3 +55,6 @@ def test_the_document_states_the_limits_that_are_enforced() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     for name, limit in vars(wire.LIMITS).items():
         assert f"| {name} | {limit} |" in text
+    senders = {"member": wire.REQUEST, "neighbour": wire.HANDED_OVER, "holder of an invite": wire.GREETING}
+    for sender, its in senders.items():
+        assert f"| {sender} | {its.header} | {its.text} | {its.items} | {its.values} | {its.buffers}" in text

@@ -72,8 +72,8 @@ MALFORMED: dict[str, list[bytes]] = {
     "not a number": [altered("step", options={"guidance": float("nan")}), b"twelve bytes"],
     "infinite": [altered("opened", info={"seconds": float("inf")})],
     "too deep": [altered("opened", info={"x": nested(8)})],
-    "nesting bomb": [b"\x91" * 100_000 + b"\x90"],
-    "map bomb": [b"\x81\xa1a" * 100_000 + b"\x80"],
+    "nested beyond all": [b"\x91" * 4000 + b"\x90"],
+    "maps nested beyond all": [b"\x81\xa1a" * 4000 + b"\x80"],
     "key is no text": [altered("opened", info={1: 1})],
     "key is bytes": [altered("opened", info={b"a": 1})],
     "key twice": [b"\x85" + golden("pong")[1:] + b"\xa1t\xa4pong"],
@@ -105,17 +105,21 @@ MALFORMED: dict[str, list[bytes]] = {
         golden("step").replace(b"\x81\xa3ids\xa6c0ffee", b"\x82" + b"\xa3ids\xa6c0ffee" * 2)
     ],
     "field twice": [b"\x85" + golden("pong")[1:-3] + b"\xa2id\x0b" + golden("pong")[-3:]],
-    "version twice": [b"\x85" + golden("pong")[1:-3] + b"\xa1v\x01" + golden("pong")[-3:]],
+    "version twice": [b"\x85" + golden("pong")[1:-3] + b"\xa1v\x02" + golden("pong")[-3:]],
     "fields in another order": [msgpack.packb(dict(reversed(msgpack.unpackb(golden("pong")).items())))],
     "key is no text deep inside": [altered("opened", info={"x": [{1: 1}]})],
     "key is a list": [opened_with(b"\x81\x91\x01\x01")],
     "extension type for a number": [altered("cancel", step=msgpack.ExtType(5, b"x"))],
     "extension type deep inside": [altered("opened", info={"x": [msgpack.ExtType(5, b"x")]})],
-    "nesting bomb in an open map": [opened_with(b"\x81\xa1a" + b"\x91" * 100_000 + b"\x90")],
+    "nested beyond all in an open map": [opened_with(b"\x81\xa1a" + b"\x91" * 4000 + b"\x90")],
     "nesting bomb in a field": [altered("sought", held=nested(500))],
     "half a surrogate pair": [golden("enrolled").replace(b"\xa4blue", b"\xa4\xed\xa0\x80x")],
     "more bytes announced than there are": [opened_with(b"\x81\xa1a\xc6\xff\xff\xff\xff")],
     "more entries announced than there are": [opened_with(b"\x81\xa1a\xdd\xff\xff\xff\xff")],
+    "no wire versions": [altered("hello", wire=[])],
+    "negative wire version": [altered("hello", wire=[-1, 2])],
+    "endless wire versions": [altered("hello", wire=[2] * 17)],
+    "wire version that is no number": [altered("welcome", wire="2")],
 }
 
 TOO_LARGE: dict[str, list[bytes]] = {
@@ -130,6 +134,10 @@ TOO_LARGE: dict[str, list[bytes]] = {
     "numbers": [altered("sought", held=[0] * 4097)],
     "key": [altered("opened", info={"x" * ((64 << 10) + 1): 1})],
     "probe": [altered("probe", size=(64 << 20) + 1)],
+    "values in all": [opened_with(msgpack.packb({"x": [[None] * 4000] * 33}))],
+    "maps in all": [opened_with(msgpack.packb({"x": [[{}] * 4000] * 33}))],
+    "nesting bomb": [b"\x91" * (1 << 20)],
+    "nulls, and no message at all": [b"\xc0" * (1 << 20)],
 }
 
 
@@ -172,7 +180,7 @@ def test_what_is_over_a_limit_is_too_large(case: str) -> None:
         wire.unpack(TOO_LARGE[case])
 
 
-@pytest.mark.parametrize(("version", "where"), [(2, "this machine"), (0, "the other machine")])
+@pytest.mark.parametrize(("version", "where"), [(wire.VERSION + 1, "this machine"), (0, "the other machine")])
 def test_another_version_names_both_and_the_end_to_update(version: int, where: str) -> None:
     with pytest.raises(WireUnsupportedVersion) as caught:
         wire.unpack([altered("hello", v=version, fields_of_tomorrow={})])
@@ -239,6 +247,21 @@ def test_a_tuple_travels_as_a_list() -> None:
     assert isinstance(message, wire.Open)
     read, _ = wire.unpack(wire.pack(replace(message, span=(4, 8))))  # type: ignore[arg-type]
     assert read == message
+
+
+@pytest.mark.parametrize("value", [b"\xc0", b"\x80", b"\xcb\x7f\xf8" + bytes(6), b"\xa1a"])
+def test_many_values_cost_neither_memory_nor_more_time_than_the_allowed_ones(value: bytes) -> None:
+    """A mebibyte of nulls in lists that are each within the limits is still a lot to read."""
+    entries = 4000
+    header = opened_with(b"\x81\xa1x\xdc\x00\x40" + (b"\xdc" + entries.to_bytes(2, "big") + value * entries) * 26)
+    wire.unpack([opened_with(b"\x81\xa1x\x93" + (b"\xdc\x0f\xa0" + b"\xc0" * entries) * 3)], wire.REQUEST)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireTooLarge, match=f"{wire.REQUEST.values} values"):
+            wire.unpack([header], wire.REQUEST)
+        assert tracemalloc.get_traced_memory()[1] < len(header) + (64 << 10)
+    finally:
+        tracemalloc.stop()
 
 
 def test_declared_sizes_allocate_nothing() -> None:

@@ -69,7 +69,7 @@ READ: dict[str, bytes] = {
         b"\x86\xa1n\xa1a", b"\x87\xa1n\xa1b\xa1n\xa1a"
     ),
     "a field twice": b"\x87" + golden("cancel")[1:] + b"\xa4step\x03",
-    "a version twice": b"\x85" + golden("pong")[1:] + b"\xa1v\x01",
+    "a version twice": b"\x85" + golden("pong")[1:] + b"\xa1v\x02",
     "an unknown key in an entry": altered("result", tensors=[{**ENTRY, "x": 1}], b=[]),
     "an unknown key in a choice": altered("open", inputs={"hidden": {**CHOICE, "x": 1}}),
     "an unknown key in a LoRA": altered("adjust", loras=[{**USE, "x": 1}]),
@@ -168,13 +168,13 @@ def test_a_large_header_within_the_limits_arrives() -> None:
 def test_another_implementation_writes_the_same_bytes(kind: str) -> None:
     message, buffers = EXAMPLES[kind]
     fields = msgspec.structs.asdict(message)
-    header = {"v": 1, "t": kind, **fields, "b": [len(b) for b in buffers]}
+    header = {"v": wire.VERSION, "t": kind, **fields, "b": [len(b) for b in buffers]}
     assert msgpack.packb(header) == wire.pack(message, buffers)[0]
 
 
 def test_sizes_declared_inside_a_message_allocate_nothing() -> None:
     bombs = [b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdc\xff\xff" * 1000, b"\xc6\xff\xff\xff\xff"]
-    places = [b"\x81\xa1v", b"\x81\xa1t", b"\x81\xa1b", b"\x82\xa1v\x01\xa1b", golden("opened")[:-15]]
+    places = [b"\x81\xa1v", b"\x81\xa1t", b"\x81\xa1b", b"\x82\xa1v\x02\xa1b", golden("opened")[:-15]]
     tracemalloc.start()
     try:
         for frame in [place + bomb for place in places for bomb in bombs] + [opened(bomb) for bomb in bombs]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
 
 import pytest
 
-from mesh_core.errors import Cancelled, WireTooLarge
+from mesh_core.errors import Cancelled, TransportTimeout, WireTooLarge
 from mesh_core.worker.executor import Executor, Job
 from tests.support.workers import wait_until
 
@@ -22,7 +24,7 @@ class Log:
         self.release = threading.Event()
         self.started = threading.Event()
 
-    def job(self, session: bytes, step: int, run: Callable[[], None] | None = None) -> None:
+    def job(self, session: bytes, step: int, run: Callable[[], None] | None = None, **more: Any) -> None:
         def work() -> None:
             if run is not None:
                 run()
@@ -31,7 +33,7 @@ class Log:
         def fail(error: BaseException) -> None:
             self.failed.append((session, step, error))
 
-        self.executor.submit(Job(session, step, work, fail))
+        self.executor.submit(Job(session, step, work, fail, **more))
 
     def hold(self, session: bytes = b"first") -> None:
         """A job that runs until `release`, looking after each "block" whether it is still wanted."""
@@ -77,6 +79,38 @@ def test_who_asks_one_step_at_a_time_waits_for_one_step_of_each_other(log: Log) 
     log.release.set()
     log.done(32)
     assert log.ran.index((b"modest", 1)) == 2
+
+
+def test_a_member_with_many_sessions_has_one_turn_like_the_others(log: Log) -> None:
+    log.hold()
+    for number in range(8):
+        for step in range(3):
+            log.job(bytes([number]), step, owner="greedy")
+    log.job(b"modest", 1, owner="honest")
+    log.job(b"modest", 2, owner="honest")
+    log.release.set()
+    log.done(1 + 24 + 2)
+    assert log.ran.index((b"modest", 1)) <= 2 and log.ran.index((b"modest", 2)) <= 4
+
+
+def test_a_job_stops_when_its_time_is_over(log: Log) -> None:
+    def endless() -> None:
+        while True:
+            log.executor.check()
+
+    log.job(b"a", 1, endless, until=monotonic() + 0.05)
+    log.job(b"b", 1)
+    log.done(2)
+    assert isinstance(log.failed[0][2], TransportTimeout) and log.ran == [(b"b", 1)]
+
+
+def test_a_thread_that_hangs_does_not_keep_the_executor_from_stopping() -> None:
+    started, release, executor = threading.Event(), threading.Event(), Executor(waiting=1)
+    executor.submit(Job(b"a", 1, lambda: (started.set(), release.wait(20))[0], lambda _: None))
+    assert started.wait(10)
+    assert not executor.stop(within=0.1)
+    release.set()
+    assert executor.stop()
 
 
 def test_cancelling_stops_the_running_job_and_drops_the_waiting_ones(log: Log) -> None:

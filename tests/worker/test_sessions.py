@@ -163,7 +163,7 @@ def test_a_refused_change_of_span_leaves_the_session_as_it_was(
 def test_a_session_that_does_not_exist_is_named(host: Host, kind: str) -> None:
     session = token_bytes(16)
     messages: dict[str, wire.Message] = {
-        "step": wire.Step(wire.next_id(), session, 1, 0, "", {}, {}, [], [], 1000),
+        "step": wire.Step(wire.next_id(), session, 1, 0, 0, "", {}, {}, [], [], 1000),
         "constants": wire.Constants(wire.next_id(), session, []),
         "cancel": wire.Cancel(wire.next_id(), session, 1),
         "close": wire.Close(wire.next_id(), session),
@@ -176,14 +176,14 @@ def test_a_session_that_does_not_exist_is_named(host: Host, kind: str) -> None:
 def test_a_worker_that_was_asked_for_a_step_without_its_constants_asks_for_them(host: Host) -> None:
     host.open()
     named = dict.fromkeys(host.checkpoint.spec.constants, "0" * 64)
-    step = wire.Step(wire.next_id(), host.remote.session, 1, 0, "", named, {}, [], [], 1000)
+    step = wire.Step(wire.next_id(), host.remote.session, 1, 0, 0, "", named, {}, [], [], 1000)
     with pytest.raises(ConstantsMissing, match="img_ids, txt_ids"):
         host.ask(step, wire.Result)
 
 
 def test_a_step_that_names_no_hash_for_a_constant_is_refused(host: Host) -> None:
     host.open()
-    step = wire.Step(wire.next_id(), host.remote.session, 1, 0, "", {"img_ids": "0" * 64}, {}, [], [], 1000)
+    step = wire.Step(wire.next_id(), host.remote.session, 1, 0, 0, "", {"img_ids": "0" * 64}, {}, [], [], 1000)
     with pytest.raises(WireMalformed, match="txt_ids"):
         host.ask(step, wire.Result)
 
@@ -217,7 +217,7 @@ def test_another_users_session_cannot_be_used_or_closed(
     worker, host = ours
     session = host.remote.session
     messages: dict[str, wire.Message] = {
-        "step": wire.Step(wire.next_id(), session, 1, 0, "", {}, {}, [], [], 1000),
+        "step": wire.Step(wire.next_id(), session, 1, 0, 0, "", {}, {}, [], [], 1000),
         "constants": wire.Constants(wire.next_id(), session, []),
         "cancel": wire.Cancel(wire.next_id(), session, 1),
         "close": wire.Close(wire.next_id(), session),
@@ -247,7 +247,7 @@ def test_a_neighbour_may_send_steps_for_its_session_and_nothing_else(
         neighbour = Host(worker, plugins, path, server_key)
     session = host.remote.session
     named = dict.fromkeys(host.checkpoint.spec.constants, "0" * 64)
-    step = wire.Step(wire.next_id(), session, 1, 0, "", named, {}, [], [{}], 1000)
+    step = wire.Step(wire.next_id(), session, 1, 0, 0, "", named, {}, [], [{}], 1000)
     neighbour.remote.tell(step)
     with pytest.raises(ConstantsMissing, match="img_ids"):  # the answer to its step goes to the host
         await_answer([host.remote], step.id, lambda *_: None, 10, "step")

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mesh_core.errors import UnsupportedInput
-from mesh_core.model import BlockSpan, CheckpointHeader, Conditioning, ModelAdapter, ModelSpec, Piece, State
+from mesh_core.model import BlockSpan, CheckpointHeader, Conditioning, Dimensions, ModelAdapter, ModelSpec, Piece, State
 from mesh_core.model.adapting import describe_parameters, refuse_attention_arguments, unusual_strides
-from mesh_flux2.blocks import scope_of, states
+from mesh_flux2.blocks import scope_of, shapes, states
 from mesh_flux2.config import MODEL_CLASS, config_from_shapes, config_of, make_model
 from mesh_flux2.layout import find_layout, layouts, pieces_of
 from mesh_flux2.stage import Flux2Stage
@@ -99,6 +99,9 @@ class Flux2Adapter(ModelAdapter):
 
     def finish(self, spec: ModelSpec, state: State) -> Tensor:
         return state["sample"]
+
+    def shapes(self, spec: ModelSpec, cut: int) -> Mapping[str, Dimensions]:
+        return {**shapes(spec.config, cut), "sample": ("batch", "image", spec.parameters["proj_out.weight"].shape[0])}
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
         return layouts({name: p.shape for name, p in spec.parameters.items()})

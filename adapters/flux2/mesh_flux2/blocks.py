@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mesh_core.model import BlockSpan, Role
+from mesh_core.model import BlockSpan, Dimensions, Role
 from mesh_core.model.adapting import scope_in_stacks
 
 
@@ -18,6 +18,22 @@ def states(doubles: int, singles: int, guidance: bool) -> tuple[Mapping[str, Rol
     joined: dict[str, Role] = {"hidden_states": "hidden", "temb": "exact"}
     last: dict[str, Role] = {"sample": "prediction"}
     return (first, *[apart] * max(doubles - 1, 0), *[joined] * (singles if doubles else max(singles - 1, 0)), last)
+
+
+def shapes(config: Mapping[str, Any], cut: int) -> dict[str, Dimensions]:
+    """See `mesh_core.model.ModelAdapter.shapes`."""
+    width, axes = config["num_attention_heads"] * config["attention_head_dim"], len(config["axes_dims_rope"])
+    doubles = config["num_layers"]
+    tokens = "text+image" if cut and cut >= doubles else "image"
+    return {
+        "hidden_states": ("batch", tokens, width if cut else config["in_channels"]),
+        "encoder_hidden_states": ("batch", "text", width if cut else config["joint_attention_dim"]),
+        "temb": ("batch", width),
+        "timestep": ("batch",),
+        "guidance": ("batch",),
+        "img_ids": ("image", axes),
+        "txt_ids": ("text", axes),
+    }
 
 
 def scope_of(name: str, config: Mapping[str, Any]) -> BlockSpan:

@@ -36,7 +36,7 @@ def config_from_shapes(tensors: Mapping[str, TensorInfo], prefix: str, bfl: bool
         pieces = pieces_of(name, 0, tensors, prefix, bfl)
         info = tensors.get(pieces[0].tensor)
         if info is None:
-            raise CheckpointCorrupt(f"A FLUX.2 transformer without {pieces[0].tensor}.", hint="copy it again")
+            raise CheckpointCorrupt(f"A FLUX.2 transformer without {pieces[0].tensor}.")
         return info.shape
 
     def count(stack: str) -> int:
@@ -54,7 +54,6 @@ def config_from_shapes(tensors: Mapping[str, TensorInfo], prefix: str, bfl: bool
     if width % head or mlp <= 0 or head % 4:
         raise CheckpointCorrupt(
             f"The shapes of this FLUX.2 transformer do not fit each other (width {width}, head {head}, MLP {mlp}).",
-            hint="copy or download it again",
         )
     guided = pieces_of("time_guidance_embed.guidance_embedder.linear_1.weight", 0, tensors, prefix, bfl)[0].tensor
     return {

@@ -8,7 +8,17 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from mesh_core.errors import ConfigError
-from mesh_core.model import BlockSpan, CheckpointHeader, Conditioning, ModelAdapter, ModelSpec, Piece, Role, State
+from mesh_core.model import (
+    BlockSpan,
+    CheckpointHeader,
+    Conditioning,
+    Dimensions,
+    ModelAdapter,
+    ModelSpec,
+    Piece,
+    Role,
+    State,
+)
 from mesh_core.model.adapting import describe_parameters, scope_in_stacks
 from mesh_ltx.config import MODEL_CLASS, config_of, invisible_arguments, make_model
 from mesh_ltx.inputs import CONSTANTS, begin
@@ -93,6 +103,23 @@ class LtxAdapter(ModelAdapter):
                     f"LTX-2 needs a {side} that {SPATIAL} divides; it does not divide {pixels}.",
                     hint=f"{max(round(pixels / SPATIAL), 1) * SPATIAL}",
                 )
+
+    def shapes(self, spec: ModelSpec, cut: int) -> Mapping[str, Dimensions]:
+        config = spec.config
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        audio_width = config["audio_num_attention_heads"] * config["audio_attention_head_dim"]
+        return {
+            "hidden_states": ("batch", "video", width if cut else config["in_channels"]),
+            "audio_hidden_states": ("batch", "audio", audio_width if cut else config["audio_in_channels"]),
+            "times": ("times",),
+            "encoder_hidden_states": ("batch", "text", "text width"),
+            "audio_encoder_hidden_states": ("batch", "audio text", "audio text width"),
+            "video_coords": ("batch", 3, "video", 2),
+            "audio_coords": ("batch", 1, "audio", 2),
+            "video_keyframes_mask": ("batch", "video", 1),
+            "sample": ("batch", "video", spec.parameters["proj_out.weight"].shape[0]),
+            "audio_sample": ("batch", "audio", spec.parameters["audio_proj_out.weight"].shape[0]),
+        }
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:
         """LoRAs name parameters as diffusers does, or as Lightricks does."""

@@ -55,7 +55,7 @@ def config_of(header: CheckpointHeader, prefix: str) -> dict[str, Any]:
     sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "audio_num_attention_heads")
     for name in sizes:
         if not isinstance(config[name], int) or not 0 < config[name] <= 1 << 16:
-            raise CheckpointCorrupt(f"{header.path} says {name}={config[name]!r}.", hint="copy or download it again")
+            raise CheckpointCorrupt(f"{header.path} says {name}={config[name]!r}.")
     return config
 
 

@@ -72,7 +72,7 @@ def config_from_metadata(header: CheckpointHeader, prefix: str) -> dict[str, Any
 def _positions(header: CheckpointHeader, value: Any, stream: str) -> dict[str, int]:
     names = ("pos_embed_max_pos",) if stream else ("pos_embed_max_pos", "base_height", "base_width")
     if not isinstance(value, list) or len(value) != len(names):
-        raise CheckpointCorrupt(f"{header.path}: its metadata has the positions {value!r}.", hint="copy it again")
+        raise CheckpointCorrupt(f"{header.path}: its metadata has the positions {value!r}.")
     return {f"{stream}{name}": number for name, number in zip(names, value, strict=True)}
 
 

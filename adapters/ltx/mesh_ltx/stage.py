@@ -8,11 +8,12 @@ of the video and the audio stream, U: distinct timesteps.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
 
-from mesh_core.errors import UnsupportedInput
+from mesh_core.errors import UnsupportedInput, WireMalformed
 from mesh_core.model import Conditioning, Stage, State
 from mesh_core.model.adapting import restore_strides
 from mesh_ltx.conditions import Times, masks_of, perturbation_of, times_of
@@ -95,9 +96,13 @@ class LtxStage(Stage):
         where, audio_where = constants.get("video_coords"), constants.get("audio_coords")
         if where is None:
             frames, height, width, fps = (options[n] for n in ("num_frames", "height", "width", "fps"))
+            steps = model.config.patch_size_t, model.config.patch_size, model.config.patch_size
+            _check_grid(video, (frames, height, width), steps)
             where = model.rope.prepare_video_coords(len(video), frames, height, width, video.device, fps=fps)
         if audio_where is None:
-            audio_where = model.audio_rope.prepare_audio_coords(len(video), options["audio_num_frames"], audio.device)
+            frames = options["audio_num_frames"]
+            _check_grid(audio, (frames,), (model.config.audio_patch_size_t,))
+            audio_where = model.audio_rope.prepare_audio_coords(len(video), frames, audio.device)
         return {
             "video_rotary_emb": model.rope(where, device=video.device),
             "audio_rotary_emb": model.audio_rope(audio_where, device=audio.device),
@@ -115,6 +120,8 @@ class LtxStage(Stage):
         factor = config.cross_attn_timestep_scale_multiplier / config.timestep_scale_multiplier
 
         def embedded(layer: Any, when: Tensor | None, stream: Tensor) -> tuple[Tensor, Tensor]:
+            if when is not None and when.numel() not in (len(stream), len(stream) * stream.shape[1]):
+                raise WireMalformed(f"{when.numel()} timesteps came for {list(stream.shape[:2])} tokens.")
             made, plain = layer(when, batch_size=len(stream), hidden_dtype=stream.dtype)
             return tuple(t.view(len(stream), -1, t.size(-1)) for t in (made, plain))
 
@@ -147,6 +154,14 @@ class LtxStage(Stage):
             text = model.caption_projection(text).view(len(video), -1, video.size(-1))
             audio_text = model.audio_caption_projection(audio_text).view(len(video), -1, audio.size(-1))
         return text, audio_text
+
+
+def _check_grid(stream: Tensor, sides: tuple[Any, ...], steps: tuple[int, ...]) -> None:
+    """Options come over the network: those that coordinates are made from must be the stream's, not enormous."""
+    tokens, pairs = stream.shape[1], list(zip(sides, steps, strict=True))
+    sound = all(type(side) is int and 0 <= side <= tokens * step for side, step in pairs)
+    if not sound or prod(-(-side // step) for side, step in pairs) != tokens:
+        raise WireMalformed(f"A grid of {str(sides)[:80]} came for {tokens} tokens.")
 
 
 def _leave(stream: Tensor, embedded: Tensor, table: Tensor, norm: nn.Module, project: nn.Module) -> Tensor:

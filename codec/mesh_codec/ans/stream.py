@@ -11,8 +11,8 @@ Must not know which device or coder it works with.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class _LatticeChain:
     size: float = 0.0
     """Mean size of the lattice in the key tensor, the encoder's."""
 
+    def copy(self) -> _LatticeChain:
+        """For the next tensor, whose coding changes the state: a stream can go back to this one."""
+        return replace(self, state=None if self.state is None else self.state.clone())
+
 
 class AnsEncoder(Encoder):
     """``relative_step`` is in standard deviations; ``factory`` makes the byte coder."""
@@ -77,7 +81,7 @@ class AnsEncoder(Encoder):
     def _coded(self, tokens: Tensor, form: Form, grid: Grid, coder: ByteCoder) -> Encoded:
         findings = self._findings(grid, tokens.device)
         chain = self._continued(tokens, grid, findings) or self._begun(tokens, grid, findings)
-        # If anything below fails, the state is one that the decoder does not have.
+        # If anything below fails, the next tensor is a key one.
         self._chain = None
         symbols = quantise(chain.lattice, tokens, chain.state, findings)
         if chain.position.key and chain.state is not None:
@@ -108,6 +112,12 @@ class AnsEncoder(Encoder):
     def reset(self) -> None:
         self._chain = None
 
+    def state(self) -> object:
+        return self._chain
+
+    def restore(self, state: object) -> None:
+        self._chain = cast(_LatticeChain | None, state)
+
     def _continued(self, tokens: Tensor, grid: Grid, findings: DeviceFindings) -> _LatticeChain | None:
         """The chain that ``tokens`` continue, if they do; then ``findings`` has what is predicted."""
         chain = self._chain
@@ -117,7 +127,7 @@ class AnsEncoder(Encoder):
         torch.lt(change, own, out=findings.predicted)
         # Whether the elements have grown too much for this chain is found with everything else, not waited for.
         findings.size.copy_(own.mean())
-        return chain
+        return chain.copy()
 
     def _begun(self, tokens: Tensor, grid: Grid, findings: DeviceFindings) -> _LatticeChain:
         lattice = measure(tokens, self._relative_step, findings)
@@ -169,8 +179,8 @@ class AnsDecoder(Decoder):
         outliers = listed(read_outliers(exact, count, form.dtype.itemsize, form.elements), place)
         chain, predicted = self._prepared(header, Grid.of(form), sides, flags, place)
         if not chain.position.key:
-            # Before what follows changes the state of the last tensor.
             check(checks, total)
+            chain = chain.copy()
         symbols = data.view(torch.int8).view(chain.grid.channels, chain.grid.tokens)
         if chain.state is None:
             chain.state = chain.lattice.empty(chain.grid.tokens)
@@ -184,6 +194,12 @@ class AnsDecoder(Decoder):
 
     def reset(self) -> None:
         self._chain = None
+
+    def state(self) -> object:
+        return self._chain
+
+    def restore(self, state: object) -> None:
+        self._chain = cast(_LatticeChain | None, state)
 
     def _prepared(
         self, header: Mapping[str, Any], grid: Grid, sides: memoryview, flags: memoryview, place: torch.device

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mesh_codec.base import Codec, DecodeLimits, Estimate, Quality
+from mesh_codec.base import Codec, DecodeLimits, Estimate, Quality, StreamMemory
 from mesh_codec.errors import CodecUnsupported
 from mesh_codec.hevc.decoder import HevcDecoder
 from mesh_codec.hevc.encoder import HevcEncoder
@@ -66,6 +66,10 @@ class HevcCodec(Codec):
     def estimate(self, settings: Mapping[str, Any], dtype: torch.dtype) -> Estimate:
         encodes, decodes = self._engines.names()
         return Estimate(engine=f"{encodes[0]}+{decodes[0]}" if encodes and decodes else "")
+
+    def memory(self, settings: Mapping[str, Any]) -> StreamMemory:
+        """What engines predict from is theirs, and cannot be brought back."""
+        return "reset" if HevcSettings.read(settings).temporal else "none"
 
     def encoder(self, settings: Mapping[str, Any]) -> HevcEncoder:
         return HevcEncoder(HevcSettings.read(settings), self._engines, self._pool)

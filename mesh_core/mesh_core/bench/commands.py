@@ -5,12 +5,13 @@ Each command says what to measure, and shows or keeps what was found; the measur
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from mesh_core.system.terminal import say, say_json, say_lines
 
 if TYPE_CHECKING:
     from mesh_core.bench.step import Measured
@@ -41,10 +42,13 @@ def _put_out(
     """Print what was found, and save it where that was asked for; returns the files."""
     from mesh_core.bench.report import save
 
-    click.echo(json.dumps(data, indent=2) if as_json else text)
+    if as_json:
+        say_json(data)
+    else:
+        say_lines(text)
     saved = save(folder, name, label, data, text) if folder is not None else []
     for path in saved:
-        click.echo(f"saved {path}", err=True)
+        say(f"saved {path}", err=True)
     return saved
 
 
@@ -71,7 +75,7 @@ def step(steps: int, small: bool, **output: Any) -> None:
     torch.set_num_threads(1)
     results: list[Measured] = []
     for encrypted in (False, True):
-        click.echo(f"{'encrypted' if encrypted else 'plain'} ...", err=True)
+        say(f"{'encrypted' if encrypted else 'plain'} ...", err=True)
         results += measure(SHAPES[:1] if small else SHAPES, steps, encrypted=encrypted)
     _put_out("step", plain(results), "\n".join([table(results), "", *verdicts(results)]), **output)
 
@@ -135,11 +139,11 @@ def _pictures(model: Path, all_steps: tuple[int, ...], setup: dict[str, Any], ou
     torch.set_num_threads(1)
     pictures, results = Pictures(model, installed_plugins(), **setup), []
     for found in pictures.measure_all(SETTINGS, all_steps):
-        click.echo(in_words(found), err=True)
+        say(in_words(found), err=True)
         results.append(found)
     facts = {"model": model.as_posix(), **setup}
     if saved := _put_out("codec", plain(results, facts), text(results, facts), **output):
-        click.echo(f"saved {plot(results, saved[0].with_suffix('.png'))}", err=True)
+        say(f"saved {plot(results, saved[0].with_suffix('.png'))}", err=True)
 
 
 def _engines(device: str, output: dict[str, Any]) -> None:
@@ -151,7 +155,7 @@ def _engines(device: str, output: dict[str, Any]) -> None:
 
     target, rows = checked_device(device), []
     for row in run(target):
-        click.echo(f"{list(row.shape)} {row.codec} ...", err=True)
+        say(f"{list(row.shape)} {row.codec} ...", err=True)
         rows.append(row)
     output["label"] = output["label"] or name_of(target)
     _put_out("codec-device", {"rows": [asdict(row) for row in rows]}, table(rows), **output)

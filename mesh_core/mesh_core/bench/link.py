@@ -16,7 +16,6 @@ import torch
 from mesh_codec.base import CodecChoice
 from mesh_codec.qualities import Quality, names
 from mesh_core import wire
-from mesh_core.bench.report import aligned
 from mesh_core.crossing.bandwidth import Link
 from mesh_core.crossing.codec_speed import read_speeds
 from mesh_core.crossing.cost import Cost, Crossing, End
@@ -25,7 +24,9 @@ from mesh_core.host.remote import Remote
 from mesh_core.host.remote import measure as measure_link
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
+from mesh_core.system.tables import aligned
 from mesh_core.transport.base import Address
+from mesh_core.visible import visible
 
 STATE = (4608, 4096)
 """Tokens and channels: a picture of 1024x1024 with 512 text tokens, in a model 4096 wide."""
@@ -154,7 +155,7 @@ def table(found: LinkReport) -> str:
         row = (q.quality, q.codec, f"{q.bits:.2f}", f"{q.state_bytes / 1e6:.2f}", *(f"{ms:.1f}" for ms in times))
         cells.append(list(row))
     lines = [
-        f"{found.worker}, {'encrypted' if found.encrypted else 'NOT encrypted'}",
+        f"{visible(found.worker)}, {'encrypted' if found.encrypted else 'NOT encrypted'}",
         f"there: {found.there}",
         f"back:  {found.back}",
         f"{found.there.latency * 1e3:.1f} ms there and back",

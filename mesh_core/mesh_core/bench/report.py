@@ -1,4 +1,4 @@
-"""Results of any measurement: aligned for people, and files that can be compared: JSON, and Markdown with the machine's
+"""Results of any measurement as files that can be compared: JSON, and Markdown with the machine's
 label. Knows no measurement."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +15,6 @@ from typing import Any
 import psutil
 
 from mesh_core import __version__
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells, each column as wide as its widest and set to the right."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
 
 
 def environment(label: str) -> dict[str, Any]:

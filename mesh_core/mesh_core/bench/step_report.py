@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from mesh_core.bench.report import aligned
 from mesh_core.bench.step import LINKS, Measured
+from mesh_core.system.tables import aligned
 
 M = TypeVar("M", bound=Measured)
 Columns = Sequence[tuple[str, Callable[[M], str]]]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mesh_core.bench.processes import plugins, read_line, say, when_input_closes
 from mesh_core.builtin import load_plugins
+from mesh_core.system.logs import start_logging
 from mesh_core.transport.keys import KeyStore
 from mesh_core.worker.server import Worker, WorkerOptions
 
@@ -18,7 +19,7 @@ def main() -> None:
     plugins of the environment, ``survey`` to measure its codecs before it says its ``address``.
     """
     # That a case runs without encryption is what it is for.
-    logging.basicConfig(level=logging.ERROR)
+    start_logging(logging.ERROR)
     told = read_line()
     installed = load_plugins() if told.get("installed") else plugins()
     flags = {"insecure": True} if told["insecure"] else {}

@@ -10,6 +10,7 @@ from mesh_core.hookspecs import hookimpl
 from mesh_core.model.plan import HOST_INDEX, Hop, WorkerInfo
 from mesh_core.model.sizes import divide, file_itemsize, fitting, span_bytes
 from mesh_core.model.spans import BlockSpan
+from mesh_core.system.config import in_bytes
 
 if TYPE_CHECKING:
     from mesh_core.crossing.bandwidth import Link
@@ -50,7 +51,7 @@ def _packed(model: ModelSpec, span: BlockSpan, workers: Sequence[WorkerInfo], it
     if start < span.stop:
         left = BlockSpan(start, span.stop)
         raise PlanDoesNotFit(
-            f"Blocks {left} ({span_bytes(model, left, itemsize) / 1e9:.2f} GB) fit neither on this machine nor on "
+            f"Blocks {left} ({in_bytes(span_bytes(model, left, itemsize))}) fit neither on this machine nor on "
             f"{', '.join(w.name for w in workers)}.",
             hint="one more worker, or a larger --memory for one of them",
         )

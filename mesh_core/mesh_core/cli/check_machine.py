@@ -12,7 +12,7 @@ from mesh_core.builtin import load_plugins
 from mesh_core.cli.findings import Finding, Verdict, guarded
 from mesh_core.errors import ConfigError
 from mesh_core.plugins.registry import Plugins
-from mesh_core.system.config import Settings, atomic_write, cache_dir, config_dir
+from mesh_core.system.config import Settings, atomic_write, cache_dir, config_dir, in_bytes
 
 MACHINE = "this machine"
 _OLDEST_PYTHON = (3, 10)
@@ -62,7 +62,7 @@ def _torch() -> Iterator[Finding]:
 
     device = default_device()
     built = torch.version.cuda or torch.version.hip or "no GPU support"
-    found = f"{torch.__version__} ({built}); {label(device)}, {free_memory(device) / 1e9:.1f} GB for weights"
+    found = f"{torch.__version__} ({built}); {label(device)}, {in_bytes(free_memory(device))} for weights"
     if device.type == "cpu":
         hint = "fine for a host that runs no blocks; else a torch built for this machine's GPU, and its driver"
         yield Finding(MACHINE, "torch", "warn", f"{found}; no GPU is usable", hint)

@@ -15,9 +15,10 @@ from mesh_core import __version__
 from mesh_core.cli.findings import Finding, failed
 from mesh_core.errors import MeshError
 from mesh_core.plugins.registry import Plugins
-from mesh_core.system.config import Settings
+from mesh_core.system.config import Settings, in_bytes
 from mesh_core.transport.address import SCHEME, Place, parse_place
 from mesh_core.transport.base import Address
+from mesh_core.transport.reach import WAY
 
 if TYPE_CHECKING:
     from mesh_core.host.remote import Remote
@@ -83,9 +84,8 @@ def _reached(text: str, place: Place, timeout: float) -> Finding:
         hint = f"on that machine: mesh serve --port {place.port}, with --bind 0.0.0.0 if it is not this one"
         raise _Stop(Finding(text, "port", "FAIL", f"nobody listens at port {place.port}", hint)) from error
     except OSError as error:
-        hint = "is the machine awake, on this network or VPN, and the port open in its firewall?"
         detail = f"port {place.port} does not answer within {timeout:g} s: {error}"
-        raise _Stop(Finding(text, "port", "FAIL", detail, hint)) from error
+        raise _Stop(Finding(text, "port", "FAIL", detail, WAY)) from error
     return Finding(text, "port", "ok", f"{place.port} is open")
 
 
@@ -125,7 +125,7 @@ def _abilities(text: str, remote: Remote, plugins: Plugins) -> Iterator[Finding]
 def _device(report: Mapping[str, Any]) -> str:
     def gb(name: str) -> str:
         value = report.get(name)
-        return f"{value / 1e9:.1f} GB" if isinstance(value, int) else "unknown"
+        return in_bytes(value) if isinstance(value, int) else "unknown"
 
     where, what = report.get("device", "?"), report.get("name", "?")
     label = f"{where}" if where == what else f"{where}, {what}"

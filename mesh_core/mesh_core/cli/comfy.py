@@ -9,6 +9,7 @@ import click
 
 from mesh_core.errors import ConfigError
 from mesh_core.system.config import atomic_write
+from mesh_core.system.terminal import say
 
 FOLDER = "comfyui-mesh"
 WORKFLOWS = "example_workflows"
@@ -44,8 +45,11 @@ def link(path: Path) -> None:
         )
     target = nodes / FOLDER / "__init__.py"
     if (nodes / FOLDER / "pyproject.toml").exists():
-        raise ConfigError(f"{nodes / FOLDER} is a clone of the repository already; it needs no link.")
-    atomic_write(target, _TEXT.encode())
+        raise ConfigError(
+            f"{nodes / FOLDER} is a clone of the repository already; it needs no link.", hint="restart ComfyUI"
+        )
+    allowed = "permission to write there, or another ComfyUI"
+    atomic_write(target, _TEXT.encode(), hint=allowed)
     for workflow in (Path(package.origin).parent / WORKFLOWS).glob("*.json"):
-        atomic_write(target.parent / WORKFLOWS / workflow.name, workflow.read_bytes())
-    click.echo(f"Linked {target.parent}. Restart ComfyUI; the nodes are in the category mesh.")
+        atomic_write(target.parent / WORKFLOWS / workflow.name, workflow.read_bytes(), hint=allowed)
+    say(f"Linked {target.parent}. Restart ComfyUI; the nodes are in the category mesh.")

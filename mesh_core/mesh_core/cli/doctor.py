@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from mesh_core.system.terminal import Coloured, say, say_json
 
 if TYPE_CHECKING:
     from mesh_core.cli.findings import Finding
@@ -25,7 +26,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
     "--model",
     type=click.Path(path_type=Path),
     default=None,
-    help="Also check that the workers hold the same weights; reads the whole model once on each machine.",
+    help="Also hash this model anew, whatever is remembered of it, and check that the workers hold the same weights.",
 )
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Seconds per worker.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -41,16 +42,21 @@ def doctor(addresses: tuple[str, ...], model: Path | None, timeout: float, as_js
     settings = _settings(timeout)
     found: list[Finding] = []
     shown = ""
-    for check in chain(check_machine(plugins), _check_workers(addresses, model, plugins, settings)):
+    checks = chain(
+        check_machine(plugins), _check_model(model, plugins), _check_workers(addresses, model, plugins, settings)
+    )
+    for check in checks:
         found.append(check)
         if not as_json:
             shown = _show(check, shown)
     failures = sum(check.status == "FAIL" for check in found)
     if as_json:
-        click.echo(json.dumps({"failed": failures, "checks": [asdict(check) for check in found]}, indent=2))
+        say_json({"failed": failures, "checks": [asdict(check) for check in found]})
     else:
         warnings = sum(check.status == "warn" for check in found)
-        click.secho(f"\n{len(found)} checks: {failures} failed, {warnings} warnings", fg="red" if failures else None)
+        total = f"{len(found)} checks: {failures} failed, {warnings} warnings"
+        say()
+        say(Coloured(total, "red" if failures else None))
     if failures:
         click.get_current_context().exit(1)
 
@@ -64,6 +70,17 @@ def _settings(timeout: float) -> Settings:
     except ConfigError:
         settings = Settings()
     return replace(settings, deadlines=replace(settings.deadlines, connect=timeout))
+
+
+def _check_model(model: Path | None, plugins: Plugins) -> Iterator[Finding]:
+    if model is None:
+        return
+    from mesh_core.cli.check_files import check_files
+    from mesh_core.cli.check_machine import MACHINE
+    from mesh_core.cli.findings import guarded
+    from mesh_core.cli.progress import LoadingLine
+
+    yield from guarded(MACHINE, "weights", lambda: check_files(MACHINE, model, plugins, LoadingLine()))
 
 
 def _check_workers(
@@ -86,9 +103,10 @@ def _check_workers(
 def _show(check: Finding, subject: str) -> str:
     """Print one check, under its subject; returns the subject."""
     if check.subject != subject:
-        click.echo(f"{'' if not subject else chr(10)}{check.subject}")
-    mark = click.style(f"{check.status:<4}", fg=_COLOURS[check.status])
-    click.echo(f"  {mark}  {check.name:<12} {check.detail}")
+        if subject:
+            say()
+        say(check.subject)
+    say("  ", Coloured(f"{check.status:<4}", _COLOURS[check.status]), f"  {check.name:<12} {check.detail}")
     if check.hint:
-        click.echo(f"        try: {check.hint}")
+        say(f"        try: {check.hint}")
     return check.subject

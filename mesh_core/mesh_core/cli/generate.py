@@ -11,6 +11,7 @@ import click
 
 from mesh_codec.qualities import EXACT, names
 from mesh_core.cli.values import parse_lora, parse_worker
+from mesh_core.system.terminal import say, say_lines
 
 _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames", "frame_rate")
 """Options that are arguments of the pipeline's call and have its names; `load_pipeline` knows those that are left."""
@@ -81,7 +82,10 @@ def generate(
 
     from mesh_core.cli.progress import LoadingLine
     from mesh_core.programs.generate import generate as make
+    from mesh_core.programs.media import writable
 
+    if stats_file is not None:
+        writable(stats_file, "--stats")
     file, run = make(
         model,
         prompt,
@@ -94,7 +98,7 @@ def generate(
         report=LoadingLine(),
         **options,
     )
-    click.echo(run.table())
+    say_lines(run.table())
     if stats_file is not None:
         stats_file.write_text(json.dumps(asdict(run), indent=2), encoding="utf-8")
-    click.echo(f"saved {file}")
+    say(f"saved {file}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import click
 
-_GB = 1e9
+from mesh_core.system.config import in_bytes
+from mesh_core.system.terminal import say_json, say_lines
 
 
 @click.command()
@@ -30,26 +30,31 @@ def inspect(path: Path, memory: str, with_fingerprint: bool, as_json: bool) -> N
 
     checkpoint = recognise(read_header(path), installed_plugins())
     found = facts(checkpoint, parse_bytes(memory) if memory else None, with_fingerprint=with_fingerprint)
-    click.echo(json.dumps(found, indent=2) if as_json else _text(found))
+    if as_json:
+        say_json(found)
+    else:
+        say_lines(_lines(found))
 
 
-def _text(facts: dict[str, Any]) -> str:
+def _lines(facts: dict[str, Any]) -> list[str]:
     lines = [
-        f"{facts['family']} {facts['variant']}  ({', '.join(facts['dtypes'])}, {facts['bytes'] / _GB:.2f} GB)",
+        f"{facts['family']} {facts['variant']}  ({', '.join(facts['dtypes'])}, {in_bytes(facts['bytes'])})",
         f"{len(facts['blocks'])} blocks:",
     ]
     position = 0
     for (kind, size), group in groupby(facts["blocks"], key=lambda b: (b["kind"], b["bytes"])):
         count = len(list(group))
-        lines.append(f"  {f'{position}:{position + count}':>8}  {kind:<8} {size / 1e6:10.2f} MB each")
+        lines.append(f"  {f'{position}:{position + count}':>8}  {kind:<8} {in_bytes(size):>10} each")
         position += count
     if "fingerprint" in facts:
         lines.append(f"fingerprint {facts['fingerprint']}")
     if "suggestion" in facts:
         s = facts["suggestion"]
         lines.append(
-            f"With {s['memory'] / _GB:.1f} GB here ({s['reserve'] / _GB:.1f} GB kept free for the rest): "
-            f"--local {s['local']} holds {s['local_bytes'] / _GB:.2f} GB, "
-            f"{s['remote_bytes'] / _GB:.2f} GB are left for workers."
+            f"With {in_bytes(s['memory'])} here ({in_bytes(s['reserve'])} kept free for the rest): "
+            f"--local {s['local']} holds {in_bytes(s['local_bytes'])}, "
+            f"{in_bytes(s['remote_bytes'])} are left for workers."
         )
-    return "\n".join(lines)
+    else:
+        lines.append("Where to cut it for this machine: --memory, for example --memory 12GB.")
+    return lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from mesh_core.system.terminal import say
+
 
 @click.command()
 @click.argument("invite")
@@ -17,4 +19,4 @@ def join(invite: str, name: str, timeout: float) -> None:
     from mesh_core.transport.invites import accept_invite
 
     worker = accept_invite(invite, name=name, timeout=timeout)
-    click.echo(f"Joined {worker.name}. Use it as: --worker mesh://{worker.address}")
+    say(f"Joined {worker.name}. Use it as: --worker mesh://{worker.address}")

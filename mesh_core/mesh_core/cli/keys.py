@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from datetime import datetime
 
 import click
+
+from mesh_core.system.terminal import say, say_json
 
 
 @click.group()
@@ -32,9 +33,10 @@ def list_keys(as_json: bool) -> None:
     }
     if as_json:
         identity = {"client": own.client.public, "server": own.server.public}
-        click.echo(json.dumps({"identity": identity, **tables}, indent=2))
+        say_json({"identity": identity, **tables})
         return
-    click.echo(f"own client key  {own.client.public}\nown server key  {own.server.public}")
+    say(f"own client key  {own.client.public}")
+    say(f"own server key  {own.server.public}")
     _section("authorised clients", [f"{c.name}  {c.key}  since {_day(c.added)}" for c in store.clients()])
     _section("open invites", [f"{i.name}  {i.key}  until {_day(i.until)}" for i in store.invites()])
     _section("known workers", [f"{w.name}  mesh://{w.address}  {w.key}" for w in store.workers()])
@@ -51,8 +53,8 @@ def invite(address: str, name: str, minutes: float) -> None:
 
     where = address or f"mesh://0.0.0.0:{Settings.load().worker.port}"
     made = create_invite(where, name=name, lifetime=minutes * 60)
-    click.echo(f'mesh join "{made}"')
-    click.echo(f"Works once, until {_day(made.until)}. Whoever has this line can use it.", err=True)
+    say(f'mesh join "{made}"')
+    say(f"Works once, until {_day(made.until)}. Whoever has this line can use it.", err=True)
 
 
 @keys.command()
@@ -62,7 +64,7 @@ def revoke(who: str) -> None:
     from mesh_core.transport.keys import KeyStore
 
     for client in KeyStore().revoke(who):
-        click.echo(f"Revoked {client.name or client.key}.")
+        say(f"Revoked {client.name or client.key}.")
 
 
 @keys.command()
@@ -72,13 +74,14 @@ def forget(who: str) -> None:
     from mesh_core.transport.keys import KeyStore
 
     for worker in KeyStore().forget(who):
-        click.echo(f"Forgot {worker.name} at mesh://{worker.address}.")
+        say(f"Forgot {worker.name} at mesh://{worker.address}.")
 
 
 def _section(title: str, lines: list[str]) -> None:
-    click.echo(f"\n{title}")
+    say()
+    say(title)
     for line in lines or ["none"]:
-        click.echo(f"  {line}")
+        say(f"  {line}")
 
 
 def _day(seconds: float) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from mesh_core.system.config import in_bytes
+from mesh_core.system.tables import aligned
+from mesh_core.system.terminal import say, say_json, say_lines
 
 if TYPE_CHECKING:
     from mesh_core.host.remote import Remote
@@ -36,7 +39,10 @@ def list_loras(address: str | None, as_json: bool) -> None:
 
         with closing(_connected(address)) as remote:
             found = listed(remote)
-    click.echo(json.dumps(found, indent=2) if as_json else _table(found))
+    if as_json:
+        say_json(found)
+    else:
+        say_lines(_table(found))
 
 
 @lora.command()
@@ -62,7 +68,7 @@ def push(address: str, files: tuple[Path, ...], model: Path) -> None:
     with closing(_connected(address)) as remote:
         for one in loras:
             sent = send(remote, one, fingerprint.structure(checkpoint.spec), Settings.load(), LoadingLine())
-            click.echo(f"{one.name}  {one.id[:12]}  {f'{sent / 1e6:.1f} MB sent' if sent else 'was there'}")
+            say(f"{one.name}  {one.id[:12]}  {f'{in_bytes(sent)} sent' if sent else 'was there'}")
 
 
 @lora.command()
@@ -74,7 +80,7 @@ def rm(address: str, which: str) -> None:
 
     with closing(_connected(address)) as remote:
         gone = discard(remote, which)
-    click.echo(f"removed {gone['name']} ({gone['id'][:12]})")
+    say(f"removed {gone['name']} ({gone['id'][:12]})")
 
 
 @lora.command()
@@ -89,11 +95,14 @@ def inspect(file: Path, model: Path | None, as_json: bool) -> None:
     found = facts(file)
     if model is not None:
         found |= effect(file, model, installed_plugins())
-    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(_lines(found)))
+    if as_json:
+        say_json(found)
+    else:
+        say_lines(_lines(found))
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:
-    lines = [f"{facts['file']}: {facts['tensors']} tensors, {facts['bytes'] / 1e6:.2f} MB"]
+    lines = [f"{facts['file']}: {facts['tensors']} tensors, {in_bytes(facts['bytes'])}"]
     lines += [f"  {key}: {facts[key]}" for key in ("title", "base", "trigger") if key in facts]
     if "id" in facts:
         kinds = ", ".join(f"{n} x {name}" for name, n in facts["algorithms"].items())
@@ -106,16 +115,14 @@ def _lines(facts: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _table(loras: list[dict[str, Any]]) -> str:
+def _table(loras: list[dict[str, Any]]) -> list[str]:
     if not loras:
-        return "no LoRAs"
-    rows = [["name", "MB", "hash", "for", "words"]]
+        return ["no LoRAs"]
+    rows = [["name", "size", "hash", "for", "words"]]
     for x in loras:
         made_for = str(x.get("family") or x.get("base") or "")
-        size = f"{x['bytes'] / 1e6:.1f}"
-        rows.append([str(x["name"]), size, str(x["id"])[:12], made_for, str(x.get("trigger") or "")])
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        rows.append([str(x["name"]), in_bytes(x["bytes"]), str(x["id"])[:12], made_for, str(x.get("trigger") or "")])
+    return aligned(rows, left=5)
 
 
 def _connected(address: str) -> Remote:

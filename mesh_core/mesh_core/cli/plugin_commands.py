@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ import click
 from mesh_core.cli.commands import COMMANDS
 from mesh_core.errors import PluginConflict, PluginNotFound
 from mesh_core.plugins.report import CORE, FIRST, ONE_OF_THEM, conflict, contention
+
+_REGISTERING = ("mesh_register_", "mesh_add_")
 
 if TYPE_CHECKING:
     from mesh_core.plugins.registry import Plugins
@@ -26,8 +29,14 @@ def plugin_command(name: str) -> click.Command | None:
     from mesh_core.builtin import installed_plugins
 
     plugins = installed_plugins()
-    found = {owner: commands[name] for owner, commands in _added(plugins).items() if name in commands}
-    rivals = [report for report in plugins.report() if report.name in found]
+    # What the core lists as its own is nobody else's; importing the others, and torch with them, takes seconds.
+    own = [report for report in plugins.known() if report.distribution == CORE] if name in COMMANDS else []
+    for commands in _added(plugins, own).values():
+        if name in commands:
+            return commands[name]
+    reports = plugins.report()
+    found = {owner: commands[name] for owner, commands in _added(plugins, reports).items() if name in commands}
+    rivals = [report for report in reports if report.name in found]
     first = [report for report in rivals if report.distribution in FIRST]
     if len(rivals) > 1 and not first:
         raise PluginConflict(contention(f"command {name!r}", rivals), hint=ONE_OF_THEM)
@@ -40,9 +49,16 @@ def plugin_command(name: str) -> click.Command | None:
 
 
 def full_report(plugins: Plugins) -> list[PluginReport]:
-    """`Plugins.report` with the commands that plugins add: what they provide, or what they contend for."""
-    added = _added(plugins)
-    return [_with_commands(report, added, plugins.report()) for report in plugins.report()]
+    """`Plugins.report` with the hooks that plugins answer and the commands that they add or contend for."""
+    reports = [_with_hooks(report, plugins) for report in plugins.report()]
+    added = _added(plugins, reports)
+    return [_with_commands(report, added, reports) for report in reports]
+
+
+def _with_hooks(report: PluginReport, plugins: Plugins) -> PluginReport:
+    # What is registered is listed by its own name.
+    hooks = [f"hook {hook}" for hook in plugins.hooks_of(report.name) if not hook.startswith(_REGISTERING)]
+    return replace(report, provides=(*report.provides, *hooks))
 
 
 def _with_commands(
@@ -61,10 +77,10 @@ def _with_commands(
     return report
 
 
-def _added(plugins: Plugins) -> dict[str, dict[str, click.Command]]:
-    """Commands by the name of the plugin that adds them."""
+def _added(plugins: Plugins, reports: Sequence[PluginReport]) -> dict[str, dict[str, click.Command]]:
+    """The commands of some plugins, by the name of the plugin that adds them."""
     added: dict[str, dict[str, click.Command]] = {}
-    for report in plugins.report():
+    for report in reports:
         group = click.Group()
         plugins.call_one(report.name, "mesh_add_commands", cli=group)
         if group.commands:

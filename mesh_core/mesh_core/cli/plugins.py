@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
 from mesh_core.cli.plugin_commands import full_report
+from mesh_core.system.tables import aligned
+from mesh_core.system.terminal import Coloured, say, say_json
 
 if TYPE_CHECKING:
     from mesh_core.plugins.report import PluginReport
 
-_COLOURS = {"loaded": "green", "disabled": "yellow", "broken": "red", "conflict": "red", "incompatible": "red"}
+_COLOURS = {"disabled": "yellow", "broken": "red", "conflict": "red", "incompatible": "red"}
 
 
 @click.command()
@@ -31,24 +31,19 @@ def plugins(as_json: bool) -> None:
 
     reports = full_report(installed_plugins())
     if as_json:
-        listed = [asdict(report) for report in reports]
-        click.echo(json.dumps({"group": ENTRY_POINT_GROUP, "plugins": listed}, indent=2))
+        say_json({"group": ENTRY_POINT_GROUP, "plugins": [asdict(report) for report in reports]})
     else:
         _table(reports)
 
 
 def _table(reports: list[PluginReport]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    table = Table("plugin", "from", "state", "provides", box=None, pad_edge=False)
-    for report in reports:
-        state = f"[{_COLOURS[report.status]}]{report.status}[/]"
-        table.add_row(escape(report.name), escape(report.label), state, escape(", ".join(report.provides)))
-    console.print(table)
+    rows = [[r.name, r.label, r.status, ", ".join(r.provides)] for r in reports]
+    head, *lines = aligned([["plugin", "from", "state", "provides"], *rows], left=4, widest=200)
+    say(head)
+    for report, line in zip(reports, lines, strict=True):
+        say(Coloured(line, _COLOURS.get(report.status)))
     for report in reports:
         if report.detail:
-            console.print(f"\n[bold]{escape(report.name)}[/] ({escape(report.label)}): {escape(report.detail)}")
-            console.print(f"  try: {escape(report.hint)}")
+            say()
+            say(f"{report.name} ({report.label}): {report.detail}")
+            say(f"  try: {report.hint}")

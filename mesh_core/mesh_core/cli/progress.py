@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import sys
 
-import click
-
 from mesh_core.host.progress import Activity
+from mesh_core.system.terminal import say, say_over
 
 
 class LoadingLine:
     """A `mesh_core.host.progress.ProgressReport` for people; writes to standard error."""
 
     def __init__(self) -> None:
-        self._shown = ""
+        self._shown, self._length = "", 0
         self._terminal = sys.stderr.isatty()
 
     def __call__(self, activity: Activity) -> None:
         done, total, words = activity.done, activity.total, activity.words
         share = f" {100 * done // total} %" if total else ""
         if self._terminal:
-            text = f"{words}{share}"
-            click.echo(f"\r{text:<{len(self._shown)}}", nl=done >= total, err=True)
-            self._shown = "" if done >= total else text
+            self._length = say_over(f"{words}{share}", before=self._length, end=done >= total)
         elif words != self._shown:
             self._shown = words
-            click.echo(words, err=True)
+            say(words, err=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import platform
 import signal
 import sys
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mesh_core.cli.announcement import announce
 from mesh_core.cli.values import parse_lora
 from mesh_core.errors import ConfigError
+from mesh_core.system.logs import start_logging
+from mesh_core.system.terminal import Coloured, say
 
 if TYPE_CHECKING:
     from mesh_core.system.config import Settings
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 @click.option("--name", default=None, help="What hosts call this worker. [default: this machine's name]")
 @click.option("--insecure", is_flag=True, help="No encryption and no keys: whoever reaches the port is trusted.")
 @click.option("--force", is_flag=True, help="Allow --insecure on an address that other machines reach.")
+@click.option("--verify", is_flag=True, help="First read and hash all checkpoints, whatever is remembered of them.")
 @click.option("--verbose", is_flag=True, help="Log what hosts ask for.")
 def serve(
     models: tuple[Path, ...],
@@ -42,6 +46,7 @@ def serve(
     port: int | None,
     insecure: bool,
     force: bool,
+    verify: bool,
     verbose: bool,
     **options: Any,
 ) -> None:
@@ -49,7 +54,7 @@ def serve(
 
     Stop it with Ctrl-C.
     """
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(asctime)s %(message)s")
+    start_logging(logging.INFO if verbose else logging.WARNING)
     presets = [parse_lora(text) for text in options.pop("presets")]
     _check_paths(models, options["loras"], presets)
     from mesh_core.builtin import installed_plugins
@@ -63,11 +68,17 @@ def serve(
     flags = {flag: True for flag, on in (("insecure", insecure), ("force", force)) if on}
     listener = plugins.transport("mesh").listen(address, **flags)
     worker = Worker(worker_options, listener, plugins)
+    if verify:
+        _verify(worker)
     _stop_on_signals(worker)
-    _announce(worker, listener.address)
+    announce(worker, listener.address)
     # What was imported stays: looking through it for garbage, again and again, would stop all threads for long.
     gc.freeze()
-    worker.serve()
+    if not worker.serve():
+        # Python would wait at its end for what does not end.
+        say("Something in this worker hangs; it is given up.", err=True)
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _check_paths(models: tuple[Path, ...], loras: tuple[Path, ...], presets: list[tuple[str, float]]) -> None:
@@ -122,22 +133,17 @@ def _stop_on_signals(worker: Worker) -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def _announce(worker: Worker, address: str) -> None:
-    """Tell a person what is served and how to use it; programs read the last line."""
-    from mesh_core.transport.address import is_loopback, parse_place
-    from mesh_core.transport.invites import create_invite
+def _verify(worker: Worker) -> None:
+    """Hash what is served; what changed unseen is served as what it is now, which no host asks for."""
+    from mesh_core.cli.check_files import content
+    from mesh_core.cli.progress import LoadingLine
+    from mesh_core.errors import CheckpointError
 
     for checkpoint in worker.library.scan():
-        click.echo(f"  {checkpoint.name}: {checkpoint.spec.family} {checkpoint.spec.variant}", err=True)
-    if known := worker.loras.lora_library.listing():
-        click.echo(f"  {len(known)} LoRAs", err=True)
-    place = parse_place(address)
-    if place.insecure:
-        click.secho("NOT encrypted: whoever reaches this port can use this worker.", fg="red", err=True)
-    elif not is_loopback(place.host):
-        invite = create_invite(address, name=worker.options.name)
-        until = datetime.fromtimestamp(invite.until).strftime("%H:%M")
-        click.echo(f"To use it from another machine, run there (works once, until {until}):", err=True)
-        click.echo(f'  mesh join "{invite}"', err=True)
-    click.echo(f"listening at {address}", err=True)
-    sys.stderr.flush()
+        try:
+            status, detail, hint = content(checkpoint, LoadingLine())
+        except CheckpointError as error:
+            status, detail, hint = "FAIL", error.message, error.hint
+        say(Coloured(f"  {checkpoint.name}: {detail}", "red" if status == "FAIL" else None), err=True)
+        if hint:
+            say(f"        try: {hint}", err=True)

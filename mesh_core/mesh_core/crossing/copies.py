@@ -6,7 +6,6 @@ tensor anew for every step. Must not know what is remembered of a tensor.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from mesh_core.crossing.sequences import MOST_SEQUENCES
 from mesh_core.system.device import synchronise
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LEAST = 1 << 16
 """Bytes from which comparing is faster than hashing."""

@@ -18,15 +18,32 @@ MOST_SEQUENCES = 8
 _MARK = "#"
 
 
+@dataclass(frozen=True)
+class Turn:
+    """Where a step stands in its sequence, the same at all ends.
+
+    Attributes:
+        step: its number.
+        after: number of the step of the same sequence whose tensors it is predicted from: the last one whose result the
+            host has. 0 where it starts at key frames.
+    """
+
+    sequence: str
+    step: int
+    after: int = 0
+
+
 @dataclass
 class _Run:
     take: int
     first: str
     last: str
+    reached: int = 0
+    broken: bool = False
 
 
 class Sequences:
-    """Used from one thread."""
+    """Used from one thread; the host's."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, _Run] = OrderedDict()
@@ -52,6 +69,38 @@ class Sequences:
         while len(self._runs) > MOST_SEQUENCES:
             self._runs.popitem(last=False)
         return f"{run_name}{_MARK}{run.take}"
+
+    def turn(self, sequence: str, step: int) -> Turn:
+        """That of step number ``step``, which builds on the last one that was `heard`."""
+        run = self._run(sequence)
+        return Turn(sequence, step, run.reached if run is not None else 0)
+
+    def heard(self, turn: Turn) -> None:
+        """The result of a step has come: all ends have coded it."""
+        run = self._run(turn.sequence)
+        if run is not None:
+            run.reached, run.broken = turn.step, False
+
+    def restart(self, sequence: str = "", *, broken: bool) -> None:
+        """Have ``sequence``, or all, start at key frames. ``broken``: what they were predicted from was lost."""
+        for run in list(self._runs.values()) if not sequence else filter(None, [self._run(sequence)]):
+            run.broken = run.broken or (broken and run.reached > 0)
+            run.reached = 0
+
+    def forget(self) -> None:
+        """All that comes is of new generations."""
+        self._runs.clear()
+
+    def broken(self, sequence: str) -> bool:
+        """Whether the next step of ``sequence`` would have been predicted, had nothing been lost."""
+        run = self._run(sequence)
+        return run is not None and run.broken
+
+    def _run(self, sequence: str) -> _Run | None:
+        """That ``sequence`` is the newest generation of."""
+        name, _, take = sequence.rpartition(_MARK)
+        run = self._runs.get(name)
+        return run if run is not None and str(run.take) == take else None
 
 
 def pass_of(sequence: str) -> str:

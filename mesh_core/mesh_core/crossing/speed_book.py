@@ -6,7 +6,6 @@ Knows no links and no sessions.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -30,8 +29,9 @@ from mesh_core.crossing.codec_timing import time_codec
 from mesh_core.errors import ConfigError
 from mesh_core.system.config import atomic_write, cache_dir
 from mesh_core.system.device import label
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _KEPT, _KEPT_IF_BUSY = 30 * 86400, 600
 """Seconds after which a measurement is made again; sooner if the machine had more to do than processors."""

@@ -8,6 +8,9 @@ from functools import cache
 from statistics import median
 from typing import Any
 
+from mesh_core.system.tables import aligned
+from mesh_core.visible import visible
+
 
 @dataclass
 class HopStats:
@@ -55,6 +58,8 @@ class StepStats:
         encode_ms, decode_ms: at the host.
         codec, reason: how the hidden state crosses, and why.
         resent: how often the step had to be sent again.
+        restarted: whether codecs had lost what the step would have been predicted from, so that it started at a key
+            frame: its result is within the quality, and not the one that it would have been.
     """
 
     step: int
@@ -67,6 +72,7 @@ class StepStats:
     codec: str = ""
     reason: str = ""
     resent: int = 0
+    restarted: bool = False
 
     @property
     def overhead_ms(self) -> float:
@@ -100,9 +106,7 @@ class RunStats:
         for i in range(max(len(s.hops) for s in self.steps)):
             hops = [s.hops[i] for s in self.steps if i < len(s.hops)]
             rows.append(_row(hops))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(_HEAD))]
-        lines = ["  ".join(_padded(row, widths)) for row in rows]
-        return "\n".join([*lines, "", *self._totals()])
+        return "\n".join([*aligned(rows, left=2), "", *map(visible, self._totals())])
 
     def _totals(self) -> list[str]:
         def mid(value: Callable[[StepStats], float]) -> float:
@@ -123,19 +127,16 @@ class RunStats:
             f"{crossed / 1e6:.2f} MB crossed, and {self.constants_bytes / 1e6:.2f} MB of constants once; "
             f"{self.steps[-1].reason or self.steps[-1].codec}",
         ]
-        resent = sum(s.resent for s in self.steps)
+        resent, restarted = sum(s.resent for s in self.steps), sum(s.restarted for s in self.steps)
         if resent or self.reconnects:
             lines.append(f"{self.reconnects} reconnects, {resent} steps sent again")
+        if restarted:
+            lines.append(f"{restarted} steps started at a key frame: within the quality, and not as undisturbed")
         lines += [f"LoRA {p['lora']} on {p['worker']} {p['span']}: {p['action']}, {p['reason']}" for p in self.loras]
         return lines
 
 
 _HEAD = ["worker", "blocks", "in KB", "raw KB", "out KB", "raw KB", "queue ms", "decode ms", "compute ms", "encode ms"]
-
-
-def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    cells = zip(row, widths, strict=True)
-    return [cell.rjust(width) if column > 1 else cell.ljust(width) for column, (cell, width) in enumerate(cells)]
 
 
 def _row(hops: Sequence[HopStats]) -> list[str]:

@@ -1,7 +1,8 @@
 """State to message and back: the codec streams of one direction of one session.
 
 Both ends build the same streams from what they agreed on when the session opened; a message that was coded in any
-other way is refused.
+other way is refused. A stream keeps what it was before the last step: where that step did not end, or its result did
+not arrive, both ends go back, and the next step is coded as if it had never been.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 
 from mesh_codec.base import Buffer, Codec, CodecChoice, DecodeLimits, Decoder, Encoded, Encoder
-from mesh_core.crossing.sequences import MOST_SEQUENCES, pass_of
+from mesh_codec.errors import CodecStateLost
+from mesh_core.crossing.sequences import MOST_SEQUENCES, Turn, pass_of
 from mesh_core.errors import WireMalformed
 from mesh_core.model.spec import State
 
@@ -36,17 +38,48 @@ class Payload:
 
 @dataclass
 class _Passes:
-    """The streams of one sequence, by tensor."""
+    """The streams of one sequence, by tensor.
+
+    Attributes:
+        step: that was coded last; 0 if none was, or if it failed midway.
+        before: the step that it was predicted from, and the state of every stream then.
+    """
 
     sequence: str
     encoders: dict[str, Encoder] = field(default_factory=dict)
     decoders: dict[str, Decoder] = field(default_factory=dict)
+    step: int = 0
+    before: tuple[int, dict[str, object]] = (0, {})
+
+    def begin(self, after: int) -> None:
+        """Have all streams stand where the step numbered ``after`` left them; 0: at a key frame.
+
+        Raises:
+            CodecStateLost: nothing is known of that step any more.
+        """
+        ends: dict[str, Encoder | Decoder] = {**self.encoders, **self.decoders}
+        if not after:
+            for end in ends.values():
+                end.reset()
+            self.before = 0, {}
+        elif after == self.step:
+            self.before = after, {name: end.state() for name, end in ends.items()}
+        elif after == self.before[0]:
+            for name, end in ends.items():
+                if name in self.before[1]:
+                    end.restore(self.before[1][name])
+                else:
+                    end.reset()
+        else:
+            raise CodecStateLost(f"What step {after} left in the codecs is not here.", hint="a key frame")
+        self.step = 0
 
 
 class Streams:
     """Encoders or decoders per (sequence, tensor). Used from one thread at a time.
 
-    Holds few sequences; both ends drop the same ones, and an end that dropped another asks for a key frame.
+    Holds few sequences, and of each what two steps left: both ends drop the same ones, and an end that dropped another
+    asks for a key frame.
 
     Args:
         choices: codec and settings per tensor name, as agreed.
@@ -68,25 +101,39 @@ class Streams:
         """Of the tensors that were agreed on."""
         return self._choices.keys()
 
-    def reset(self) -> None:
-        """Start all streams at a key frame again, as the other end does."""
-        self._passes.clear()
+    @property
+    def choices(self) -> Mapping[str, CodecChoice]:
+        """Codec and settings by tensor, as agreed."""
+        return self._choices
 
-    def _of(self, sequence: str) -> _Passes:
-        """The streams of ``sequence``; those of an earlier generation of the same pass are dropped."""
-        name = pass_of(sequence)
+    def alike(self, other: Streams) -> bool:
+        """Whether ``other`` codes the same tensors in the same way, so that it can go on for this."""
+        mine, theirs = (
+            {name: (c.codec, dict(c.settings)) for name, c in streams.choices.items()} for streams in (self, other)
+        )
+        return mine == theirs
+
+    def _of(self, turn: Turn) -> _Passes:
+        """The streams of a sequence, at ``turn``; those of an earlier generation of the same pass are dropped."""
+        name = pass_of(turn.sequence)
         held = self._passes.get(name)
-        if held is None or held.sequence != sequence:
-            held = self._passes[name] = _Passes(sequence)
+        if held is None or held.sequence != turn.sequence:
+            held = self._passes[name] = _Passes(turn.sequence)
         self._passes.move_to_end(name)
         while len(self._passes) > MOST_SEQUENCES:
             self._passes.popitem(last=False)
+        held.begin(turn.after)
         return held
 
-    def encode(self, sequence: str, state: State) -> Payload:
-        """``state`` as the next message of ``sequence``: the tensors that were agreed on, of any shape."""
+    def encode(self, turn: Turn, state: State) -> Payload:
+        """``state`` as the message of ``turn``: the tensors that were agreed on, of any shape.
+
+        Raises:
+            CodecStateLost: this end does not have what the turn builds on.
+        """
         started = perf_counter()
-        encoders = self._of(sequence).encoders
+        held = self._of(turn)
+        encoders = held.encoders
         entries: list[dict[str, Any]] = []
         buffers: list[Buffer] = []
         raw = 0
@@ -98,19 +145,21 @@ class Streams:
             entries.append(entry(name, choice, coded))
             buffers.extend(coded.buffers)
             raw += tensor.numel() * tensor.element_size()
+        held.step = turn.step
         size = sum(memoryview(b).nbytes for b in buffers)
         return Payload(entries, buffers, raw, size, (perf_counter() - started) * 1e3)
 
     def decode(
-        self, sequence: str, entries: Sequence[Mapping[str, Any]], buffers: Sequence[Buffer], device: torch.device
+        self, turn: Turn, entries: Sequence[Mapping[str, Any]], buffers: Sequence[Buffer], device: torch.device
     ) -> State:
         """The state on ``device``.
 
         Raises:
             WireMalformed: another tensor, codec or setting than agreed, or buffers that do not add up.
-            CodecError: a payload that its codec refuses.
+            CodecError: a payload that its codec refuses, `CodecStateLost` among them.
         """
-        decoders = self._of(sequence).decoders
+        held = self._of(turn)
+        decoders = held.decoders
         state: State = {}
         position = 0
         for item in entries:
@@ -130,6 +179,7 @@ class Streams:
             position += count
         if position != len(buffers):
             raise WireMalformed(f"{len(buffers)} buffers came, the tensors account for {position}.")
+        held.step = turn.step
         return state
 
 

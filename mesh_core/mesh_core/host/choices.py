@@ -5,7 +5,6 @@ Gathers what `mesh_core.host.links` and `mesh_core.host.speeds` know; keeps noth
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
@@ -17,8 +16,9 @@ from mesh_core.host.routes import Ends, Route, RouteEnd
 from mesh_core.host.speeds import LEARNING, CodecSpeeds
 from mesh_core.model.spec import ModelSpec, Role, State
 from mesh_core.plugins.registry import Plugins
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LOOK_AGAIN = 0.5
 """Seconds between two looks at the choice once what steps say has settled. A change that is found so much later costs
@@ -51,8 +51,11 @@ class CodecChoices:
         self._asked_at = 0.0
         self._looked_at: set[frozenset[tuple[Role, int]]] = set()
 
-    def choose(self, cut: int, source: RouteEnd, target: RouteEnd) -> Route:
+    def choose(self, cut: int, source: RouteEnd, target: RouteEnd, *, anew: bool) -> Route:
         """The route over ``cut`` with a codec and settings for each tensor, for streams that open now.
+
+        Args:
+            anew: choose what pays now; else what is in use stays, while both ends have it.
 
         Raises:
             PlanError: no codec that both ends have meets the quality.
@@ -63,6 +66,8 @@ class CodecChoices:
             route = self._routes[key] = Route(cut, source, target, self._spec.states[cut])
         roles = set(route.roles.values())
         route.able = {role: self._able(route, role) for role in roles}
+        if not anew and route.chosen and all(self._possible(route, role) for role in roles):
+            return route
         route.chosen = {role: self._ask(route, role) for role in roles}
         route.choices = {name: route.chosen[role] for name, role in route.roles.items()}
         route.steps = 0
@@ -105,6 +110,10 @@ class CodecChoices:
         codecs = (c for name, c in names.items() if all(name in end for end in ends) and self._allowed(c, role))
         able = tuple(codecs)
         return able, {c.name: _shared([end[c.name] for end in ends]) for c in able}
+
+    def _possible(self, route: Route, role: Role) -> bool:
+        """Whether the codec in use is one that all ends have."""
+        return any(codec.name == route.chosen[role].codec for codec in route.able[role][0])
 
     def _ask(self, route: Route, role: Role) -> CodecChoice:
         codecs, peer = route.able[role]

@@ -11,13 +11,16 @@ from time import perf_counter
 
 import torch
 
+from mesh_codec.errors import CodecCorrupt
 from mesh_core import wire
+from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.stats import HopStats, StepStats
 from mesh_core.crossing.streams import Payload
 from mesh_core.errors import WireMalformed
 from mesh_core.host.hops import Leg
 from mesh_core.host.remote import Remote, await_answer
 from mesh_core.host.request import Request
+from mesh_core.host.results import Expected, check_result
 from mesh_core.host.routes import RouteStats
 from mesh_core.model.spec import State
 
@@ -50,6 +53,7 @@ class Flight:
     """
 
     leg: Leg
+    turn: Turn
     message: wire.Step
     payload: Payload
     sent: float
@@ -58,22 +62,23 @@ class Flight:
     @classmethod
     def start(
         cls, leg: Leg, state: State, constants: Mapping[str, str], request: Request,
-        *, step: int, attempt: int, deadline: float,
+        *, turn: Turn, attempt: int, deadline: float,
     ) -> Flight:  # fmt: skip
         """Encode ``state`` and send it to the leg's first worker; returns at once.
 
         Args:
             constants: names -> hashes of what the workers have already.
-            attempt: raised whenever both ends start their streams anew.
+            attempt: raised whenever a step is sent again.
         """
         first = leg.hops[0].remote
-        payload = leg.encoder.encode(request.sequence, state)
+        payload = leg.encoder.encode(turn, state)
         message = wire.Step(
             id=wire.next_id(),
             session=first.session,
-            step=step,
+            step=turn.step,
             attempt=attempt,
-            sequence=request.sequence,
+            after=turn.after,
+            sequence=turn.sequence,
             constants=dict(constants),
             options=dict(request.conditioning.options),
             tensors=payload.entries,
@@ -82,21 +87,26 @@ class Flight:
         )
         sent = perf_counter()
         first.tell(message, payload.buffers)
-        return cls(leg, message, payload, sent, deadline)
+        return cls(leg, turn, message, payload, sent, deadline)
 
-    def land(self, device: torch.device, stats: StepStats) -> Landed:
+    def land(self, device: torch.device, stats: StepStats, expected: Mapping[str, Expected]) -> Landed:
         """Wait for what the leg's last worker returns, on ``device``; its cost is added to ``stats``.
 
         Raises:
             PeerLost, TransportTimeout: see `await_answer`.
-            WireMalformed: the workers' reports do not fit the leg.
+            WireMalformed: the result is not what was ``expected``, or the workers' reports do not fit the leg.
+            CodecCorrupt: the result is damaged.
             MeshError: what a worker says went wrong.
         """
         remotes = [hop.remote for hop in self.leg.hops]
         what = f"step {self.message.step}"
         result, buffers = await_answer(remotes, self.message.id, self._answer, self.deadline, what)
         arrived = perf_counter()
-        state = self.leg.decoder.decode(self.message.sequence, result.tensors, buffers, device)
+        check_result(remotes[-1].name, result.tensors, expected)
+        try:
+            state = self.leg.decoder.decode(self.turn, result.tensors, buffers, device)
+        except (WireMalformed, CodecCorrupt) as error:
+            raise type(error)(f"{remotes[-1].name} answered wrongly: {error.message}", hint=error.hint) from error
         # Giving 33 MB back to the system takes milliseconds; they belong to the decoding.
         buffers.clear()
         decode_ms = (perf_counter() - arrived) * 1e3

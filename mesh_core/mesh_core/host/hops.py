@@ -92,6 +92,14 @@ class Leg:
     encoder: Streams
     decoder: Streams
 
+    def go_on_from(self, before: Leg) -> bool:
+        """Take over the streams of ``before``, if it was the same; whether it was."""
+        alike = self.hops == before.hops
+        if not (alike and self.encoder.alike(before.encoder) and self.decoder.alike(before.decoder)):
+            return False
+        self.encoder, self.decoder = before.encoder, before.decoder
+        return True
+
     def crossed(self, payload: Payload, hops: Sequence[HopStats], decode_ms: float) -> list[RouteStats]:
         """What a step cost on each route: what the host did at both ends of the leg, and the workers in between."""
         raw, coded = (

@@ -5,7 +5,6 @@ Knows remotes and spans; what a session does with the result is the session's.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,8 +23,9 @@ from mesh_core.loras.policy import LoraFacts, LoraPlacement
 from mesh_core.model.plan import WorkerInfo
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 CHUNK = 4 << 20
 """Bytes that are sent before the worker says that it has them. Small enough that a step's state is not kept waiting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -21,8 +20,9 @@ from mesh_core.host.progress import Activity, ProgressReport
 from mesh_core.host.routes import Route
 from mesh_core.host.speeds import CodecSpeeds
 from mesh_core.plugins.registry import Plugins
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Opener:
@@ -45,6 +45,9 @@ class Opener:
             identity.spec, plugins, self.links, self.speeds, quality=options.quality, codec=options.codec
         )
         self._relayed: set[int] = set()
+        self._agreed: list[Leg] = []
+        # Until all agree: a worker that lost its streams says so once, and may have to be asked again.
+        self._kept = True
 
     def connect(self, within: float | None = None) -> None:
         """Connect to the workers that are not connected; all are believed to have nothing of this session.
@@ -61,25 +64,31 @@ class Opener:
             hop.sent.clear()
             self._loras.connected(hop)
 
-    def agree(self) -> list[Leg]:
-        """Have every worker hold its span ready, with the codecs that pay now.
+    def agree(self, *, anew: bool) -> tuple[list[Leg], bool]:
+        """Have every worker hold its span ready; and whether all codec streams go on from where they were.
 
         A worker that cannot reach its neighbour is relayed through this host from then on.
+
+        Args:
+            anew: see `CodecChoices.choose`.
 
         Raises:
             MeshError: what a worker says went wrong, named by the worker that it concerns.
         """
         while True:
-            legs = self._arrange()
+            legs = self._arrange(anew)
             try:
                 for leg in reversed(legs):
                     self._open_leg(leg)
-                return legs
+                before, self._agreed = self._agreed, legs
+                kept, self._kept = self._kept, True
+                same = len(before) == len(legs) and all(map(Leg.go_on_from, legs, before))
+                return legs, same and kept
             except CannotReachNeighbour as error:
                 log.warning("%s; its state goes through this machine instead", error)
                 self._relayed.add(error.hop)
 
-    def _arrange(self) -> list[Leg]:
+    def _arrange(self, anew: bool) -> list[Leg]:
         starts = [0, *sorted(i for i in self._relayed if 0 < i < len(self._hops))] if self._hops else []
         groups = [list(self._hops[a:b]) for a, b in zip(starts, [*starts[1:], len(self._hops)], strict=True)]
         codecs, limits = self._plugins.codecs(), DecodeLimits()
@@ -87,7 +96,9 @@ class Opener:
         for group in groups:
             ends = [None, *(hop.remote for hop in group), None]
             cuts = [*(hop.span.start for hop in group), group[-1].span.stop]
-            routes = [self.codecs.choose(cut, a, b) for cut, (a, b) in zip(cuts, pairwise(ends), strict=True)]
+            routes = [
+                self.codecs.choose(cut, a, b, anew=anew) for cut, (a, b) in zip(cuts, pairwise(ends), strict=True)
+            ]
             streams = [Streams(route.choices, codecs, limits) for route in (routes[0], routes[-1])]
             legs.append(Leg(group, routes, *streams))
         return legs
@@ -127,3 +138,4 @@ class Opener:
             else:
                 self.links.cannot_say(remote, target)
         remote.holds_session = True
+        self._kept &= answer.info.get("continues") is True

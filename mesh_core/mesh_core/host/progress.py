@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from mesh_core.visible import visible
 from mesh_core.wire import phases
 
 THIS_MACHINE = "this machine"
@@ -58,9 +59,9 @@ class Activity:
     def words(self) -> str:
         """Who does what, as one short line."""
         if self.phase is Phase.WAITING:
-            return f"{self.subject}: {WORDS[self.phase]}"
+            return visible(f"{self.subject}: {WORDS[self.phase]}")
         what = self.subject if self.phase is Phase.OTHER else f"{WORDS[self.phase]} {self.subject}".rstrip()
-        return f"{self.machine}: {what}"
+        return visible(f"{self.machine}: {what}")
 
     @classmethod
     def of_worker(cls, machine: str, phase: str, done: int, total: int) -> Activity:

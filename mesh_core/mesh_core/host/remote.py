@@ -94,7 +94,9 @@ class Remote:
         hello = wire.Hello(wire.next_id(), [wire.VERSION], __version__, self.plugins.versions(), platform.node()[:200])
         try:
             self._pulse = self.transport.connect(self.address, timeout)
-            self._welcome = self.ask(hello, wire.Welcome, timeout=timeout)
+            welcome = self.ask(hello, wire.Welcome, timeout=timeout)
+            wire.check_versions([welcome.wire])
+            self._welcome = welcome
         except BaseException:
             self.close()
             raise

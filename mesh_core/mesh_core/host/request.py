@@ -32,11 +32,14 @@ class Requests:
 
     Args:
         roles: of the tensors of the state at the first remote cut.
+
+    Attributes:
+        sequences: that the session's steps belong to.
     """
 
     def __init__(self, book: ConstantsBook, roles: Mapping[str, Role]) -> None:
         self._book, self._roles = book, roles
-        self._sequences = Sequences()
+        self.sequences = Sequences()
 
     def new(self, state: State, conditioning: Conditioning, sequence: str) -> Request:
         """``sequence``: the host program's own name for the pass."""
@@ -44,4 +47,4 @@ class Requests:
         constants = self._book.names(conditioning.constants)
         digests = {name: digest for name, (digest, _) in constants.items()}
         moment = " ".join(self._book.name(t, lasting=False)[0] for t in exact if t.nbytes <= _MOST_MOMENT)
-        return Request(state, conditioning, constants, self._sequences.name(sequence, digests, moment))
+        return Request(state, conditioning, constants, self.sequences.name(sequence, digests, moment))

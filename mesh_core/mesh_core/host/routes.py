@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from mesh_codec.base import Codec, CodecChoice
+from mesh_codec.base import Codec, CodecChoice, StreamMemory
 from mesh_core.host.remote import Remote
 from mesh_core.model.spec import Role
 
@@ -58,6 +58,17 @@ class Route:
     def ends(self) -> Ends:
         """Source and target."""
         return self.source, self.target
+
+    @property
+    def memory(self) -> StreamMemory:
+        """The worst that the codecs in use say of theirs."""
+        found = {
+            codec.memory(self.chosen[role].settings)
+            for role, (codecs, _) in self.able.items()
+            for codec in codecs
+            if role in self.chosen and codec.name == self.chosen[role].codec
+        }
+        return "reset" if "reset" in found else "restored" if "restored" in found else "none"
 
     @cached_property
     def main(self) -> Role:

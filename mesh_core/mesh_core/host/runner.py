@@ -81,7 +81,7 @@ class SplitRunner:
             name = next(lora.name for lora in loras if not isinstance(lora, Applied))
             raise LoraMissing(
                 f"The LoRA {name!r} is no file here, and blocks {self.plan.local} run on this machine.",
-                hint="the path of a copy on this machine, or local=':0'",
+                hint="the path of a copy on this machine, or no blocks here: local=':0' (--local :0)",
             )
         if self._patched is None:
             parameters = self.checkpoint.spec.parameters_of(self.plan.local)
@@ -100,6 +100,11 @@ class SplitRunner:
         """Take the LoRAs off this machine's blocks, before they are moved or given to another runner."""
         if self._patched is not None:
             self._patched.apply(())
+
+    @property
+    def untouched(self) -> Mapping[str, Tensor]:
+        """The local parameters that LoRAs changed, as they were, by name."""
+        return self._patched.base if self._patched is not None else {}
 
     def _run_local(self, state: State, conditioning: Conditioning) -> State:
         if not len(self.plan.local):
@@ -180,7 +185,7 @@ def _before(spec: ModelSpec, first: str | None) -> str:
     """The host's span when only the first worker's is named."""
     if first is None:
         raise PlanError(
-            "Where the host's blocks end cannot be told from a later worker's span.", hint="local=':4', or a first span"
+            "Where the host's blocks end cannot be told from a later worker's span.", hint="local=':4' (--local :4)"
         )
     return f":{spec.span(first).start}"
 

@@ -2,18 +2,18 @@
 
 The state goes to the first worker, from worker to worker, and from the last one back. A worker that cannot reach
 its neighbour is relayed through the host. A lost worker is waited for; then everything is opened again and the
-step is sent once more, so a generation ends with the result that it would have had.
+step is sent once more. It is predicted from the last step whose result came, as it was at first, so a generation ends
+with the result that it would have had; where a worker lost that step, from nothing: within the quality.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from time import perf_counter
 
 from mesh_codec.base import Encoded
-from mesh_codec.errors import CodecUnsupported
+from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
 from mesh_core.crossing.constants import ConstantsBook
 from mesh_core.crossing.stats import RunStats, StepStats
@@ -27,12 +27,14 @@ from mesh_core.host.progress import ProgressReport
 from mesh_core.host.recovery import GONE, MAX_REPAIRS, RESENT, Recovery
 from mesh_core.host.remote import Remote
 from mesh_core.host.request import Request, Requests
+from mesh_core.host.results import Expected, expected_at
 from mesh_core.host.routes import Route, codec_name_of, reason_of
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.plugins.registry import Plugins
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Session:
@@ -92,13 +94,16 @@ class Session:
 
     def _open(self, within: float | None = None) -> None:
         self._opener.connect(within)
-        self._agree()
+        self._agree(anew=False)
 
-    def _agree(self) -> None:
+    def _agree(self, *, anew: bool) -> None:
+        """``anew``: with the codecs that pay now; else with those in use, so that what was lost is mended exactly."""
         # While workers agree on something new, what they agreed on before is no more.
         self._legs = []
-        self._legs = self._opener.agree()
+        self._legs, continued = self._opener.agree(anew=anew)
         self._routes = [route for leg in self._legs for route in leg.routes]
+        if not continued:
+            self._requests.sequences.restart(broken=not anew)
 
     def set_loras(self, loras: Sequence[AnyLora]) -> None:
         """Run the remote spans with exactly ``loras`` from the next step on. Raises as `SessionLoras.adjust` does."""
@@ -125,7 +130,7 @@ class Session:
 
     def begin(self) -> None:
         """A new generation: nothing of it is coded as a change of what came before."""
-        self._restart_streams()
+        self._requests.sequences.forget()
 
     def run(self, state: State, conditioning: Conditioning, *, sequence: str = "", local_ms: float = 0.0) -> State:
         """One step: the state at the first remote cut in, the state at the last one out.
@@ -149,7 +154,6 @@ class Session:
                 result = self._run(self._requests.new(state, conditioning, sequence), step)
             except BaseException as error:
                 self._cancel()
-                self._restart_streams()
                 self.plugins.hook.mesh_step_failed(step=self._step, error=error)
                 raise
             step.total_ms = (perf_counter() - began) * 1e3
@@ -162,6 +166,7 @@ class Session:
         """The step, sent again while its errors can be mended."""
         repairs = 0
         while True:
+            self._attempt_number += 1
             try:
                 self._make_ready(request.state)
                 return self._attempt(request, stats)
@@ -177,10 +182,11 @@ class Session:
                 log.warning("step %d is sent again: %s", self._step, error)
                 if isinstance(error, GONE):
                     self._recovery.recover(error)
+                if isinstance(error, CodecStateLost):
+                    self._requests.sequences.restart(request.sequence, broken=True)
             stats.resent += 1
             for hop in self._hops:
                 hop.sent.clear()
-            self._restart_streams()
 
     def _make_ready(self, state: State) -> None:
         """Open what is not open, and have the state cross as it pays now."""
@@ -189,29 +195,37 @@ class Session:
         if self._opener.links.doubtful:
             self._opener.links.measure_again(self.remotes)
         if self._opener.codecs.outdated(self._routes, state):
-            self._agree()
-
-    def _restart_streams(self) -> None:
-        """The next message starts at a key frame, whatever arrived of the last one."""
-        self._attempt_number += 1
-        for leg in self._legs:
-            leg.encoder.reset()
-            leg.decoder.reset()
+            self._agree(anew=True)
 
     def _attempt(self, request: Request, stats: StepStats) -> State:
         """Send the step over every leg, one after the other."""
         stats.hops.clear()
+        sequences = self._requests.sequences
+        turn = sequences.turn(request.sequence, self._step)
+        stats.restarted = sequences.broken(request.sequence) and any(route.memory != "none" for route in self._routes)
         names = self._send_constants(request)
         state, deadline = request.state, self.options.settings.deadlines.step
-        for leg in self._legs:
-            flight = Flight.start(
-                leg, state, names, request, step=self._step, attempt=self._attempt_number, deadline=deadline
-            )
-            landed = flight.land(self.options.device, stats)
-            self._opener.links.observe(landed.crossed, landed.wire_ms)
-            self._opener.speeds.observe(landed.crossed)
-            state = landed.state
+        try:
+            for leg in self._legs:
+                flight = Flight.start(
+                    leg, state, names, request, turn=turn, attempt=self._attempt_number, deadline=deadline
+                )
+                landed = flight.land(self.options.device, stats, self._expected(leg, state, request))
+                self._opener.links.observe(landed.crossed, landed.wire_ms)
+                self._opener.speeds.observe(landed.crossed)
+                state = landed.state
+        except BaseException:
+            if any(route.memory == "reset" for route in self._routes):
+                # What such codecs have seen of this step they cannot take back.
+                sequences.restart(request.sequence, broken=True)
+            raise
+        sequences.heard(turn)
         return state
+
+    def _expected(self, leg: Leg, state: State, request: Request) -> dict[str, Expected]:
+        spec, cut = self.identity.spec, leg.hops[-1].span.stop
+        adapter = self.plugins.adapter(spec.family)
+        return expected_at(cut, leg.hops[0].span.start, state, request.conditioning, spec, adapter)
 
     def _send_constants(self, request: Request) -> dict[str, str]:
         """Names of the constants that the workers need, each sent to those that do not have it."""

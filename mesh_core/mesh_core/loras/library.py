@@ -5,7 +5,6 @@ Found by what they do, or by the name that `LoraLibrary.listing` gives. The netw
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,13 +19,15 @@ from mesh_core.loras.lora import Lora
 from mesh_core.loras.part import read_part
 from mesh_core.loras.read import read_lora
 from mesh_core.loras.received import ReceivedLoras
-from mesh_core.loras.stamped import Stamped, stamp_of
+from mesh_core.loras.stamped import Stamped
 from mesh_core.loras.stored import StoredTensor
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings, data_dir
+from mesh_core.system.file_stamp import FileStamp
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _MOST_KEPT = 100_000
 """Patches of all LoRAs that are kept in memory; one takes about 2 kB."""
@@ -107,7 +108,7 @@ class LoraLibrary:
         listed = []
         for path in self._files():
             try:
-                stamp = stamp_of(path)
+                stamp = FileStamp.at(path)
                 facts = self._facts.get(path, stamp, partial(_facts, path))
             except (CheckpointError, LoraError, OSError) as error:
                 log.warning("%s", error)
@@ -117,7 +118,7 @@ class LoraLibrary:
             listed.append(
                 {
                     "name": self._name_of(path),
-                    "bytes": stamp[0],
+                    "bytes": stamp.size,
                     "id": path.stem if received else "",
                     "received": received,
                     "family": str(note.get("family", ""))[:64],
@@ -137,7 +138,7 @@ class LoraLibrary:
         """The LoRA of a file for that model, None if it has none; only headers are read, and each once."""
         try:
             key = path, fingerprint.structure(checkpoint.spec)
-            return self._parsed.get(key, stamp_of(path), lambda: self._read(path, checkpoint))
+            return self._parsed.get(key, FileStamp.at(path), lambda: self._read(path, checkpoint))
         except OSError as error:
             log.debug("%s cannot be read: %s", path, error)
             return None
@@ -169,4 +170,7 @@ def _no_such(name: str, several: list[str], known: list[str]) -> LoraMissing:
             hint="its whole name, or its hash",
         )
     listed = ", ".join(known[:8]) or "none"
-    return LoraMissing(f"There is no LoRA {name[:100]!r} here. There are: {listed}.", hint="mesh lora list ADDRESS")
+    return LoraMissing(
+        f"There is no LoRA {name[:100]!r} here. There are: {listed}.",
+        hint="the path of a file, or a name that mesh lora list shows; of a worker: mesh lora list ADDRESS",
+    )

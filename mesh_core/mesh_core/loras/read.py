@@ -5,7 +5,6 @@ A key is an ending, see `mesh_core.loras.endings`, after the name of a module, w
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +23,9 @@ from mesh_core.loras.scaling import Scaling, peft_scaling
 from mesh_core.loras.stored import TensorFile
 from mesh_core.loras.tensors import HeldTensor, Source
 from mesh_core.model.library import Checkpoint
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LARGEST_ALPHA = 16
 """Bytes of a tensor that holds one number."""
@@ -46,10 +46,12 @@ def read_lora(path: str | Path, checkpoint: Checkpoint, name: str = "") -> Lora:
     return lora_of(sources, checkpoint, name or path.stem, header.metadata, where=str(path))
 
 
-def lora_of_state(state: Mapping[str, Tensor], checkpoint: Checkpoint, name: str, metadata: Mapping[str, str]) -> Lora:
-    """The LoRA in a state dict in memory; see `read_lora`."""
+def lora_of_state(
+    state: Mapping[str, Tensor], checkpoint: Checkpoint, name: str, metadata: Mapping[str, str], where: str = ""
+) -> Lora:
+    """The LoRA in a state dict in memory, which came from the file ``where`` if that is known; see `read_lora`."""
     held: dict[str, Source] = {key: HeldTensor(tensor) for key, tensor in state.items()}
-    return lora_of(held, checkpoint, name, metadata, where=name)
+    return lora_of(held, checkpoint, name, metadata, where=where or name)
 
 
 def warn_of_unmatched(lora: Lora) -> Lora:
@@ -106,7 +108,9 @@ def lora_of(
             tensors = {role: sources[key] for role, key in roles.items()}
             patches.append(_patch(algorithm, rows, tensors, shared, sources, alpha, scaling, stem))
     if not patches:
-        raise LoraUnmatched(_why_nothing(where, unmatched, spec.family), hint=f"a LoRA for {spec.variant}")
+        raise LoraUnmatched(
+            _why_nothing(where, unmatched, spec.family), hint=f"a LoRA that was made for {spec.family} {spec.variant}"
+        )
     try:
         return Lora.of(name, spec, patches, unmatched=tuple(sorted(unmatched)), metadata=dict(metadata))
     except LoraError as error:

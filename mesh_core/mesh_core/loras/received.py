@@ -6,7 +6,6 @@ The network never names a path here: a file's name is the hash that its content 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import threading
 from collections.abc import Collection
@@ -18,9 +17,11 @@ from mesh_core.errors import ConfigError, LoraError, LoraMissing, LoraTooLarge
 from mesh_core.loras.lora import Lora
 from mesh_core.loras.stored import StoredTensor, TensorFile
 from mesh_core.system.config import atomic_write
+from mesh_core.system.file_stamp import FileStamp
+from mesh_core.system.logs import logger
 from mesh_core.system.remembered import Remembered
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _MOST_FILES = 1000
 """That are kept, however small they are: each is looked at for each that is sought."""
@@ -54,7 +55,7 @@ class ReceivedLoras:
             LoraError: no hash, and so no file name.
         """
         if len(id_) != 64 or not set(id_) <= set("0123456789abcdef"):
-            raise LoraError(f"{id_[:80]!r} is not the hash of a LoRA.")
+            raise LoraError(f"{id_[:80]!r} is not the hash of a LoRA.", hint="one that mesh lora list shows")
         return self.folder / f"{id_}.safetensors"
 
     def name_of(self, path: Path) -> str:
@@ -119,7 +120,7 @@ class ReceivedLoras:
         with self._lock:
             path, digests = self.path_of(id_), dict(draft.digests())
             os.replace(draft.path, path)
-            Remembered("loras", [path]).put(digests)
+            Remembered("loras", {path: FileStamp.at(path)}).put(digests)
             try:
                 atomic_write(_note(path), json.dumps({"name": name, "family": family}).encode())
             except ConfigError as error:
@@ -135,7 +136,9 @@ class ReceivedLoras:
         path = self.path_of(id_)
         with self._lock:
             if not path.is_file():
-                raise LoraMissing(f"No LoRA {id_[:12]} was received here.", hint="mesh lora list")
+                raise LoraMissing(
+                    f"No LoRA {id_[:12]} was received here.", hint="one that mesh lora list ADDRESS shows"
+                )
             if id_ in self._in_use:
                 raise LoraError(f"The LoRA {id_[:12]} is in use.", hint="the same when its session has ended")
             _delete(path)

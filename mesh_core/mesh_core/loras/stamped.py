@@ -5,22 +5,12 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from pathlib import Path
 from typing import Generic, TypeVar
+
+from mesh_core.system.file_stamp import FileStamp
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
-
-Stamp = tuple[int, int]
-"""Size and modification time of a file."""
-
-
-def stamp_of(path: Path) -> Stamp:
-    """Raises:
-    OSError: there is no such file.
-    """
-    state = path.stat()
-    return state.st_size, state.st_mtime_ns
 
 
 class Stamped(Generic[K, V]):
@@ -33,11 +23,11 @@ class Stamped(Generic[K, V]):
 
     def __init__(self, most: int, weight: Callable[[V], int] = lambda value: 1) -> None:
         self._most, self._weight = most, weight
-        self._held: OrderedDict[K, tuple[Stamp, V]] = OrderedDict()
+        self._held: OrderedDict[K, tuple[FileStamp, V]] = OrderedDict()
         self._total = 0
         self._lock = threading.Lock()
 
-    def get(self, key: K, stamp: Stamp, read: Callable[[], V]) -> V:
+    def get(self, key: K, stamp: FileStamp, read: Callable[[], V]) -> V:
         """What is kept for a file in that state, else what ``read`` returns."""
         with self._lock:
             known = self._held.get(key)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from mesh_codec.dtypes import from_safetensors
 from mesh_codec.memory import bytes_of
-from mesh_core.errors import LoraError
+from mesh_core.errors import CheckpointError, LoraError
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
-from mesh_core.model.safetensors import TensorInfo
-from mesh_core.model.weights import read_into
+from mesh_core.model.safetensors import TensorInfo, opened, read_into
+from mesh_core.system.file_stamp import FileStamp
 from mesh_core.system.remembered import Remembered
 
 
@@ -28,28 +28,30 @@ class TensorFile:
 
     Args:
         remember: keep what was computed of it for the next time.
+
+    Attributes:
+        stamp: of the file whose header was read.
     """
 
     def __init__(self, header: CheckpointHeader, *, remember: bool = True) -> None:
         self.header = header
         self.path: Path = header.files[0] if header.tensors else header.path
-        self._stat = self._look()
+        self.stamp = header.stamps.get(self.path) or self._look()
         self._digests: dict[str, str] | None = None
         self._lock = threading.Lock()
         self._remember = remember
 
-    def _look(self) -> tuple[int, int]:
+    def _look(self) -> FileStamp:
         try:
-            found = self.path.stat()
+            return FileStamp.at(self.path)
         except OSError as error:
             raise LoraError(f"{self.path} cannot be read: {error.strerror or error}.") from error
-        return found.st_size, found.st_mtime_ns
 
     def check_unchanged(self) -> None:
         """Raises:
         LoraError: the file is not the one whose header was read.
         """
-        if self._look() != self._stat:
+        if self._look() != self.stamp:
             raise LoraError(f"{self.path} changed while it was in use.", hint="the same again, once it is written")
 
     def source(self, name: str) -> StoredTensor:
@@ -65,7 +67,7 @@ class TensorFile:
         with self._lock:
             if self._digests is None:
                 self.check_unchanged()
-                memory = Remembered("loras", [self.path]) if self._remember else None
+                memory = Remembered("loras", {self.path: self.stamp}) if self._remember else None
                 found = self._plausible(memory.get()) if memory is not None else None
                 if found is not None:
                     self._digests = found
@@ -121,9 +123,8 @@ class StoredTensor:
 
     def _read_into(self, target: memoryview, start: int) -> None:
         try:
-            with self.file.path.open("rb", buffering=0) as stream:
+            with opened(self.file.path, self.file.stamp) as stream:
                 stream.seek(self.info.offset + start)
                 read_into(stream, target, self.file.path)
-        except OSError as error:
-            raise LoraError(f"{self.file.path} cannot be read: {error.strerror or error}.") from error
-        self.file.check_unchanged()
+        except CheckpointError as error:
+            raise LoraError(error.message, hint=error.hint) from error

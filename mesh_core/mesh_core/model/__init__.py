@@ -11,6 +11,7 @@ if typing.TYPE_CHECKING:
     from mesh_core.model.adapter import ModelAdapter, Stage
     from mesh_core.model.checkpoint import CheckpointHeader, read_header
     from mesh_core.model.safetensors import TensorInfo
+    from mesh_core.model.shapes import Dimensions
     from mesh_core.model.spans import BlockSpan
     from mesh_core.model.spec import Conditioning, ModelSpec, ParameterSpec, Piece, Role, State
     from mesh_core.model.weights import WeightReader
@@ -19,6 +20,7 @@ _HOMES = {
     "BlockSpan": "spans",
     "CheckpointHeader": "checkpoint",
     "Conditioning": "spec",
+    "Dimensions": "shapes",
     "ModelAdapter": "adapter",
     "ModelSpec": "spec",
     "ParameterSpec": "spec",
@@ -35,6 +37,7 @@ __all__ = [
     "BlockSpan",
     "CheckpointHeader",
     "Conditioning",
+    "Dimensions",
     "ModelAdapter",
     "ModelSpec",
     "ParameterSpec",

@@ -14,7 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mesh_core.model.carried import refuse_kept_in_float32, refuse_other_tensors
 from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.shapes import Dimensions
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec, Piece, State
 from mesh_core.model.weights import WeightReader
@@ -85,6 +87,15 @@ class ModelAdapter(ABC):
     def finish(self, spec: ModelSpec, state: State) -> Tensor | tuple[Tensor, ...]:
         """The state at cut N as the tensors that the model class's forward returns."""
 
+    def shapes(self, spec: ModelSpec, cut: int) -> Mapping[str, Dimensions]:
+        """Shapes of the state at ``cut``, and of the constants that a stage which starts there needs.
+
+        A worker refuses a step whose tensors have others, before it decodes them, and estimates from them what the step
+        will take; a host refuses results of others. Without this, tensors that do not fit each other may be repeated to
+        an enormous size by the model. Tensors that are left out are not checked; the default has none.
+        """
+        return {}
+
     def check_call(self, spec: ModelSpec, header: CheckpointHeader, arguments: Mapping[str, Any]) -> None:  # noqa: B027
         """Refuse arguments of the pipeline's call that this model cannot do; called before any weight is read.
 
@@ -113,10 +124,12 @@ class ModelAdapter(ABC):
         """A stage of ``span`` with its weights read from ``weights`` and nothing else read.
 
         Raises:
-            CheckpointError: a tensor is missing or damaged.
+            CheckpointError: a tensor is missing or damaged, or the model has what a stage cannot carry.
         """
         with torch.device("meta"):
             model = self.skeleton(spec).eval().requires_grad_(False)
+        refuse_other_tensors(model)
+        refuse_kept_in_float32(model, dtype)
         weights.fill(model, spec.parameters_of(span), device=torch.device(device), dtype=dtype)
         return self.stage(spec, span, model).eval()
 

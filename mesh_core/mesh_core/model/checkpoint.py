@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
-from mesh_core.model.safetensors import MAX_HEADER_BYTES, TensorInfo, read_safetensors_header
+from mesh_core.model.safetensors import MAX_HEADER_BYTES, TensorInfo, opened, read_safetensors_header
+from mesh_core.system.file_stamp import FileStamp
 
 ReadingProgress = Callable[[int, int], None]
 """Called with bytes done and bytes in total, while weights are read or hashed."""
@@ -29,6 +31,7 @@ class CheckpointHeader:
         metadata: the safetensors metadata, of all shards together.
         config: ``config.json`` of a diffusers model folder, else empty.
         pipeline: ``model_index.json`` of a diffusers pipeline folder, else empty.
+        stamps: of each file, from when its header was read.
     """
 
     path: Path
@@ -36,11 +39,16 @@ class CheckpointHeader:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Mapping[str, Any] = field(default_factory=dict)
+    stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files, sorted."""
         return tuple(sorted({t.file for t in self.tensors.values()}))
+
+    def opened(self, file: Path) -> AbstractContextManager[BinaryIO]:
+        """One of the files for reading, as long as it is what it was; see `mesh_core.model.safetensors.opened`."""
+        return opened(file, self.stamps.get(file))
 
     def place(self, tensor: str) -> tuple[str, int]:
         """Where a tensor lies, to read several in the order in which they lie on disk."""
@@ -57,6 +65,7 @@ def read_header(path: str | os.PathLike[str], most: int = MAX_HEADER_BYTES) -> C
     Raises:
         CheckpointUnrecognised: nothing there, or not safetensors.
         CheckpointCorrupt: truncated or damaged; names the file and the reason.
+        CheckpointChanged: being written to.
     """
     path = Path(path)
     if path.is_file():
@@ -114,11 +123,13 @@ def _json(path: Path) -> dict[str, Any]:
 def _of_files(path: Path, files: list[Path], most: int, **parts: Any) -> CheckpointHeader:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    stamps: dict[Path, FileStamp] = {}
     for file in files:
-        found, extra = read_safetensors_header(file, most)
-        metadata |= extra
-        doubles = tensors.keys() & found.keys()
+        found = read_safetensors_header(file, most)
+        metadata |= found.metadata
+        stamps[file] = found.stamp
+        doubles = tensors.keys() & found.tensors.keys()
         if doubles:
             raise CheckpointCorrupt(f"{file} repeats the tensor {min(doubles)} of another shard.")
-        tensors |= found
-    return CheckpointHeader(path=path, tensors=tensors, metadata=metadata, **parts)
+        tensors |= found.tensors
+    return CheckpointHeader(path=path, tensors=tensors, metadata=metadata, stamps=stamps, **parts)

@@ -4,7 +4,7 @@
 parameters as `ModelSpec` names them. It differs if any bit of any weight differs, and is the same for a sharded
 folder, a single file, and a file that stores several parameters fused. Hashing reads the whole checkpoint once
 (20 GB at the speed of the disk; BLAKE3 itself runs at several GB/s on a few cores); the result is remembered by
-path, size and modification time of the files.
+path and stamp of the files: a file that was replaced or written to is hashed anew.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mesh_codec.dtypes import from_torch
 from mesh_codec.memory import bytes_of
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
+from mesh_core.model.safetensors import read_into
 from mesh_core.model.spec import ModelSpec, ParameterSpec
-from mesh_core.model.weights import read_into
 from mesh_core.system.remembered import Remembered
 
 _VERSION = b"mesh-fingerprint-1"
@@ -37,13 +37,18 @@ def structure(spec: ModelSpec) -> str:
     return digest.hexdigest()
 
 
-def of_checkpoint(header: CheckpointHeader, spec: ModelSpec, progress: ReadingProgress | None = None) -> str:
+def of_checkpoint(
+    header: CheckpointHeader, spec: ModelSpec, progress: ReadingProgress | None = None, *, anew: bool = False
+) -> str:
     """The fingerprint of a checkpoint; remembered, so that only the first call reads the weights.
 
+    Args:
+        anew: read them whatever is remembered.
+
     Raises:
-        CheckpointError: a file ends early or cannot be read.
+        CheckpointError: a file is not the one that it was when its header was read, or cannot be read.
     """
-    found = known(header, spec)
+    found = None if anew else known(header, spec)
     if found is None:
         found = _combine((name, p.dtype, p.shape, d) for name, p, d in _hash_files(header, spec.parameters, progress))
         _memory(header, spec).put(found)
@@ -57,7 +62,7 @@ def known(header: CheckpointHeader, spec: ModelSpec) -> str | None:
 
 
 def _memory(header: CheckpointHeader, spec: ModelSpec) -> Remembered:
-    return Remembered("fingerprints", header.files, structure(spec))
+    return Remembered("fingerprints", {file: header.stamps[file] for file in header.files}, structure(spec))
 
 
 def of_model(spec: ModelSpec, model: nn.Module) -> str:
@@ -106,7 +111,7 @@ def _hash_files(
             row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
             stop = info.nbytes if piece.stop is None else piece.stop * row
             position = piece.start * row
-            with info.file.open("rb", buffering=0) as stream:
+            with header.opened(info.file) as stream:
                 stream.seek(info.offset + position)
                 while position < stop:
                     part = buffer[: min(_CHUNK, stop - position)]

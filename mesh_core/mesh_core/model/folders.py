@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from mesh_core.system.logs import logger
+
+log = logger(__name__)
 
 MAX_DEPTH = 4
 """How deep below the folder that the user named files are looked for."""
+
+_OTHER_FORMATS = (".gguf", ".ckpt", ".pt", ".pth")
+"""Weights of formats that are not read: whoever names their folder may expect them, so that they are told."""
 
 
 def walk(root: Path, *, links: bool) -> Iterator[tuple[Path, list[Path], list[Path]]]:
@@ -52,7 +56,8 @@ def safetensors_among(entries: Iterable[Path]) -> list[Path]:
 def find_checkpoints(root: str | os.PathLike[str]) -> Iterator[Path]:
     """Files and folders under ``root`` (itself included) that `read_header` may understand, in sorted order.
 
-    Pipeline and model folders are given once, as folders. Links are followed, each real folder once.
+    Weights of other formats are given too; `read_header` says what they are. Pipeline and model folders are given
+    once, as folders. Links are followed, each real folder once.
     """
     root = Path(root)
     if root.is_file():
@@ -64,7 +69,7 @@ def find_checkpoints(root: str | os.PathLike[str]) -> Iterator[Path]:
             folders.clear()
             yield folder
         else:
-            yield from weights
+            yield from (e for e in entries if e in weights or (e.suffix.lower() in _OTHER_FORMATS and e.is_file()))
 
 
 def _inside(entry: Path, home: Path) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +13,9 @@ from mesh_core.model.adapter import ModelAdapter
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress, read_header
 from mesh_core.model.folders import find_checkpoints
 from mesh_core.model.spec import ModelSpec
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Adapters(Protocol):
@@ -49,24 +49,31 @@ def recognise(header: CheckpointHeader, adapters: Adapters) -> Checkpoint:
         CheckpointUnrecognised: no installed adapter does; with the reason of the first one that gave any.
         CheckpointCorrupt: an adapter knows it, and it is damaged.
     """
-    known = adapters.adapters()
-    reasons: list[CheckpointUnrecognised] = []
-    for adapter in known.values():
-        try:
-            spec = adapter.recognise(header)
-        except CheckpointUnrecognised as reason:
-            # A near relative of one family may be another adapter's own.
-            reasons.append(reason)
-            continue
-        if spec is not None:
-            return Checkpoint(header, spec, adapter)
-    if reasons:
-        raise reasons[0]
-    families = ", ".join(sorted(known)) or "none"
+    found = _asked(header, adapters)
+    if isinstance(found, Checkpoint):
+        return found
+    if found:
+        raise next(iter(found.values()))
+    families = ", ".join(sorted(adapters.adapters())) or "none"
     raise CheckpointUnrecognised(
         f"No installed adapter recognises {header.path}. Installed: {families}.",
         hint="mesh plugins, to see what is installed and what failed to load",
     )
+
+
+def _asked(header: CheckpointHeader, adapters: Adapters) -> Checkpoint | dict[str, CheckpointUnrecognised]:
+    """The checkpoint, or why the families that it resembles cannot use it."""
+    reasons: dict[str, CheckpointUnrecognised] = {}
+    for family, adapter in adapters.adapters().items():
+        try:
+            spec = adapter.recognise(header)
+        except CheckpointUnrecognised as reason:
+            # A near relative of one family may be another adapter's own.
+            reasons[family] = reason
+            continue
+        if spec is not None:
+            return Checkpoint(header, spec, adapter)
+    return reasons
 
 
 class CheckpointLibrary:
@@ -74,23 +81,28 @@ class CheckpointLibrary:
 
     Args:
         roots: folders and files that the user named.
+
+    Attributes:
+        skipped: files and folders that the last scan could not use, and why.
     """
 
     def __init__(self, roots: Sequence[Path], adapters: Adapters) -> None:
         self._roots, self._adapters = tuple(roots), adapters
         self._known: dict[Path, Checkpoint] = {}
+        self.skipped: dict[Path, CheckpointError] = {}
 
     def scan(self) -> list[Checkpoint]:
-        """All checkpoints, found from their headers; those that cannot be read are logged and left out."""
+        """All checkpoints, found from their headers; the others are in `skipped`."""
         found: dict[Path, Checkpoint] = {}
+        skipped: dict[Path, CheckpointError] = {}
         for path in (p for root in self._roots for p in find_checkpoints(root)):
             try:
                 found[path] = recognise(read_header(path), self._adapters)
-            except CheckpointUnrecognised:
-                log.debug("%s is no checkpoint of an installed family", path)
             except CheckpointError as error:
-                log.warning("%s", error)
-        self._known = found
+                skipped[path] = error
+                if path not in self.skipped:
+                    log.info("not served: %s", error)
+        self._known, self.skipped = found, skipped
         return list(found.values())
 
     def catalogue(self) -> list[dict[str, Any]]:
@@ -113,15 +125,20 @@ class CheckpointLibrary:
         Raises:
             PluginNotFound: no adapter for that family here.
             CheckpointMismatch: none of this structure has those weights; says what is here instead.
+            CheckpointError: none has, and one cannot be read.
         """
         if family not in self._adapters.adapters():
             self._adapters.adapter(family)
         similar = [c for c in self.scan() if (c.spec.family, fingerprint.structure(c.spec)) == (family, structure)]
         # Those whose fingerprint is remembered come first: they cost nothing to check.
+        unread: list[CheckpointError] = []
         for c in sorted(similar, key=lambda c: fingerprint.known(c.header, c.spec) is None):
-            if fingerprint.of_checkpoint(c.header, c.spec, progress) == wanted:
-                return c
-        raise CheckpointMismatch(self._why(family, similar, wanted), hint="the same file on both machines")
+            try:
+                if fingerprint.of_checkpoint(c.header, c.spec, progress) == wanted:
+                    return c
+            except CheckpointError as error:
+                unread.append(error)
+        raise unread[0] if unread else self._mismatch(family, similar, wanted)
 
     def like(self, family: str, structure: str) -> Checkpoint:
         """Any checkpoint of that structure: enough to tell what fits it.
@@ -136,7 +153,26 @@ class CheckpointLibrary:
             for c in known:
                 if (c.spec.family, fingerprint.structure(c.spec)) == (family, structure):
                     return c
-        raise CheckpointMismatch(self._why(family, [], ""), hint="the same file on both machines")
+        raise self._mismatch(family, [], "")
+
+    def _mismatch(self, family: str, similar: Sequence[Checkpoint], wanted: str) -> CheckpointMismatch:
+        message, refused = self._why(family, similar, wanted), list(self._refused(family))
+        if not refused:
+            return CheckpointMismatch(message, hint="the same file on both machines")
+        listed = "; ".join(reason.message for reason in refused[:3])
+        return CheckpointMismatch(f"{message} Not used here: {listed}", hint=refused[0].hint)
+
+    def _refused(self, family: str) -> Iterator[CheckpointError]:
+        """Why files that may be of that family are not used; paths stay here."""
+        for path, error in self.skipped.items():
+            reason: CheckpointError | None
+            try:
+                found = _asked(read_header(path), self._adapters)
+                reason = None if isinstance(found, Checkpoint) else found.get(family)
+            except CheckpointError:
+                reason = error
+            if reason is not None:
+                yield type(reason)(reason.message.replace(str(path), path.name), hint=reason.hint)
 
     def _why(self, family: str, similar: Sequence[Checkpoint], wanted: str) -> str:
         if similar:

@@ -65,7 +65,10 @@ def check(model: ModelSpec, hops: Sequence[Hop], workers: int) -> Plan:
                 hint="spans such as :4, 4:8 and 8:",
             )
         if (hop.worker == HOST_INDEX) != (i == 0) or not 0 <= hop.worker <= workers:
-            raise PlanError("The host runs the first span, and only that one.", hint="local=':4'")
+            raise PlanError(
+                "The host runs the first span, and only that one.",
+                hint="local=':4' (--local :4)",
+            )
         position = hop.span.stop
     if position != model.blocks:
         raise PlanError(

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, and where.
+"""A safetensors file: which tensors it holds and where, and reading their bytes from that file and no other.
 
 The format is specified at https://github.com/huggingface/safetensors#format.
 """
@@ -6,17 +6,19 @@ The format is specified at https://github.com/huggingface/safetensors#format.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import msgspec
 
 from mesh_codec.dtypes import from_safetensors
 from mesh_codec.errors import CodecUnsupported
-from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+from mesh_core.errors import CheckpointChanged, CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+from mesh_core.system.file_stamp import FileStamp
 
 MAX_HEADER_BYTES = 32 << 20
 """Of a header that is read. The format allows 100 MB; a model's thousands of tensors take less than one."""
@@ -39,6 +41,8 @@ _NAMES = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ENTRY = msgspec.json.Decoder(HeaderEntry)
 _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -57,8 +61,17 @@ class TensorInfo:
     nbytes: int
 
 
-def read_safetensors_header(file: Path, most: int = MAX_HEADER_BYTES) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of a file by name, and its metadata. Reads no tensor data, and trusts nothing that it reads.
+@dataclass(frozen=True)
+class FileHeader:
+    """What the header of one file says, and the stamp of that file."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+    stamp: FileStamp
+
+
+def read_safetensors_header(file: Path, most: int = MAX_HEADER_BYTES) -> FileHeader:
+    """The header of a file. Reads no tensor data, and trusts nothing that it reads.
 
     Args:
         most: bytes of a header that is parsed.
@@ -66,23 +79,87 @@ def read_safetensors_header(file: Path, most: int = MAX_HEADER_BYTES) -> tuple[d
     Raises:
         CheckpointUnrecognised: not a safetensors file, or one with a header over the limit.
         CheckpointCorrupt: tensors that overlap, leave gaps, or do not fill the file.
+        CheckpointChanged: the file is being written to.
         CheckpointError: the file cannot be read.
     """
     try:
-        size = file.stat().st_size
         with file.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
+            stamp = FileStamp.settled(stream.fileno())
+            size, start = stamp.size, stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             if size < 8 or length > size - 8:
-                raise CheckpointUnrecognised(f"{file} is not a safetensors file, or its start is damaged.")
+                raise _another_format(file, start)
             check_header_size(length, most, str(file))
             header = stream.read(length)
+            _check_same(stream, stamp, file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error}.") from error
     entries, metadata = parse_header(header, str(file))
-    start = 8 + length
-    tensors = {name: _tensor_info(file, name, entry, start) for name, entry in entries.items()}
-    _check_layout(file, tensors, start, size)
-    return tensors, metadata
+    begin = 8 + length
+    tensors = {name: _tensor_info(file, name, entry, begin) for name, entry in entries.items()}
+    _check_layout(file, tensors, begin, size)
+    return FileHeader(tensors, metadata, stamp)
+
+
+def _another_format(file: Path, start: bytes) -> CheckpointUnrecognised:
+    if start[:4] == b"GGUF":
+        message, hint = "is a GGUF file; quantised GGUF is not read yet", "the .safetensors file of the same model"
+    elif start == _LFS_POINTER[: len(start)] and start:
+        message, hint = "is a pointer of Git LFS: the file itself was not downloaded", "git lfs pull in its folder"
+    else:
+        message, hint = "is not a safetensors file, or its start is damaged", ""
+    return CheckpointUnrecognised(f"{file} {message}.", hint=hint)
+
+
+@contextmanager
+def opened(file: Path, stamp: FileStamp | None) -> Iterator[BinaryIO]:
+    """The file for reading, unbuffered; what was read of it may be used once the context has ended.
+
+    Args:
+        stamp: what it had when its header was read; None if nobody knows.
+
+    Raises:
+        CheckpointChanged: it is another file now, or was written to, before or meanwhile.
+        CheckpointError: it cannot be opened.
+    """
+    try:
+        stream = file.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    with stream:
+        expected = stamp or FileStamp.of(stream.fileno())
+        _check_same(stream, expected, file)
+        try:
+            yield stream
+        except CheckpointCorrupt:
+            _check_same(stream, expected, file)
+            raise
+        _check_same(stream, expected, file)
+
+
+def read_into(stream: BinaryIO, target: memoryview, file: object) -> None:
+    """Fill ``target`` from an unbuffered file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or ends early.
+    """
+    done = 0
+    while done < len(target):
+        try:
+            count = stream.readinto(target[done:])  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}.") from error
+        if not count:
+            raise CheckpointCorrupt(f"{file} ends early.")
+        done += count
+
+
+def _check_same(stream: BinaryIO, stamp: FileStamp, file: Path) -> None:
+    if FileStamp.of(stream.fileno()) != stamp:
+        raise CheckpointChanged(
+            f"{file} changed while it was in use: it is not the file any more whose header was read.",
+            hint="the same again, once nothing writes to the file",
+        )
 
 
 def check_header_size(length: int, most: int, where: str) -> None:
@@ -158,8 +235,6 @@ def _check_layout(file: Path, tensors: Mapping[str, TensorInfo], start: int, siz
             raise CheckpointCorrupt(f"{file}: {info.name!r} overlaps its neighbour or leaves a gap.")
         position += info.nbytes
     if position > size:
-        raise CheckpointCorrupt(
-            f"{file} is truncated: it has {size} bytes, its header promises {position}.", hint="copy it again"
-        )
+        raise CheckpointCorrupt(f"{file} is truncated: it has {size} bytes, its header promises {position}.")
     if position < size:
         raise CheckpointCorrupt(f"{file} has {size - position} bytes more than its header promises.")

@@ -7,16 +7,16 @@ another device or dtype), so the peak of host memory is the stage plus one param
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_safetensors
 from mesh_codec.memory import bytes_of
-from mesh_core.errors import CheckpointCorrupt, CheckpointError
+from mesh_core.errors import CheckpointCorrupt
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.pool import ParameterPool
+from mesh_core.model.safetensors import read_into
 from mesh_core.model.spec import ParameterSpec
 
 
@@ -52,7 +52,7 @@ class WeightReader:
         """Give ``model`` the ``parameters``, read in the order in which they lie on disk.
 
         Raises:
-            CheckpointError: a tensor is missing, has another shape, or the file ends early.
+            CheckpointError: a tensor is missing, has another shape, or the file is not the one that it was.
         """
         ordered = sorted(parameters.items(), key=lambda item: self.header.place(item[1].pieces[0].tensor))
         total = sum(p.elements for p in parameters.values()) * dtype.itemsize
@@ -72,7 +72,7 @@ class WeightReader:
                 self._progress(done, total)
 
     def read(self, spec: ParameterSpec) -> Tensor:
-        """One parameter in the file's dtype, on the CPU."""
+        """One parameter in the file's dtype, on the CPU. Raises CheckpointError."""
         tensor = torch.empty(spec.shape, dtype=from_safetensors(spec.dtype).torch)
         rows = spec.shape[0] if spec.shape else 1
         row_bytes = tensor.nbytes // rows if rows else 0
@@ -82,7 +82,7 @@ class WeightReader:
             info = self.header.tensors[piece.tensor]
             stop = piece.stop if piece.stop is not None else (info.shape[0] if info.shape else 1)
             size = (stop - piece.start) * row_bytes
-            with info.file.open("rb", buffering=0) as stream:
+            with self.header.opened(info.file) as stream:
                 stream.seek(info.offset + piece.start * row_bytes)
                 read_into(stream, target[filled : filled + size], info.file)
             filled += size
@@ -90,23 +90,6 @@ class WeightReader:
             raise CheckpointCorrupt(f"The pieces of a parameter hold {filled} bytes instead of {tensor.nbytes}.")
         self.bytes_read += filled
         return tensor
-
-
-def read_into(stream: BinaryIO, target: memoryview, file: object) -> None:
-    """Fill ``target`` from an unbuffered file.
-
-    Raises:
-        CheckpointError: the file cannot be read, or ends early.
-    """
-    done = 0
-    while done < len(target):
-        try:
-            count = stream.readinto(target[done:])  # type: ignore[attr-defined]
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}.") from error
-        if not count:
-            raise CheckpointCorrupt(f"{file} ends early: it changed while it was read.", hint="copy it again")
-        done += count
 
 
 def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -36,16 +36,21 @@ class PluginLoader:
     def load(self) -> None:
         """Import those that are pending, and register their hooks."""
         while self._pending:
-            name = next(iter(self._pending))
-            point = self._pending.pop(name)
-            try:
-                plugin = point.load()
-                self._manager.register(plugin, name)
-                self._check_hooks(plugin)
-            except PluginBroken as error:
-                self.take_out(name, error.message, None, error.hint)
-            except (Exception, SystemExit) as error:
-                self.take_out(name, f"{point.value} raised {one_line(error)}", error)
+            self.load_one(next(iter(self._pending)))
+
+    def load_one(self, name: str) -> None:
+        """As `load`, for the plugin ``name`` alone; nothing if it is not pending."""
+        point = self._pending.pop(name, None)
+        if point is None:
+            return
+        try:
+            plugin = point.load()
+            self._manager.register(plugin, name)
+            self._check_hooks(plugin)
+        except PluginBroken as error:
+            self.take_out(name, error.message, None, error.hint)
+        except (Exception, SystemExit) as error:
+            self.take_out(name, f"{point.value} raised {one_line(error)}", error)
 
     def in_use(self, name: str) -> bool:
         """Whether a plugin of that name was loaded and did not fail."""

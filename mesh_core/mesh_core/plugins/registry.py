@@ -108,15 +108,26 @@ class Plugins:
     def report(self) -> list[PluginReport]:
         """What became of every plugin, built-in ones first. Loads all of them, to tell the truth."""
         self._collected()
+        return self.known()
+
+    def known(self) -> list[PluginReport]:
+        """As `report`, but imports nothing: what is known so far."""
         return [*self._reports.values(), *self._set_aside]
 
+    def hooks_of(self, name: str) -> list[str]:
+        """The hooks that a plugin answers, sorted; none if it is not in use."""
+        with self._lock:
+            self._loader.load()
+            plugin = self._manager.get_plugin(name)
+            return sorted(caller.name for caller in self._manager.get_hookcallers(plugin) or [])
+
     def call_one(self, name: str, hook: str, **arguments: Any) -> list[Any]:
-        """Call ``hook`` of one plugin alone and return its results; none if it is not in use.
+        """Call ``hook`` of one plugin alone, importing no other, and return its results; none if it is not in use.
 
         A plugin that raises is reported as broken and taken out of use.
         """
         with self._lock:
-            self._loader.load()
+            self._loader.load_one(name)
             if not self._loader.in_use(name):
                 return []
             try:

@@ -29,7 +29,7 @@ class PluginReport:
         name: of its entry point.
         distribution, version: of the package that it came in.
         status: ``loaded``: in use, with ``detail`` empty; anything else is explained by ``detail``.
-        provides: what is in use of it, for example ``("codec raw",)``; empty if it only answers hooks.
+        provides: what is in use of it, for example ``("codec raw",)``.
         detail: why it is not in use, or not wholly.
         hint: what the reader can do about it.
         traceback: of a broken plugin, as text.

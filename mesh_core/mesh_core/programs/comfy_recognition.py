@@ -5,7 +5,6 @@ The family is found through the model's own tensors, its side through `ModelAdap
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 
 from torch import nn
@@ -15,8 +14,9 @@ from mesh_core.model.adapter import ModelAdapter
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.comfy import ComfySide, header_of
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _HOST = "comfy"
 """The key of ComfyUI in `ModelAdapter.hosts`."""

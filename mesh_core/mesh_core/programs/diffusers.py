@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
 
 from mesh_codec.qualities import EXACT, Quality
 from mesh_core.builtin import installed_plugins
-from mesh_core.errors import PlanDoesNotFit, PlanError
+from mesh_core.errors import CheckpointMismatch, ConfigError, PlanDoesNotFit, PlanError
 from mesh_core.host.loras import AnyLora
 from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.progress import THIS_MACHINE, Activity, Phase, ProgressReport
@@ -26,11 +25,18 @@ from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
-from mesh_core.programs.identity import file_dtype, identify, identify_in_memory
+from mesh_core.programs.identity import (
+    CHANGED_HINT,
+    changed_after_loading,
+    file_dtype,
+    identify,
+    identify_in_memory,
+)
 from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
 from mesh_core.programs.peft_transfer import loras_of, put_back, put_on_again, take_off
-from mesh_core.programs.pipeline_folder import pipeline_header
+from mesh_core.programs.pipeline_folder import pipeline_around, pipeline_header
+from mesh_core.programs.same_weights import as_it_is_now, refuse_several_types
 from mesh_core.programs.split_model import SplitModel, attach, detach
 from mesh_core.system.config import Settings
 from mesh_core.system.device import checked_device, default_device, free_memory
@@ -113,17 +119,18 @@ def load_pipeline(
     target = checked_device(str(device)) if device is not None else default_device()
     options = SessionOptions(dtype or file_dtype(checkpoint), target, quality, settings, codec)
     wish = _Wish(checkpoint, local, workers, options, plugins, report)
-    return _load(wish, str(path), wish.chosen(loras), pipeline_arguments)
+    return _load(wish, wish.chosen(loras), pipeline_arguments)
 
 
-def _load(wish: _Wish, path: str, given: tuple[AnyLora, ...], pipeline_arguments: Mapping[str, Any]) -> Any:
+def _load(wish: _Wish, given: tuple[AnyLora, ...], pipeline_arguments: Mapping[str, Any]) -> Any:
     placement = wish.placed(given)
     checkpoint, options = wish.checkpoint, wish.options
     session = open_session(lambda: identify(checkpoint, wish.report), placement, options, wish.plugins, wish.report)
     try:
         stage = _read_stage(wish, placement.plan.local)
         attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.dtype)
-        pipeline = _pipeline_around(stage.model, path, options, pipeline_arguments)
+        pipeline = pipeline_around(stage.model, checkpoint.header, options.dtype, pipeline_arguments)
+        pipeline = pipeline.to(options.device)
         if given:
             give(pipeline.transformer, given)
         return pipeline
@@ -136,14 +143,6 @@ def _read_stage(wish: _Wish, span: BlockSpan) -> Stage:
     weights = WeightReader(wish.checkpoint.header, progress=_local_progress(wish.report))
     adapter, options = wish.checkpoint.adapter, wish.options
     return adapter.build_stage(wish.checkpoint.spec, span, weights, device=options.device, dtype=options.dtype)
-
-
-def _pipeline_around(model: Any, path: str, options: SessionOptions, arguments: Mapping[str, Any]) -> Any:
-    """The pipeline in the folder ``path`` with ``model`` for its transformer."""
-    from diffusers import DiffusionPipeline
-
-    dtype = {_dtype_name(): options.dtype}
-    return DiffusionPipeline.from_pretrained(path, transformer=model, **dtype, **arguments).to(options.device)
 
 
 def split(
@@ -166,11 +165,11 @@ def split(
     `load_pipeline`; ``loras`` left out keeps those that it has.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
-    model = pipeline.transformer
+    model = _transformer_of(pipeline)
     old = model.mesh if isinstance(model, SplitModel) else None
     taken = take_off(pipeline) if old is None else []
     try:
-        checkpoint = old.checkpoint if old is not None else checkpoint_in_memory(model, plugins)
+        checkpoint = _checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
         options = SessionOptions(model.dtype, torch.device(model.device), quality, settings, codec)
         wish = _Wish(checkpoint, local, workers, options, plugins, report)
         wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint)
@@ -210,13 +209,21 @@ def _prepared(
 
 def _session(model: Any, wish: _Wish, placement: Placement, old: SplitRunner | None) -> Session | None:
     """An open session; that of ``old`` makes room when a worker cannot hold both."""
+    checkpoint, plugins = wish.checkpoint, wish.plugins
+    held = {**dict(model.named_parameters()), **(old.untouched if old is not None else {})}
+    remote = {name for hop in placement.plan.remote for name in checkpoint.spec.parameters_of(hop.span)}
 
     def identity() -> ModelIdentity:
-        known = old.session.identity if old is not None and old.session is not None else None
-        return known or identify_in_memory(wish.checkpoint, model, wish.plugins, wish.report)
+        refuse_several_types(held, remote, wish.options.dtype)
+        return identify_in_memory(checkpoint, held, remote, plugins, wish.report)
 
     try:
         return open_session(identity, placement, wish.options, wish.plugins, wish.report)
+    except CheckpointMismatch as error:
+        why = changed_after_loading(checkpoint, held, remote, plugins)
+        if not why:
+            raise
+        raise CheckpointMismatch(f"{error.message} {why}", hint=CHANGED_HINT) from error
     except PlanDoesNotFit:
         if old is None:
             raise
@@ -230,17 +237,36 @@ def unsplit(pipeline: Any) -> Any:
     Remote blocks that were never read on this machine are read now. LoRAs that diffusers' own calls loaded stay;
     those of ``loras=`` and `set_loras` end with the split.
     """
-    model = pipeline.transformer
+    model = _transformer_of(pipeline)
     if isinstance(model, SplitModel):
         runner, device, dtype, loras = model.mesh, model.device, model.dtype, model._mesh_loras
         whole = BlockSpan(0, runner.checkpoint.spec.blocks)
         runner.restore_local()
-        hold_only(model, runner.checkpoint, whole, device, dtype)
+        hold_only(model, _checkpoint_of(runner), whole, device, dtype)
         runner.close()
         detach(model)
         model.to(device)
         put_on_again(model, loras)
     return pipeline
+
+
+def _transformer_of(pipeline: Any) -> Any:
+    """Raises ConfigError where there is none."""
+    model = getattr(pipeline, "transformer", None)
+    if model is None:
+        raise ConfigError(
+            f"A {type(pipeline).__name__} holds no transformer that could be split.",
+            hint="a pipeline of diffusers that has one",
+        )
+    return model
+
+
+def _checkpoint_of(runner: SplitRunner) -> Checkpoint:
+    """What a split model reads its blocks from, as it is on disk now; see `as_it_is_now`."""
+    if not runner.checkpoint.header.stamps:
+        return runner.checkpoint
+    known = runner.session.identity.fingerprint if runner.session is not None else None
+    return as_it_is_now(runner.checkpoint, known)
 
 
 def stats(pipeline: Any) -> Any:
@@ -249,17 +275,10 @@ def stats(pipeline: Any) -> Any:
     Raises:
         PlanError: the pipeline is not split.
     """
-    model = pipeline.transformer
+    model = _transformer_of(pipeline)
     if not isinstance(model, SplitModel):
         raise PlanError("This pipeline is not split.", hint="mesh_core.split(pipeline, ...)")
     return model.mesh.stats
-
-
-def _dtype_name() -> str:
-    """What ``from_pretrained`` calls the type to load in; renamed in diffusers 0.42."""
-    import diffusers
-
-    return "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 
 def _local_progress(report: ProgressReport | None) -> Any:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from mesh_codec.dtypes import from_safetensors
+from mesh_core.errors import CheckpointError, CheckpointMismatch
 from mesh_core.host.options import ModelIdentity
 from mesh_core.host.progress import THIS_MACHINE, Activity, Phase, ProgressReport
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.plugins.registry import Plugins
+from mesh_core.programs.same_weights import first_difference, fits
+from mesh_core.system.logs import logger
+
+log = logger(__name__)
+
+CHANGED_HINT = "the changed model saved to a folder that the workers serve too; LoRAs through loras=, not fused"
 
 
 def identify(checkpoint: Checkpoint, report: ProgressReport | None = None) -> ModelIdentity:
@@ -31,18 +39,62 @@ def identify(checkpoint: Checkpoint, report: ProgressReport | None = None) -> Mo
 
 
 def identify_in_memory(
-    checkpoint: Checkpoint, model: Any, plugins: Plugins, report: ProgressReport | None
+    checkpoint: Checkpoint,
+    held: Mapping[str, Tensor],
+    remote: Collection[str],
+    plugins: Plugins,
+    report: ProgressReport | None,
 ) -> ModelIdentity:
-    """The identity of a diffusers ``model`` in memory; that of its file when it was cast to another type on loading."""
-    if checkpoint.header.path.is_dir() and checkpoint.header.files[0].is_file():
+    """The identity of a diffusers model in memory: by its content, or by its file's where that is the same.
+
+    A file says nothing of what became of its weights after loading. It is taken for the model only where every
+    parameter that workers would read from it equals the one in memory, see `first_difference`.
+
+    Args:
+        held: all parameters by name; those that were never read have no data.
+        remote: names of those that workers are to compute with.
+
+    Raises:
+        CheckpointMismatch: only a part is in memory, and one that was changed there is to run on a worker.
+        CheckpointError: the file cannot be read, or is not the one that it was.
+    """
+    if checkpoint.header.stamps:
+        changed = first_difference(checkpoint, held, remote)
+        if changed is not None:
+            raise CheckpointMismatch(_changed(changed, checkpoint), hint=CHANGED_HINT)
         return identify(checkpoint, report)
     spec = checkpoint.spec
-    source = str(model.config.get("_name_or_path") or "")
-    if source and Path(source).exists():
-        on_disk = recognise(read_header(source), plugins)
-        if on_disk.spec.dtypes != spec.dtypes:
-            return identify(on_disk, report)
-    return ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, model))
+    on_disk = _on_disk(checkpoint, plugins)
+    cast = on_disk is not None and fingerprint.structure(on_disk.spec) != fingerprint.structure(spec)
+    if on_disk is not None and cast and first_difference(on_disk, held, remote) is None:
+        return identify(on_disk, report)
+    return ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_values(spec, held.__getitem__))
+
+
+def changed_after_loading(
+    checkpoint: Checkpoint, held: Mapping[str, Tensor], remote: Collection[str], plugins: Plugins
+) -> str:
+    """Which of the parameters for workers is not what the file of a model in memory holds; empty if none is known."""
+    on_disk = _on_disk(checkpoint, plugins)
+    changed = first_difference(on_disk, held, remote) if on_disk is not None else None
+    return _changed(changed, on_disk) if changed is not None and on_disk is not None else ""
+
+
+def _changed(name: str, checkpoint: Checkpoint) -> str:
+    return f"{name} is not what {checkpoint.header.path} holds: it was changed in memory (fused, scaled, quantised)."
+
+
+def _on_disk(checkpoint: Checkpoint, plugins: Plugins) -> Checkpoint | None:
+    """The checkpoint that a model in memory was loaded from, as far as it says and as far as that fits."""
+    source = str(checkpoint.header.config.get("_name_or_path") or "")
+    if not source or not Path(source).exists():
+        return None
+    try:
+        found = recognise(read_header(source), plugins)
+    except CheckpointError as error:
+        log.debug("the weights in memory are not looked for in %s: %s", source, error)
+        return None
+    return found if fits(found, checkpoint) else None
 
 
 def file_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecUnsupported
+from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.safetensors import TensorInfo
@@ -30,9 +31,17 @@ def header_in_memory(
     Args:
         place: stands for the file in messages; nothing is read from it.
         config: the model's own, as in ``config.json``.
+
+    Raises:
+        CheckpointUnrecognised: a tensor of another class than torch's own: what it holds is not its numbers.
     """
     listed = {}
     for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise CheckpointUnrecognised(
+                f"{name} is a {type(tensor).__name__}, no plain tensor: workers do not compute with quantised weights.",
+                hint="the same model in bfloat16, not quantised",
+            )
         try:
             dtype = from_torch(tensor.dtype).safetensors
         except CodecUnsupported:
@@ -45,10 +54,26 @@ def checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
     """The checkpoint that a model of diffusers is.
 
     Raises:
-        CheckpointUnrecognised: no adapter knows it, or its weights are in a form that none computes with.
+        CheckpointUnrecognised: no adapter knows it, its weights are in a form that none computes with, or it holds
+            more than its class has.
     """
     config = {**model.config, "_class_name": type(model).__name__}  # type: ignore[dict-item]
-    return recognise(header_in_memory(dict(model.named_parameters()), _MEMORY, config), plugins)
+    parameters = dict(model.named_parameters())
+    checkpoint = recognise(header_in_memory(parameters, _MEMORY, config), plugins)
+    known = {piece.tensor for p in checkpoint.spec.parameters.values() for piece in p.pieces}
+    for name in (*parameters, *(name for name, _ in model.named_buffers())):
+        if name not in known:
+            raise CheckpointUnrecognised(
+                f"{name} is in memory and in no {type(model).__name__}: a part of it was replaced, and workers would "
+                "compute without it.",
+                hint="the model as it was loaded, or all of it on this machine",
+            )
+        if parameters[name].is_meta:
+            raise CheckpointUnrecognised(
+                f"{name} holds no data: it was moved away, as enable_sequential_cpu_offload() does.",
+                hint="split() before anything is offloaded",
+            )
+    return checkpoint
 
 
 def hold_only(
@@ -56,8 +81,7 @@ def hold_only(
 ) -> None:
     """Have the parameters of ``span`` on the device, and the others off it.
 
-    What was never read is read now, in ``dtype``. The others are dropped if they can be read again, else moved to the
-    CPU.
+    What was never read is read now, in ``dtype``. The others are dropped if they lie in files, else moved to the CPU.
 
     Raises:
         CheckpointError: what is missing cannot be read.
@@ -68,11 +92,10 @@ def hold_only(
     header = checkpoint.header
     if missing:
         WeightReader(header).fill(model, missing, device=device, dtype=dtype)
-    from_file = header.path != _MEMORY and all(file.is_file() for file in header.files)
     for name, parameter in parameters.items():
         if name in wanted and not parameter.is_meta:
             parameter.data = parameter.data.to(device)
-        elif name not in wanted and from_file:
+        elif name not in wanted and header.stamps:
             assign(model, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         elif name not in wanted:
             parameter.data = parameter.data.to("cpu")

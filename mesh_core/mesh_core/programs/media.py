@@ -52,13 +52,12 @@ def checked_output(output: Path | None, pipeline_class: type[Any]) -> Path:
     """The file to write, named by the user or not; fails before anything slow happens.
 
     Raises:
-        ConfigError: its folder does not exist, its kind is not what the pipeline makes, or PyAV is missing.
+        ConfigError: it cannot be written, its kind is not what the pipeline makes, or PyAV is missing.
     """
     video = makes_video(pipeline_class.__call__)
     output = output if output is not None else Path("out.mp4" if video else "out.png")
-    if not output.parent.is_dir():
-        raise ConfigError(f"The folder of {output} does not exist.", hint="another --output")
-    if video != (output.suffix.lower() in VIDEO_SUFFIXES):
+    known = VIDEO_SUFFIXES if video else _picture_suffixes()
+    if output.suffix.lower() not in known:
         made = "a video" if video else "a picture"
         raise ConfigError(
             f"{pipeline_class.__name__} makes {made}; {output.name} is none.",
@@ -66,7 +65,29 @@ def checked_output(output: Path | None, pipeline_class: type[Any]) -> Path:
         )
     if video:
         _av()
-    return output
+    return writable(output, "--output")
+
+
+def writable(file: Path, option: str) -> Path:
+    """``file``, which the user named with ``option``, as soon as it is known that it can be written.
+
+    Raises:
+        ConfigError: it cannot be; says why.
+    """
+    new = not file.exists()
+    try:
+        file.open("ab").close()
+        if new:
+            file.unlink()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}.", hint=f"another {option}") from error
+    return file
+
+
+def _picture_suffixes() -> list[str]:
+    from PIL import Image
+
+    return [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
 
 
 def save(pipeline: Any, output: Any, arguments: Mapping[str, Any], file: Path) -> None:
@@ -74,11 +95,21 @@ def save(pipeline: Any, output: Any, arguments: Mapping[str, Any], file: Path) -
 
     Args:
         arguments: of the call; the frame rate may be among them.
+
+    Raises:
+        ConfigError: it cannot be written there.
     """
     if hasattr(output, "images"):
-        output.images[0].save(file)
+        _save_picture(output.images[0], file)
     else:
         write_video(video_of(pipeline, output, arguments), file)
+
+
+def _save_picture(picture: Any, file: Path) -> None:
+    try:
+        picture.save(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} could not be written: {error}.", hint="another --output") from error
 
 
 def video_of(pipeline: Any, output: Any, arguments: Mapping[str, Any]) -> Video:

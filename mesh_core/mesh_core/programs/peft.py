@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mesh_core.errors import UnsupportedInput
+from mesh_core.errors import LoraUnmatched, UnsupportedInput
 from mesh_core.host.loras import AnyLora
 from mesh_core.loras.lora import Applied, Lora
 from mesh_core.loras.read import lora_of_state, read_lora, warn_of_unmatched
@@ -72,13 +72,17 @@ class PeftLoras:
             found += [Applied(self.loaded[name].lora, s) for name, s in named]
         return found
 
-    def load(self, source: Any, name: str | None, options: Mapping[str, Any], *, hotswap: bool) -> str:
+    def load(self, source: Any, name: str | None, options: Mapping[str, Any], *, hotswap: bool, file: str = "") -> str:
         """Add a LoRA, as the only active one; returns its name.
+
+        Args:
+            file: what the user gave diffusers, if it was a file; people know the LoRA by that.
 
         Raises:
             LoraError, LoraUnmatched: see `read_lora`.
             UnsupportedInput: a source that is neither a state dict nor a file.
         """
+        label = name or Path(file).stem or "a LoRA without a name"
         if name is None:
             numbers = (i for i in range(len(self.loaded) + 1) if f"default_{i}" not in self.loaded)
             name = f"default_{next(numbers)}"
@@ -88,7 +92,7 @@ class PeftLoras:
                 if name in self.loaded
                 else f"There is no adapter {name!r} to swap."
             )
-        lora, state = self._read(source, name, options)
+        lora, state = self._read(source, label, options, file or label)
         if hotswap:
             self.loaded[name] = PeftLora(lora, state, dict(options), self.loaded[name].weight)
             return name
@@ -96,7 +100,9 @@ class PeftLoras:
         self.active = [name]
         return name
 
-    def _read(self, source: Any, name: str, options: Mapping[str, Any]) -> tuple[Lora, dict[str, Tensor] | str]:
+    def _read(
+        self, source: Any, name: str, options: Mapping[str, Any], where: str
+    ) -> tuple[Lora, dict[str, Tensor] | str]:
         if isinstance(source, (str, Path)) and Path(source).is_file():
             return warn_of_unmatched(read_lora(source, self.checkpoint, name)), str(source)
         if not isinstance(source, Mapping):
@@ -106,6 +112,8 @@ class PeftLoras:
             )
         prefix = options.get("prefix", PREFIX)
         own = {k: v for k, v in source.items() if prefix is None or k.startswith(f"{prefix}.")}
+        if not own:
+            raise self._nothing_for_us(source, prefix, where)
         # The caller may change its tensors later.
         state = {key: tensor.detach().to("cpu", copy=True) for key, tensor in own.items()}
         named = dict(state)
@@ -115,4 +123,12 @@ class PeftLoras:
             named[key if key.endswith(".alpha") else f"{key}.alpha"] = torch.tensor(float(alpha))
         metadata = options.get("metadata")
         note = {"lora_adapter_metadata": json.dumps(metadata)} if metadata else {}
-        return warn_of_unmatched(lora_of_state(named, self.checkpoint, name, note)), state
+        return warn_of_unmatched(lora_of_state(named, self.checkpoint, name, note, where)), state
+
+    def _nothing_for_us(self, source: Mapping[str, Any], prefix: str | None, where: str) -> LoraUnmatched:
+        keys = f": none of its {len(source)} keys begins with {prefix}, for example {min(source)}" if source else ""
+        spec = self.checkpoint.spec
+        return LoraUnmatched(
+            f"{where} holds nothing for the transformer{keys}.",
+            hint=f"a LoRA that was made for {spec.family} {spec.variant}; mesh lora inspect FILE shows what one is",
+        )

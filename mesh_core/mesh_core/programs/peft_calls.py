@@ -5,8 +5,10 @@ Each call changes a `PeftLoras`, which is then merged into the weights on every 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -63,9 +65,10 @@ class LoraCalls(nn.Module):
         kwargs.pop("_pipeline", None)
         name = kwargs.pop("adapter_name", None)
         source, options = pretrained_model_name_or_path_or_dict, {**kwargs, "prefix": prefix}
+        file = _file_given()
 
         def change(loras: PeftLoras) -> None:
-            loras.load(source, name, options, hotswap=hotswap)
+            loras.load(source, name, options, hotswap=hotswap, file=file)
 
         self._mesh_change(change)
 
@@ -162,6 +165,22 @@ class LoraCalls(nn.Module):
         loaded = self._mesh_loras.loaded
         if missing := [name for name in names if name not in loaded]:
             raise ValueError(f"There is no adapter {missing[0]!r}; loaded are {sorted(loaded)}.")
+
+
+def _file_given() -> str:
+    """The file that a pipeline's ``load_lora_weights`` was called with, for messages; empty if there is none.
+
+    Pipelines read the file and hand on its tensors only, under a name like ``default_0`` that tells nobody anything.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "load_lora_weights":
+        frame = frame.f_back
+    given = frame.f_locals if frame is not None else {}
+    source = given.get("pretrained_model_name_or_path_or_dict")
+    if not isinstance(source, (str, Path)):
+        return ""
+    inner = (given.get("kwargs") or {}).get("weight_name")
+    return str(Path(source, inner) if isinstance(inner, str) else source)
 
 
 @cache

@@ -79,6 +79,10 @@ class SplitModel(LoraCalls):
         """Refused: ConfigError."""
         raise ConfigError("A split model holds only a part of its weights and cannot be saved.", hint="unsplit() first")
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: ConfigError. Workers would go on with the weights that they have."""
+        raise ConfigError("A split model takes no other weights: its workers would not.", hint="unsplit() first")
+
 
 def attach(
     model: nn.Module,

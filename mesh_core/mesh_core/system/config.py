@@ -68,6 +68,13 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * base ** _UNITS[unit.rstrip("B").rstrip("I")])
 
 
+def in_bytes(size: float) -> str:
+    """A number of bytes for people, with three digits or so: ``"12.3 GB"``, ``"520 KB"``. Counts in 1000s."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if size >= u), (1.0, "bytes"))
+    number = size / unit
+    return f"{number:.0f} {name}" if unit == 1.0 or number >= 100 else f"{number:.{1 if number >= 10 else 2}f} {name}"
+
+
 @dataclass(frozen=True)
 class WorkerSettings:
     """What `mesh serve` offers.
@@ -77,6 +84,7 @@ class WorkerSettings:
         port: TCP port; 0 lets the system choose.
         memory_budget: bytes of weights kept on the device; None takes what the device has free.
         constants_cache: bytes of generation constants kept for all sessions together.
+        step_memory: bytes that one step may take beside the weights; None takes what the device has free.
         orphaned_after: seconds of silence of a host after which its running step is stopped.
         idle_after: seconds without use after which a session is forgotten; its host opens it again when it returns.
         yields_after: seconds without use after which a session is forgotten if another needs its memory.
@@ -86,6 +94,7 @@ class WorkerSettings:
     port: int = field(default=7777, metadata={"least": 0, "most": 65535})
     memory_budget: int | None = field(default=None, metadata={"bytes": True, "least": 1})
     constants_cache: int = field(default=1 << 30, metadata={"bytes": True, "least": 0})
+    step_memory: int | None = field(default=None, metadata={"bytes": True, "least": 1})
     orphaned_after: float = field(default=10.0, metadata={"least": 0.1})
     idle_after: float = field(default=3600.0, metadata={"least": 1.0})
     yields_after: float = field(default=60.0, metadata={"least": 0.1})
@@ -93,7 +102,8 @@ class WorkerSettings:
 
 @dataclass(frozen=True)
 class Deadlines:
-    """Seconds until a request is given up; ``reconnect``: how long a lost worker is waited for."""
+    """Seconds until a request is given up; ``reconnect``: how long a lost worker is waited for. A worker computes no
+    step for longer than its own ``step``."""
 
     connect: float = field(default=10.0, metadata={"least": 0.1})
     load: float = field(default=900.0, metadata={"least": 0.1})
@@ -178,7 +188,9 @@ def _settings(file: Path) -> Settings:
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"Could not read the settings {file}: {error.strerror}.") from error
+        raise ConfigError(
+            f"Could not read the settings {file}: {error.strerror}.", hint="check the path, and that you may read it"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{file} is not TOML: {error}.", hint="correct it, or delete it to use the defaults"
@@ -193,7 +205,8 @@ def _settings(file: Path) -> Settings:
     settings = Settings(**read)
     if settings.heartbeat.lost_after <= settings.heartbeat.interval:
         raise ConfigError(
-            f"{file}: heartbeat.lost_after must be longer than heartbeat.interval ({settings.heartbeat.interval} s)."
+            f"{file}: heartbeat.lost_after must be longer than heartbeat.interval ({settings.heartbeat.interval} s).",
+            hint="a larger lost_after or a smaller interval",
         )
     return settings
 
@@ -207,7 +220,8 @@ def _table(kind: type[T], table: Mapping[str, Any], file: Path, where: str) -> T
             values[key] = _value(value, known[key].default, known[key].metadata)
         except (ConfigError, ValueError) as error:
             reason = error.message if isinstance(error, ConfigError) else str(error)
-            raise ConfigError(f"{file}: {where}.{key} = {value!r}: {reason}") from error
+            hint = error.hint if isinstance(error, ConfigError) else "correct it, or take it out to use the default"
+            raise ConfigError(f"{file}: {where}.{key} = {value!r}: {reason}", hint=hint) from error
     return kind(**values)
 
 
@@ -245,12 +259,16 @@ def _check_known(given: Mapping[str, Any], known: Mapping[str, Any], file: Path,
             )
 
 
-def atomic_write(path: Path, content: bytes, *, private: bool = False) -> None:
+_OURS = "free some space, or set MESH_HOME to a folder that you may write to"
+
+
+def atomic_write(path: Path, content: bytes, *, private: bool = False, hint: str = _OURS) -> None:
     """Write a file so that a reader sees all of the old or all of the new content; makes missing folders.
 
     Args:
         private: readable by this user only, where the system has such permissions; on Windows the permissions of
             the folder hold.
+        hint: of the error; by default for the mesh's own files.
 
     Raises:
         ConfigError: the file cannot be written; names it and the reason.
@@ -267,7 +285,4 @@ def atomic_write(path: Path, content: bytes, *, private: bool = False) -> None:
     except OSError as error:
         with suppress(OSError):  # the folder itself may be what is wrong
             draft.unlink()
-        raise ConfigError(
-            f"Could not write {path}: {error.strerror or error}.",
-            hint="free some space, or set MESH_HOME to a folder that you may write to",
-        ) from error
+        raise ConfigError(f"Could not write {path}: {error.strerror or error}.", hint=hint) from error

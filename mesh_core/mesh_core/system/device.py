@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from time import perf_counter
+
 import psutil
 import torch
 
@@ -46,6 +49,28 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _SHARE_OF_FREE)
     return int(psutil.virtual_memory().available * _SHARE_OF_FREE)
+
+
+def spare_memory(device: torch.device) -> int:
+    """Bytes that computing may take on ``device`` now, those included that torch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return free_memory(device) + held
+
+
+@cache
+def peak_operations(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second that a product of matrices of ``dtype`` reaches on ``device``."""
+    size = 512 if device.type == "cpu" else 4096
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+
+    def seconds() -> float:
+        synchronise(device)
+        began = perf_counter()
+        torch.mm(matrix, matrix)
+        synchronise(device)
+        return perf_counter() - began
+
+    return float(2 * size**3 / min(seconds() for _ in range(5)))
 
 
 def label(device: torch.device) -> str:

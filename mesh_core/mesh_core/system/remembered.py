@@ -1,10 +1,9 @@
-"""What is costly to compute of files and remembered on disk, valid while they keep their size and modification time."""
+"""What is costly to compute of files and remembered on disk, valid while their stamps stay the same."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from blake3 import blake3
 
 from mesh_core.errors import ConfigError
 from mesh_core.system.config import atomic_write, cache_dir
+from mesh_core.system.file_stamp import FileStamp
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Remembered:
@@ -22,13 +23,13 @@ class Remembered:
 
     Args:
         kind: a folder of the cache, for example ``"fingerprints"``.
+        files: with the stamps that they had when the value was computed, or must have for it to be used.
         salt: what the value depends on beside the files.
     """
 
-    def __init__(self, kind: str, files: Sequence[Path], salt: str = "") -> None:
+    def __init__(self, kind: str, files: Mapping[Path, FileStamp], salt: str = "") -> None:
         self._kind = kind
-        real = [f.resolve() for f in files]
-        self._state = json.dumps([salt, [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in real]])
+        self._state = json.dumps([salt, [[str(f.resolve()), *stamp.plain()] for f, stamp in sorted(files.items())]])
         self._path = cache_dir() / kind / f"{blake3(self._state.encode()).hexdigest()[:32]}.json"
 
     def get(self) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mesh_core.model.adapter import ModelAdapter, Stage
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.shapes import foretell, resolve
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec
 from mesh_core.model.weights import WeightReader
@@ -76,10 +77,17 @@ def _composed(
         part = Conditioning({n: t for n, t in conditioning.constants.items() if n in needed}, conditioning.options)
         # Off the wire, everything is in row-major order.
         held = {name: tensor.contiguous() for name, tensor in {**state, **part.constants}.items()}
+        resolve(adapter.shapes(spec, start), {name: tensor.shape for name, tensor in held.items()})
         state, part.constants = ({n: held[n] for n in names} for names in (state, part.constants))
         before = {name: tensor.clone() for name, tensor in held.items()}
+        given = {name: tensor.shape for name, tensor in held.items()}
+        foretold = foretell(adapter.shapes(spec, start), given, adapter.shapes(spec, stop)) if len(span) else {}
         with torch.no_grad():
             state = stage_of(span)(state, part)
+        for name, shape in ((n, s) for n, s in foretold.items() if n in state):
+            assert tuple(state[name].shape) == shape, (
+                f"{name} at cut {stop} has {tuple(state[name].shape)}, not {shape}"
+            )
         for name, tensor in before.items():
             assert torch.equal(tensor, held[name]), f"the stage {span} changed its input {name!r} in place"
     return adapter.finish(spec, state)

@@ -77,12 +77,12 @@ def parse_options(query: str, known: set[str], text: str) -> dict[str, str]:
     try:
         parsed = parse_qs(query, keep_blank_values=True, strict_parsing=bool(query), max_num_fields=16)
     except ValueError as error:
-        raise ConfigError(f"{text[:200]!r}: {query[:100]!r} cannot be read: {error}.") from error
+        raise ConfigError(f"{text[:200]!r}: {query[:100]!r} cannot be read: {error}.", hint=_WRITTEN) from error
     for name, values in parsed.items():
         if name not in known:
             raise ConfigError(f"{text[:200]!r}: there is no option {name[:40]!r}.", hint=f"one of {sorted(known)}")
         if len(values) > 1:
-            raise ConfigError(f"{text[:200]!r}: {name} occurs {len(values)} times.")
+            raise ConfigError(f"{text[:200]!r}: {name} occurs {len(values)} times.", hint="it once")
     return {name: values[0] for name, values in parsed.items()}
 
 

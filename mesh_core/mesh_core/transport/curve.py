@@ -5,7 +5,6 @@ Knows sockets and keys, not where keys are kept.
 
 from __future__ import annotations
 
-import logging
 import threading
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable
@@ -13,7 +12,9 @@ from collections.abc import Callable
 import zmq
 from zmq.utils import z85
 
-log = logging.getLogger(__name__)
+from mesh_core.system.logs import logger
+
+log = logger(__name__)
 
 KEY_LENGTH = 40
 """Characters of a key as Z85 text; 32 bytes."""
@@ -127,4 +128,5 @@ class ZapHandler:
         except Exception:
             # The handler must outlive anything: without it nobody could connect any more.
             log.exception("a handshake was refused because its key could not be checked")
+            return b"500", b"Not checked", b""
         return b"400", b"Not authorised", b""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-
 from mesh_core.errors import ConfigError
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Trust
 from mesh_core.transport.keys import KeyStore
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Gate:

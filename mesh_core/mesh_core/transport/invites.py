@@ -62,9 +62,11 @@ def create_invite(address: str, *, name: str = "", lifetime: float = LIFETIME, k
 
     place = parse_place(advertised(address))
     if place.insecure:
-        raise ConfigError("A worker without encryption needs no invites: whoever reaches it is a member.")
+        raise ConfigError(
+            "A worker without encryption needs no invites: whoever reaches it is a member.", hint="its address alone"
+        )
     if not lifetime > 0:
-        raise ConfigError("An invite is good for some time: its lifetime must be positive.")
+        raise ConfigError("An invite is good for some time: its lifetime must be positive.", hint="--minutes 60")
     store = keys if keys is not None else KeyStore()
     public, secret = new_key_pair()
     until = int(time() + max(1.0, lifetime))

@@ -5,8 +5,12 @@ from __future__ import annotations
 import socket
 from time import monotonic, sleep
 
-from mesh_core.errors import Unreachable
+from mesh_core.errors import TransportError, Unreachable
+from mesh_core.system.handles import EXHAUSTED, EXHAUSTED_HINT
 from mesh_core.transport.address import Place
+
+WAY = "is the machine awake, on this network or VPN, and the port open in its firewall?"
+"""What to look at where nothing answers."""
 
 _RETRY = 0.05
 _DIAGNOSIS = 2.0
@@ -22,6 +26,7 @@ def reach(place: Place, timeout: float) -> str:
 
     Raises:
         Unreachable: the name does not resolve, nobody listens, or nothing answers; says which.
+        TransportError: this process has too many connections and files open.
     """
     deadline = monotonic() + timeout
     while True:
@@ -39,9 +44,11 @@ def reach(place: Place, timeout: float) -> str:
         except TimeoutError as error:
             raise Unreachable(
                 f"Nothing answers at {place} within {timeout:g} s.",
-                hint="is the machine awake, on this network, and the port open in its firewall?",
+                hint=WAY,
             ) from error
         except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise TransportError(f"Connecting to {place} failed: {error}.", hint=EXHAUSTED_HINT) from error
             if monotonic() + _RETRY > deadline:
                 raise _nobody(place, error) from error
             sleep(_RETRY)
@@ -51,21 +58,21 @@ def _nobody(place: Place, error: OSError) -> Unreachable:
     if isinstance(error, ConnectionRefusedError):
         hint = f"mesh serve --port {place.port} on {place.host}; with --bind 0.0.0.0 for other machines to reach it"
         return Unreachable(f"Nobody listens at {place}: the connection is refused.", hint=hint)
-    return Unreachable(f"{place} cannot be reached: {error.strerror or error}.", hint="mesh doctor")
+    return Unreachable(f"{place} cannot be reached: {error.strerror or error}.", hint=WAY)
 
 
-def mechanism(place: Place) -> str | None:
-    """What the listener at ``place`` speaks: ``"CURVE"``, ``"NULL"``, "" if not ZMTP 3; None if it is gone."""
+def mechanism(place: Place, timeout: float) -> str | None:
+    """What the listener at ``place`` speaks: ``"CURVE"``, ``"NULL"``, "" if not ZMTP 3; None where it does not say."""
     greeting = b""
     try:
-        with socket.create_connection((place.host, place.port), timeout=_DIAGNOSIS) as connection:
-            connection.sendall(_OPENING)
-            while len(greeting) < _GREETING_LENGTH and (part := connection.recv(_GREETING_LENGTH - len(greeting))):
+        with socket.create_connection((place.host, place.port), timeout=max(0.01, min(timeout, _DIAGNOSIS))) as end:
+            end.sendall(_OPENING)
+            while len(greeting) < _GREETING_LENGTH and (part := end.recv(_GREETING_LENGTH - len(greeting))):
                 greeting += part
-    except ConnectionRefusedError:
-        return None
     except OSError:
+        pass  # What came before it is looked at all the same.
+    if greeting[:1] not in (b"", b"\xff") or greeting[9:10] not in (b"", b"\x7f"):
         return ""
-    if len(greeting) < _GREETING_LENGTH or greeting[0] != 0xFF or greeting[9] != 0x7F:
-        return ""
+    if len(greeting) < _GREETING_LENGTH:
+        return None
     return greeting[12:32].rstrip(b"\0").decode("ascii", "replace")

@@ -5,7 +5,6 @@ Knows where keys are kept and what they open; nothing of what the messages mean.
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Sequence
@@ -18,21 +17,24 @@ from typing import ClassVar, cast
 
 import zmq
 
-from mesh_core.errors import ConfigError, Unreachable
+from mesh_core.errors import ConfigError
+from mesh_core.system.handles import raised_limit
+from mesh_core.system.logs import logger
 from mesh_core.transport.address import Place, is_loopback, numeric, parse_place
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 from mesh_core.transport.gate import Gate
 from mesh_core.transport.keys import KeyPair, KeyStore
-from mesh_core.transport.reach import reach
-from mesh_core.transport.zmq_channel import ZmqChannel, open_channel
+from mesh_core.transport.zmq_channel import ZmqChannel
+from mesh_core.transport.zmq_connecting import Caller
+from mesh_core.transport.zmq_doors import DoorLimits, Doors
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_listener import ZmqListener
 from mesh_core.transport.zmq_process import ZmqProcess
-from mesh_core.transport.zmq_refusals import WorkerEnded
+from mesh_core.transport.zmq_refusals import JOIN
 from mesh_core.transport.zmq_socket import Socket, Wire, milliseconds
 from mesh_core.wire.limits import LIMITS, MessageLimits
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class ZeroMqTransport(Transport):
@@ -58,25 +60,9 @@ class ZeroMqTransport(Transport):
     def connect(self, address: Address, timeout: float, *, client: KeyPair | None = None) -> Channel:
         """See `Transport.connect`. ``client``: the keys to call with, in place of the user's own."""
         place = parse_place(address.text)
-        deadline = monotonic() + timeout
         keys = None if place.insecure else self._keys_for(place, address.server_key, client)
-        while True:
-            found = reach(place, max(0.01, deadline - monotonic()))
-            try:
-                return open_channel(
-                    self._runs().context,
-                    place,
-                    found,
-                    keys,
-                    timeout=max(0.1, deadline - monotonic()),
-                    wire=Wire(self._limits, encrypted=keys is not None),
-                    keeper=self,
-                )
-            except WorkerEnded as ended:
-                if monotonic() > deadline:
-                    raise Unreachable(
-                        f"The worker at {place} ended while we connected.", hint="start it again"
-                    ) from ended
+        wire = Wire(self._limits, encrypted=keys is not None)
+        return Caller(self._runs().context, place, keys, self._store(), wire, self).connect(timeout)
 
     def listen(self, address: str, **options: object) -> Listener:
         """See `Transport.listen`.
@@ -90,19 +76,22 @@ class ZeroMqTransport(Transport):
         host = numeric(place.host)
         gate = None if place.insecure else Gate(self._store())
         wire = Wire(self._limits, encrypted=gate is not None)
-        socket = wire.socket(self._runs().context, zmq.ROUTER)
-        try:
-            with mapped_errors(f"Listening at {place}"):
+        limits = DoorLimits.within(raised_limit())
+        with mapped_errors(f"Listening at {place}"):
+            context = self._runs().context
+            socket = wire.socket(context, zmq.ROUTER)
+            try:
                 socket.router_handover = 1
                 socket.ipv6 = ":" in host
                 domain = self._guard(socket, gate)
                 socket.bind(f"tcp://{f'[{host}]' if ':' in host else host}:{place.port}")
-        except BaseException:
-            socket.close(linger=0)
-            raise
-        port = int(cast(bytes, socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0").rpartition(":")[2])
-        written = str(replace(place, port=port))
-        return ZmqListener(self._runs().context, socket, written, gate, wire, partial(self._unguard, domain))
+                port = int(cast(bytes, socket.getsockopt(zmq.LAST_ENDPOINT)).decode().rstrip("\0").rpartition(":")[2])
+                doors = Doors(context, socket, port, limits)
+            except BaseException:
+                socket.close(linger=0)
+                raise
+            written, unguard = str(replace(place, port=port)), partial(self._unguard, domain)
+            return ZmqListener(context, socket, written, gate, wire, doors, unguard)
 
     def wait(self, channels: Sequence[Channel], timeout: float) -> list[Channel]:
         ours = cast(Sequence[ZmqChannel], channels)
@@ -149,7 +138,7 @@ class ZeroMqTransport(Transport):
             else:
                 raise ConfigError(
                     f"The key of the worker at {place} is not known here.",
-                    hint="mesh join INVITE, with the invite that mesh serve or mesh keys invite prints there",
+                    hint=JOIN,
                 )
         return client or store.identity().client, server_key
 

@@ -15,12 +15,15 @@ from mesh_core.transport.base import Channel
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.keys import KeyPair
 from mesh_core.transport.zmq_errors import mapped_errors
-from mesh_core.transport.zmq_refusals import why_refused
-from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
+from mesh_core.transport.zmq_refusals import HandshakeBroken, not_accepted
+from mesh_core.transport.zmq_socket import HERE, Context, Socket, Wire, close_with, milliseconds
 from mesh_core.wire.framing import Frame
 
 _FULL = 5.0
 """Seconds that a send waits for a queue that is full."""
+
+_NOT_ACCEPTED = 400
+"""What a ZAP handler says of a key (RFC 27)."""
 
 _FAILED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
@@ -123,16 +126,20 @@ class ZmqChannel(Channel):
         """Wait until both ends have proven their keys.
 
         Raises:
-            NotAuthorised, Unreachable: see `mesh_core.transport.base.Transport.connect`.
+            NotAuthorised: the worker has proven its key and refuses ours.
+            Unreachable: it does not answer in time.
+            HandshakeBroken: the connection ended.
         """
         deadline = monotonic() + timeout
         while (left := deadline - monotonic()) > 0:
             if not self.monitor.poll(milliseconds(left)):
                 break
-            event = parse_monitor_message(self.monitor.recv_multipart())["event"]
-            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            told = parse_monitor_message(self.monitor.recv_multipart())
+            if told["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 return
-            raise why_refused(self._place, event)
+            if told["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH and told["value"] == _NOT_ACCEPTED:
+                raise not_accepted(self._place)
+            raise HandshakeBroken
         raise Unreachable(
             f"{self._place} takes connections, but does not answer within {timeout:g} s.",
             hint="restart the worker there; it is stopped, or too busy to answer",
@@ -156,12 +163,11 @@ def open_channel(
         keys: our key pair and the worker's public key; None for no encryption.
 
     Raises:
-        NotAuthorised, Unreachable: as `Transport.connect` does.
-        WorkerEnded: worth another try.
+        NotAuthorised, Unreachable, HandshakeBroken: as of `ZmqChannel.shake_hands`.
     """
-    channel = ZmqChannel(context, place, wire, keeper)
-    try:
-        with mapped_errors(f"Connecting to {place}"):
+    with mapped_errors(f"Connecting to {place}"):
+        channel = ZmqChannel(context, place, wire, keeper)
+        try:
             if keys is not None:
                 own, server_key = keys
                 channel.socket.curve_publickey = own.public.encode()
@@ -170,7 +176,8 @@ def open_channel(
             channel.socket.ipv6 = ":" in numeric
             channel.socket.connect(f"tcp://{f'[{numeric}]' if ':' in numeric else numeric}:{place.port}")
             channel.shake_hands(timeout)
-    except BaseException:
-        channel.close()
-        raise
-    return channel
+            wire.send(channel.socket, HERE)
+        except BaseException:
+            channel.close()
+            raise
+        return channel

@@ -1,4 +1,4 @@
-"""ZeroMQ's errors as ours: one context manager, used around every call that can fail."""
+"""Errors of ZeroMQ and of sockets as ours: one context manager, used around every call that can fail."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import zmq
 
 from mesh_core.errors import PeerLost, TransportError, TransportTimeout, Unreachable
+from mesh_core.system.handles import EXHAUSTED, EXHAUSTED_HINT
 
 _GONE = frozenset({zmq.ETERM, zmq.ENOTSOCK, zmq.EHOSTUNREACH, zmq.ENOTCONN, zmq.ECONNRESET, zmq.ECONNABORTED})
 _NOBODY = frozenset({zmq.ECONNREFUSED, zmq.ENETUNREACH, zmq.ENETDOWN, zmq.ETIMEDOUT})
@@ -16,7 +17,7 @@ _NOBODY = frozenset({zmq.ECONNREFUSED, zmq.ENETUNREACH, zmq.ENETDOWN, zmq.ETIMED
 
 @contextmanager
 def mapped_errors(doing: str) -> Iterator[None]:
-    """Turn whatever ZeroMQ raises into a `TransportError`. ``doing`` completes "... failed", for example
+    """Turn whatever ZeroMQ or the system raises into a `TransportError`. ``doing`` completes "... failed", for example
     ``"Sending to mesh://a:7777"``."""
     try:
         yield
@@ -25,6 +26,8 @@ def mapped_errors(doing: str) -> Iterator[None]:
     except zmq.ZMQBaseError as error:
         number = error.errno if isinstance(error, zmq.ZMQError) else None
         raise _kind(number)(f"{doing} failed: {error or type(error).__name__}.", hint=_hint(number)) from error
+    except OSError as error:
+        raise TransportError(f"{doing} failed: {error.strerror or error}.", hint=_hint(error.errno)) from error
 
 
 def _kind(number: int | None) -> type[TransportError]:
@@ -40,4 +43,6 @@ def _hint(number: int | None) -> str:
         return "another port (--port), or stop the worker that already listens there"
     if number == zmq.EADDRNOTAVAIL:
         return "an address of this machine, or 0.0.0.0 for all of them"
-    return "a port above 1024" if number == errno.EACCES else "mesh doctor"
+    if number in EXHAUSTED:
+        return EXHAUSTED_HINT
+    return "a port above 1024" if number == errno.EACCES else "mesh doctor, to test this machine and the way there"

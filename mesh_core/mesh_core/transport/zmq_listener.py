@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,16 +12,18 @@ from typing import cast
 import zmq
 
 from mesh_core.errors import NotAuthorised
-from mesh_core.transport.base import Listener, Peer
+from mesh_core.system.logs import logger
+from mesh_core.transport.base import Listener, Peer, Trust
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.gate import Gate
+from mesh_core.transport.zmq_doors import Doors
 from mesh_core.transport.zmq_errors import mapped_errors
-from mesh_core.transport.zmq_socket import Context, Socket, Wire, close_with, milliseconds
+from mesh_core.transport.zmq_socket import HERE, Context, Socket, Wire, close_with, milliseconds
 from mesh_core.wire.framing import Frame
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
-_CLOSING_MS = 1000
+_CLOSING = 1.0
 
 _REFUSED = [memoryview(b"")]
 """What a peer gets whose key was revoked while it was connected; no message of the mesh looks like it."""
@@ -36,6 +37,7 @@ class ZmqListener(Listener):
         address: where, as a host would write it.
         gate: who is trusted; None where nobody proves a key.
         wire: how messages cross; the same at both ends.
+        doors: who is connected to the socket.
         closed: called once, when the listener is closed.
     """
 
@@ -46,9 +48,10 @@ class ZmqListener(Listener):
         address: str,
         gate: Gate | None,
         wire: Wire,
+        doors: Doors,
         closed: Callable[[], None],
     ) -> None:
-        self.address = address
+        self.address, self._doors = address, doors
         self._socket, self._gate, self._wire, self._when_closed = socket, gate, wire, closed
         self._outbox: deque[tuple[bytes, list[memoryview]]] = deque()
         self._lock = threading.Lock()
@@ -116,15 +119,14 @@ class ZmqListener(Listener):
 
     def _stop_listening(self) -> None:
         """Free the port before `close` returns; closing a socket alone frees it some time later."""
-        monitor: Socket = self._socket.get_monitor_socket(zmq.EVENT_CLOSED, f"inproc://mesh.closed.{token_hex(8)}")
         try:
             self._socket.unbind(cast(bytes, self._socket.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0").decode())
-            monitor.poll(_CLOSING_MS)
+            self._doors.wait_unbound(_CLOSING)
         except zmq.ZMQError as error:
             log.warning("the port of %s is freed late: %s", self.address, error)
         finally:
             self._socket.disable_monitor()
-            monitor.close(linger=0)
+            self._doors.join()
 
     def _signal(self) -> None:
         with self._lock:
@@ -151,16 +153,12 @@ class ZmqListener(Listener):
 
     def _take(self) -> tuple[Peer, list[memoryview]] | None:
         (route, *frames), last = self._wire.receive(self._socket)
-        peer = self._peer(bytes(route), last)
-        if peer is None:
+        key = "" if self._gate is None else str(last.get("User-Id"))
+        trust: Trust | None = "member" if self._gate is None else self._gate.trust(key)
+        if trust is None:
             self._outbox.append((bytes(route), _REFUSED))
             self._flush()
             return None
-        return peer, frames
-
-    def _peer(self, route: bytes, part: zmq.Frame) -> Peer | None:
-        if self._gate is None:
-            return Peer(route)
-        key = str(part.get("User-Id"))
-        trust = self._gate.trust(key)
-        return Peer(route, key, trust) if trust else None
+        if not self._doors.spoke(cast(int, last.get(zmq.SRCFD)), key) or frames == HERE:
+            return None
+        return Peer(bytes(route), key, trust), frames

@@ -46,6 +46,10 @@ _KEEPALIVE_S = (10, 5, 3)
 """Idle time, interval and count: NAT routers forget silent connections, and a dead peer's are freed."""
 
 
+HERE = [memoryview(b"")]
+"""What a host says first: so a worker knows which of its connections have done the handshake, and whose they are."""
+
+
 class Wire:
     """How messages cross one kind of connection.
 

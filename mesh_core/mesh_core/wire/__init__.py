@@ -1,8 +1,8 @@
 """The wire format: messages, their limits, and how they become frames. See docs/reference/wire-format.md."""
 
-from mesh_core.wire.framing import VERSION, pack, unpack
+from mesh_core.wire.framing import VERSION, check_versions, pack, unpack
 from mesh_core.wire.ids import next_id
-from mesh_core.wire.limits import LIMITS, PROBE_BYTES, MessageLimits
+from mesh_core.wire.limits import GREETING, HANDED_OVER, LIMITS, PROBE_BYTES, REQUEST, MessageLimits
 from mesh_core.wire.messages import (
     MESSAGES,
     Adjust,
@@ -40,9 +40,12 @@ from mesh_core.wire.messages import (
 )
 
 __all__ = [
+    "GREETING",
+    "HANDED_OVER",
     "LIMITS",
     "MESSAGES",
     "PROBE_BYTES",
+    "REQUEST",
     "VERSION",
     "Adjust",
     "Admit",
@@ -76,6 +79,7 @@ __all__ = [
     "Sought",
     "Step",
     "Welcome",
+    "check_versions",
     "next_id",
     "pack",
     "type_name",

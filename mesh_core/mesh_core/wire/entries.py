@@ -19,6 +19,9 @@ PublicKey = Annotated[str, Meta(min_length=40, max_length=40)]
 Label = Annotated[str, Meta(max_length=256)]
 """A name, for people or of a class."""
 
+Versions = Annotated[list[Uint], Meta(min_length=1, max_length=16)]
+"""Of the wire format."""
+
 SpanEnds = Annotated[list[Uint], Meta(min_length=2, max_length=2)]
 """Start and stop."""
 

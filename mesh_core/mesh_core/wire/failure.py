@@ -8,13 +8,17 @@ from typing import Any
 import mesh_codec.errors as codec_errors
 from mesh_codec.errors import CodecError
 from mesh_core import wire
-from mesh_core.errors import MAX_RENDERED, MeshError, RemoteError, by_name
+from mesh_core.errors import MAX_RENDERED, MeshError, RemoteError, TransportError, by_name
+from mesh_core.system.handles import EXHAUSTED, EXHAUSTED_HINT
+from mesh_core.visible import visible_lines
 
 _LONGEST_NAME = 256
 
 
 def describe(error: BaseException) -> dict[str, Any]:
     """``error`` as plain values of bounded size. The traceback is only that of errors nobody foresaw."""
+    if isinstance(error, OSError) and error.errno in EXHAUSTED:
+        error = TransportError(f"This worker has too many files and connections open: {error}.", hint=EXHAUSTED_HINT)
     if isinstance(error, (MeshError, CodecError)):
         message, hint, trace = error.message, error.hint, ""
     else:
@@ -31,10 +35,10 @@ def rebuild(failed: wire.Failed) -> Exception:
     where = f"Worker {failed.worker}: " if failed.worker else ""
     codec_kind = getattr(codec_errors, failed.error, None)
     if isinstance(codec_kind, type) and issubclass(codec_kind, CodecError):
-        return codec_kind(where + failed.message, hint=failed.hint)
+        # The codecs' errors know nothing of terminals: what comes from elsewhere is made visible before it is theirs.
+        return codec_kind(visible_lines(where + failed.message), hint=visible_lines(failed.hint))
     kind = by_name(failed.error)
     if kind is not RemoteError:
         return kind(where + failed.message, hint=failed.hint)
-    hint = failed.hint or "the worker's log, and mesh doctor"
     text = f"{where}{failed.error}: {failed.message}"
-    return RemoteError(text, hint=hint, worker=failed.worker, remote_traceback=failed.traceback)
+    return RemoteError(text, hint=failed.hint, worker=failed.worker, remote_traceback=failed.traceback)

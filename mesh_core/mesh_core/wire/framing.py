@@ -1,7 +1,8 @@
 """Messages to frames and back. Frame 0 is a msgpack map, the others are raw buffers. Knows no sockets.
 
-Nothing that arrives is trusted: sizes first, then the envelope, then the fields that the message's class has, then
-what its open maps hold. No object is built from what a peer names but the classes of `mesh_core.wire.messages`.
+Nothing that arrives is trusted: sizes and lengths first, then the envelope, then the fields that the message's class
+has, then what its open maps hold. No object is built from what a peer names but the classes of
+`mesh_core.wire.messages`.
 
 A header has one form: what `pack` makes of the message that was read is, byte for byte, what came. So a key that
 occurs twice, an unknown key of an entry or a number of another width is refused wherever it stands.
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from mesh_core.errors import WireMalformed, WireTooLarge, WireUnsupportedVersion
+from mesh_core.wire.lengths import check_lengths
 from mesh_core.wire.limits import LIMITS, PROBE_BYTES, MessageLimits
 from mesh_core.wire.messages import MESSAGES, Chunk, Message, Probe, Probed, type_name
-from mesh_core.wire.plain import check_kinds, check_lengths, check_plain
+from mesh_core.wire.plain import check_kinds, check_plain
 
-VERSION = 1
+VERSION = 2
 """The wire version that this package speaks."""
 
 Frame = bytes | bytearray | memoryview
@@ -64,6 +66,7 @@ def pack(message: Message, buffers: Sequence[Frame] = (), limits: MessageLimits 
         raise WireMalformed(f"A {form.name} message cannot be packed: {error}.") from error
     header = b"".join((form.outer, written[len(form.inner) :], _written_sizes(sizes)))
     _check_sizes(len(header), sizes, limits)
+    check_lengths(header, limits)
     read = _read(form, written, limits)
     if read != message:  # a tuple that became a list, or what msgspec writes as something else, such as a set
         check_kinds(msgspec.structs.astuple(message), limits)
@@ -85,6 +88,7 @@ def unpack(frames: Sequence[Frame], limits: MessageLimits = LIMITS) -> tuple[Mes
     sizes = [view.nbytes for view in views]
     _check_sizes(first.nbytes, sizes, limits)
     header = bytes(first)
+    check_lengths(header, limits)
     form = _form_of(header, sizes)
     ending = _written_sizes(sizes)
     if not (header.startswith(form.outer) and header.endswith(ending)):
@@ -92,6 +96,20 @@ def unpack(frames: Sequence[Frame], limits: MessageLimits = LIMITS) -> tuple[Mes
     message = _read(form, form.inner + header[len(form.outer) : -len(ending)], limits)
     _check_count(message, len(sizes))
     return message, [byte_view(view) for view in views]
+
+
+def check_versions(theirs: Sequence[int]) -> None:
+    """Refuse another end that speaks ``theirs``, if this package's version is not among them.
+
+    Raises:
+        WireUnsupportedVersion: names both, and the end to update.
+    """
+    if VERSION not in theirs:
+        spoken = ", ".join(map(str, theirs))
+        raise WireUnsupportedVersion(
+            f"The other end speaks wire version {spoken}, this end speaks version {VERSION}.",
+            hint=f"pip install --upgrade comfyui-mesh on {'this' if max(theirs) > VERSION else 'the other'} machine",
+        )
 
 
 def byte_view(buffer: Frame) -> memoryview:
@@ -123,8 +141,7 @@ def _form_of(header: bytes, sizes: list[int]) -> _Form:
         ) from error
     except (ValueError, RecursionError) as error:
         raise WireMalformed(f"The header is not acceptable msgpack: {_reason(error)}.") from error
-    if envelope.v != VERSION:
-        raise _other_version(envelope.v)
+    check_versions([envelope.v])
     name = bytes(envelope.t)
     form = _BY_NAME.get(name)
     if form is None:
@@ -137,8 +154,6 @@ def _form_of(header: bytes, sizes: list[int]) -> _Form:
 def _read(form: _Form, written: bytes, limits: MessageLimits) -> Message:
     """The message of which the encoder wrote ``written``: a map of its type and its fields."""
     try:
-        if len(written) > min(limits.items, limits.text):  # nothing in a shorter one can be over these limits
-            check_lengths(msgspec.msgpack.decode(written), limits)
         message = form.decoder.decode(written)
     except (ValueError, RecursionError) as error:
         raise WireMalformed(f"A {form.name} message is not acceptable: {_reason(error)}.") from error
@@ -185,14 +200,6 @@ def _not_the_one_form(form: _Form) -> WireMalformed:
 def _reason(error: Exception) -> str:
     """The decoder's own words, bounded; what they repeat of the message cannot write to a terminal."""
     return ascii(str(error))[1:-1][:_LONGEST_REASON]
-
-
-def _other_version(theirs: int) -> WireUnsupportedVersion:
-    newer = theirs > VERSION
-    return WireUnsupportedVersion(
-        f"The other end speaks wire version {theirs}, this end speaks version {VERSION}.",
-        hint=f"pip install --upgrade comfyui-mesh on {'this' if newer else 'the other'} machine",
-    )
 
 
 def _written_sizes(sizes: list[int]) -> bytes:

@@ -27,6 +27,7 @@ from mesh_core.wire.entries import (
     SpanEnds,
     TensorEntry,
     Uint,
+    Versions,
 )
 
 
@@ -39,7 +40,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True, tag_field="t", ta
 class Hello(Message, frozen=True):
     """Host to worker, first on every connection: who I am and the wire versions that I speak."""
 
-    wire: list[int]
+    wire: Versions
     package: str
     plugins: dict[str, str]
     name: str
@@ -48,7 +49,7 @@ class Hello(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """Answer to `Hello`. ``client_key``: under which this worker connects to neighbours; "" if it has none."""
 
-    wire: int
+    wire: Uint
     package: str
     plugins: dict[str, str]
     name: str
@@ -135,7 +136,8 @@ class Constants(Message, frozen=True):
 class Step(Message, frozen=True):
     """Host to worker, or worker to the next one: run your span on this state. Answered by `Result` to the host.
 
-    ``attempt`` is raised whenever both ends start their codec streams anew.
+    ``attempt`` is raised whenever a step is sent again or given up: a worker refuses what comes late.
+    ``after`` is the step whose tensors this one is predicted from; 0: it starts at key frames.
     ``sequence`` names the codec streams (one per kind of pass).
     ``constants`` maps names to hashes. ``trace`` holds what the workers before this one report.
     """
@@ -143,6 +145,7 @@ class Step(Message, frozen=True):
     session: SessionId
     step: Uint
     attempt: Uint
+    after: Uint
     sequence: str
     constants: dict[str, str]
     options: Plain

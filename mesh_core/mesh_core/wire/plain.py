@@ -7,7 +7,7 @@ from collections.abc import Collection
 from math import isfinite
 from typing import Any
 
-from mesh_core.errors import WireMalformed, WireTooLarge
+from mesh_core.errors import WireMalformed
 from mesh_core.wire.limits import MessageLimits
 
 _SCALARS = frozenset({str, bytes, int, bool, float, type(None)})
@@ -64,24 +64,3 @@ def _check_finite(values: Collection[Any]) -> None:
             raise WireMalformed(f"A number is {value}; numbers are finite.")
         if type(value) is dict or type(value) is list:
             _check_finite(value.values() if type(value) is dict else value)
-
-
-def check_lengths(value: Any, limits: MessageLimits) -> None:
-    """Refuse texts, byte strings, lists and maps that are over their limits, at any depth.
-
-    Raises:
-        WireTooLarge: one of them is.
-    """
-    kind = type(value)
-    if kind is str or kind is bytes:
-        # A character takes at most 4 bytes: encoding is only needed near the limit.
-        if len(value) * 4 > limits.text and len(value if kind is bytes else value.encode()) > limits.text:
-            raise WireTooLarge(f"A text of {len(value)} is over the limit of {limits.text} bytes.")
-    elif kind is dict or kind is list:
-        if len(value) > limits.items:
-            raise WireTooLarge(f"A map or list of {len(value)} entries is over the limit of {limits.items}.")
-        for item in value:
-            check_lengths(item, limits)
-        if kind is dict:
-            for item in value.values():
-                check_lengths(item, limits)

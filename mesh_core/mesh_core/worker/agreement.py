@@ -43,7 +43,7 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype.torch
 
 
-def streams_of(choices: Mapping[str, Any], plugins: Plugins) -> Streams:
+def streams_of(choices: Mapping[str, Any], plugins: Plugins, limits: DecodeLimits) -> Streams:
     """The streams of one direction, from ``tensor -> {"codec": name, "settings": {...}}``.
 
     Raises:
@@ -53,7 +53,7 @@ def streams_of(choices: Mapping[str, Any], plugins: Plugins) -> Streams:
         chosen = {name: CodecChoice(c["codec"], c["settings"]) for name, c in choices.items()}
     except (KeyError, TypeError) as error:
         raise WireMalformed("A codec choice is a map with 'codec' and 'settings'.") from error
-    return Streams(chosen, plugins.codecs(), DecodeLimits())
+    return Streams(chosen, plugins.codecs(), limits)
 
 
 def check_crossing(checkpoint: Checkpoint, cut: int, streams: Streams) -> None:

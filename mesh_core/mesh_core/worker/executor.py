@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
+from time import monotonic
 
-from mesh_core.errors import Cancelled, WireTooLarge
+from mesh_core.errors import Cancelled, TransportTimeout, WireTooLarge
+from mesh_core.system.logs import logger
+from mesh_core.worker.turns import Turns
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass
 class Job:
-    """Work of one session. ``fail`` is called in the computing thread with whatever ``run`` raises."""
+    """Work of one session.
+
+    Attributes:
+        fail: called in the computing thread with whatever ``run`` raises.
+        owner: the member whose session it is.
+        until: time (monotonic) after which nobody wants the result.
+    """
 
     session: bytes
     step: int
     run: Callable[[], None]
     fail: Callable[[BaseException], None]
+    owner: str = ""
+    until: float = inf
     cancelled: bool = False
 
 
 class Executor:
-    """Runs jobs in one thread: first in, first out within a session, and round robin over sessions.
+    """Runs jobs in one thread: first in, first out within a session, and round robin over members and their sessions.
 
     Args:
         waiting: jobs of one session that may wait.
@@ -33,7 +43,7 @@ class Executor:
 
     def __init__(self, waiting: int, name: str = "compute") -> None:
         self._waiting = waiting
-        self._queues: dict[bytes, deque[Job]] = {}
+        self._turns: Turns[Job] = Turns()
         self._ready = threading.Condition()
         self._current: Job | None = None
         self._stopping = False
@@ -47,10 +57,10 @@ class Executor:
             WireTooLarge: too many of its session wait already.
         """
         with self._ready:
-            queue = self._queues.setdefault(job.session, deque())
-            if len(queue) >= self._waiting:
-                raise WireTooLarge(f"{len(queue)} steps of one session wait already.", hint="wait for their results")
-            queue.append(job)
+            waiting = self._turns.waiting(job.owner, job.session)
+            if waiting >= self._waiting:
+                raise WireTooLarge(f"{waiting} steps of one session wait already.", hint="wait for their results")
+            self._turns.put(job.owner, job.session, job)
             self._ready.notify()
 
     def cancel(self, session: bytes, step: int | None = None) -> None:
@@ -60,48 +70,54 @@ class Executor:
             return job.session == session and step in (None, job.step)
 
         with self._ready:
-            for job in self._queues.get(session, ()):
-                job.cancelled = job.cancelled or concerned(job)
+            for line, jobs in self._turns.lines():
+                for job in jobs if line == session else ():
+                    job.cancelled = job.cancelled or concerned(job)
             if self._current is not None and concerned(self._current):
                 self._current.cancelled = True
 
     def busy(self) -> set[bytes]:
         """Sessions with a job that waits or runs."""
         with self._ready:
-            waiting = {session for session, queue in self._queues.items() if queue}
+            waiting = {session for session, _ in self._turns.lines()}
             return waiting | ({self._current.session} if self._current else set())
 
     def check(self) -> None:
-        """Called between blocks.
+        """Called by what computes, often: before every layer.
 
         Raises:
             Cancelled: the running job is no longer wanted.
+            TransportTimeout: its time is over.
         """
         job = self._current
-        if job is not None and (job.cancelled or self._stopping):
+        if job is None:
+            return
+        if job.cancelled or self._stopping:
             raise Cancelled("The step was cancelled.")
+        if monotonic() > job.until:
+            raise TransportTimeout(
+                f"Step {job.step} waited and computed longer than its deadline.",
+                hint="fewer steps at once, or a longer deadlines.step in config.toml of the host and of the worker",
+            )
 
-    def stop(self) -> None:
-        """Stop after the running block; waiting jobs are dropped."""
+    def stop(self, within: float = 10.0) -> bool:
+        """Stop after the running layer, or wait ``within`` seconds for it; waiting jobs are dropped. Whether it has
+        stopped."""
         with self._ready:
             self._stopping = True
-            self._queues.clear()
+            self._turns.clear()
             self._ready.notify()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=within)
+        return not self._thread.is_alive()
 
     def _next(self) -> Job | None:
         with self._ready:
-            while not self._queues and not self._stopping:
+            while not self._stopping:
+                self._current = self._turns.take()
+                if self._current is not None:
+                    return self._current
                 self._ready.wait()
-            if self._stopping:
-                return None
-            session, queue = next(iter(self._queues.items()))
-            del self._queues[session]
-            job = queue.popleft()
-            if queue:
-                self._queues[session] = queue
-            self._current = job
-            return job
+            return None
 
     def _work(self) -> None:
         while (job := self._next()) is not None:

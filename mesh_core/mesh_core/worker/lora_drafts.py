@@ -5,7 +5,6 @@ What was announced is reserved. Whatever lies on the disk, whole or not, counts 
 
 from __future__ import annotations
 
-import logging
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,9 +17,10 @@ from mesh_core import wire
 from mesh_core.errors import LoraTooLarge, WireTooLarge
 from mesh_core.loras.received import ReceivedLoras
 from mesh_core.model.library import Checkpoint
+from mesh_core.system.logs import logger
 from mesh_core.worker.lora_reuse import KnownTensors
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _STALE = 24 * 3600.0
 """Seconds after which the file of a transfer that broke off is removed."""

@@ -5,7 +5,6 @@ They are found by their hashes in the head of the arriving file; how it arrives 
 
 from __future__ import annotations
 
-import logging
 import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -21,8 +20,9 @@ from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.stored import StoredTensor
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.safetensors import check_header_size, parse_header
+from mesh_core.system.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _HASHES = msgspec.json.Decoder(list[str])
 

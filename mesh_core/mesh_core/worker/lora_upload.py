@@ -7,7 +7,6 @@ that are in the library already are copied from there.
 from __future__ import annotations
 
 import errno
-import logging
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -21,10 +20,11 @@ from mesh_core.loras.part import lora_in
 from mesh_core.loras.stored import TensorFile
 from mesh_core.loras.tensors import check_finite
 from mesh_core.model.library import Checkpoint
+from mesh_core.system.logs import logger
 from mesh_core.worker.lora_drafts import Draft, Drafts
 from mesh_core.worker.lora_reuse import known_tensors
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _BLOCK = 16 << 20
 

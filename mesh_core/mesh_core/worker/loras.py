@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.model.spans import BlockSpan
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Peer
 from mesh_core.worker.agreement import span_of
 from mesh_core.worker.lora_upload import Receiver
@@ -20,7 +20,7 @@ from mesh_core.worker.quota import QUOTA
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import WorkerSession
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class WorkerLoras:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from time import monotonic
 from typing import Any
 
 from mesh_core import wire
@@ -32,25 +33,31 @@ def connect_next(following: Mapping[str, Any], plugins: Plugins, timeout: float)
     return plugins.transport(address.scheme).connect(address, timeout), session
 
 
-def measured_link(channel: Channel, timeout: float) -> dict[str, Any]:
+def measured_link(channel: Channel, within: float) -> dict[str, Any]:
     """How fast ``channel`` is in the direction that states take, as a message carries it.
 
     Args:
-        timeout: seconds that each probe may take.
+        within: seconds for the whole measurement, whatever the worker there says.
 
     Raises:
-        TransportTimeout: the worker there does not answer.
+        TransportTimeout: the worker there does not answer in time.
+        WireMalformed: it answers what was not asked.
     """
+    end = monotonic() + within
 
     def send(nbytes: int) -> None:
         probe = wire.Probe(wire.next_id(), 0)
         channel.send(wire.pack(probe, [bytes(nbytes)] if nbytes else []))
-        while (frames := channel.receive(timeout)) is not None:
+        frames = channel.receive(max(end - monotonic(), 0.0))
+        if frames is not None:
             answer, _ = wire.unpack(frames)
             if isinstance(answer, wire.Failed):
                 raise rebuild(answer)
-            if answer.id == probe.id:
-                return
-        raise TransportTimeout("The next worker does not answer a probe.", hint="mesh doctor on this machine")
+            if not isinstance(answer, wire.Probed) or answer.id != probe.id:
+                raise WireMalformed("The next worker answers something else than the probe that it got.")
+            return
+        raise TransportTimeout(
+            f"The next worker does not answer probes within {within:g} s.", hint="mesh doctor on this machine"
+        )
 
     return plain_link(measure_one_way(send))

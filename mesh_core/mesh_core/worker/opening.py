@@ -15,12 +15,14 @@ from mesh_core.model.checkpoint import ReadingProgress
 from mesh_core.model.library import Checkpoint, CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
-from mesh_core.transport.base import Channel, Peer
+from mesh_core.transport.base import Peer
 from mesh_core.wire import phases
 from mesh_core.worker.agreement import check_crossing, dtype_of, span_of, streams_of
+from mesh_core.worker.bounds import StepBounds, decode_limits
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
 from mesh_core.worker.neighbour import connect_next, measured_link
+from mesh_core.worker.onward import Onward
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import StepMemory, WorkerSession
 from mesh_core.worker.sessions import WorkerSessions
@@ -51,29 +53,34 @@ class SessionOpener:
     def open(self, peer: Peer, message: wire.Open) -> None:
         """Load the stage and open, or reopen with another span, a session."""
         progress = _ThrottledProgress(lambda *p: self.replies.send(peer.route, wire.Progress(message.id, *p)))
-        memory = StepMemory(streams_of(message.inputs, self.plugins), streams_of(message.outputs, self.plugins))
-        if message.session in self.sessions:
-            self.sessions.owned(peer, message.session)
+        device, step_memory = self.stages.memory.device, self.settings.worker.step_memory
+        limits = decode_limits(step_memory)
+        inputs, outputs = (streams_of(c, self.plugins, limits) for c in (message.inputs, message.outputs))
+        memory = StepMemory(inputs, outputs)
+        before = self.sessions.owned(peer, message.session) if message.session in self.sessions else None
         checkpoint = self.library.find(
             message.family, message.structure, message.fingerprint, progress.phase(phases.CHECKING)
         )
         span, dtype = span_of(checkpoint, message.span), dtype_of(message.dtype)
         check_crossing(checkpoint, span.start, memory.inputs)
         check_crossing(checkpoint, span.stop, memory.outputs)
+        continues = before is not None and before.memory.alike(memory)
+        if before is not None and continues:
+            # Only the connection was lost: the next step is predicted from what was there before.
+            memory = before.memory
         loras = self.loras.resolve(message.loras, checkpoint, span)
         key = StageKey(message.fingerprint, span, dtype, set_key(loras))
         loaded = self._acquire(checkpoint, key, progress.phase(phases.LOADING), loras)
         try:
-            channel, session_there, link = self._follow(message.next, measure=message.options.get("measure") is True)
+            onward, link = self._follow(message.next, measure=message.options.get("measure") is True)
         except BaseException:
             self.stages.release(key)
             raise
-        session = WorkerSession(
-            message.session, peer.key, peer.route, loaded, checkpoint, memory, channel, session_there
-        )
+        bounds = StepBounds(checkpoint, span, dtype, device, step_memory)
+        session = WorkerSession(message.session, peer.key, peer.route, loaded, checkpoint, memory, bounds, onward)
         self.loras.keep(session, loras)
         self.sessions.put(session)
-        info = self._cost(loaded, loaded.seconds) | {"speeds": self.speeds.plain(), **link}
+        info = self._cost(loaded, loaded.seconds) | {"speeds": self.speeds.plain(), "continues": continues, **link}
         self.replies.send(peer.route, wire.Opened(message.id, info))
 
     def adjust(self, peer: Peer, message: wire.Adjust) -> None:
@@ -107,19 +114,19 @@ class SessionOpener:
                 raise
             return self.stages.acquire(checkpoint, key, progress, loras)
 
-    def _follow(
-        self, following: Mapping[str, Any] | None, *, measure: bool
-    ) -> tuple[Channel | None, bytes, dict[str, Any]]:
-        """The channel to the next worker and the session there, and what the answer says of the way."""
+    def _follow(self, following: Mapping[str, Any] | None, *, measure: bool) -> tuple[Onward | None, dict[str, Any]]:
+        """The way to the next worker, and what the answer says of it."""
         if following is None:
-            return None, b"", {}
+            return None, {}
         timeout = self.settings.deadlines.connect
         channel, session = connect_next(following, self.plugins, timeout)
         try:
-            return channel, session, {"link": measured_link(channel, timeout)} if measure else {}
+            link = {"link": measured_link(channel, timeout)} if measure else {}
+            pulse, _ = connect_next(following, self.plugins, timeout)
         except BaseException:
             channel.close()
             raise
+        return Onward(following["address"], channel, pulse, session, self.settings.heartbeat), link
 
     def _end_steps(self, session: WorkerSession) -> None:
         """Wait until nothing of the session computes: a step that was given up may still be in its last block."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 from mesh_core import wire
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Listener
 from mesh_core.wire.failure import describe
 from mesh_core.wire.framing import Frame
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Replies:

@@ -1,50 +1,61 @@
 """A worker: one process that computes stages for many hosts.
 
-Five kinds of thread: the one that calls `Worker.serve` owns the listener and answers at once whatever needs no
-computing; two load stages; one takes in LoRAs; one computes, each session in turn; one finds out at the start how fast
-codecs are here. Nothing that arrives may stop any of them.
+The thread that calls `Worker.serve` owns the listener and answers at once whatever needs no computing; some load
+stages, some hash constants, one takes in LoRAs (`mesh_core.worker.requests`); one computes, each member in turn; one
+finds out at the start how fast codecs are here. Nothing that arrives may stop any of them, and none of them keeps the
+worker from stopping.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 
 from mesh_core import __version__, wire
 from mesh_core.crossing.speed_book import SpeedBook
-from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge, WireUnsupportedVersion
+from mesh_core.errors import NotAuthorised, WireMalformed, WireTooLarge
 from mesh_core.loras.library import own_library
 from mesh_core.model.library import CheckpointLibrary
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.system.device import free_memory, label
-from mesh_core.transport.base import Listener, Peer
+from mesh_core.system.logs import logger
+from mesh_core.transport.base import Listener, Peer, Trust
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
 from mesh_core.worker.opening import SessionOpener
+from mesh_core.worker.probes import ProbeAnswers
 from mesh_core.worker.quota import QUOTA
 from mesh_core.worker.replies import Replies
-from mesh_core.worker.requests import RequestThreads
+from mesh_core.worker.requests import FairThreads, RequestThreads
 from mesh_core.worker.sessions import WorkerSessions
 from mesh_core.worker.stages import StageStore
 from mesh_core.worker.steps import WorkerSteps
-from mesh_core.worker.turns import Turns
 
 __all__ = ["Worker", "WorkerOptions"]
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _TICK = 0.25
 """Seconds between looks at sessions whose host may be gone."""
+
+_LIMITS: Mapping[Trust, wire.MessageLimits] = {
+    "member": wire.REQUEST,
+    "neighbour": wire.HANDED_OVER,
+    "enrolling": wire.GREETING,
+}
+"""What a message may hold, by who sent it: they are read before it is known what they are."""
+
+_ENDS_WITHIN = 5.0
+"""Seconds that all threads together have to end when the worker stops."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class _Handler:
     """
 
     answer: Callable[..., Iterator[None] | None]
-    threads: ThreadPoolExecutor | Turns | None = None
+    threads: FairThreads | None = None
     buffers: bool = False
 
 
@@ -108,14 +119,16 @@ class Worker:
         self.sessions = sessions = WorkerSessions(name, settings, stages, executor, listener, loras, replies)
         self.opener = SessionOpener(settings, plugins, library, stages, executor, loras, sessions, self.speeds, replies)
         constants = ConstantsCache(self._device, settings.worker.constants_cache)
-        self.steps = WorkerSteps(name, self._device, plugins, sessions, constants, executor, replies)
+        longest = settings.deadlines.step
+        self.steps = WorkerSteps(name, self._device, longest, plugins, sessions, constants, executor, replies)
         self._requests = RequestThreads(replies)
+        self._probes = ProbeAnswers()
         self._stopping = threading.Event()
         self._handlers = self._table()
 
     def _table(self) -> dict[type[wire.Message], _Handler]:
         """Every kind of message that a worker takes; a new one needs a line here and somebody who answers it."""
-        loading, receiving = self._requests.loading, self._requests.receiving
+        loading, receiving, hashing = self._requests.loading, self._requests.receiving, self._requests.hashing
         return {
             wire.Hello: _Handler(self._hello),
             wire.Enrol: _Handler(self._enrol),
@@ -126,7 +139,7 @@ class Worker:
             wire.Adjust: _Handler(self.opener.adjust, loading),
             wire.Admit: _Handler(self.sessions.admit),
             wire.Close: _Handler(self.sessions.close),
-            wire.Constants: _Handler(self.steps.keep_constants, buffers=True),
+            wire.Constants: _Handler(self.steps.keep_constants, hashing, buffers=True),
             wire.Step: _Handler(self.steps.queue, buffers=True),
             wire.Cancel: _Handler(self.steps.cancel),
             wire.ListLoras: _Handler(self.loras.listing, loading),
@@ -136,8 +149,12 @@ class Worker:
             wire.Chunk: _Handler(self.loras.chunk, receiving, buffers=True),
         }
 
-    def serve(self) -> None:
-        """Answer messages until `stop`; returns when everything is closed."""
+    def serve(self) -> bool:
+        """Answer messages until `stop`; returns when everything is closed.
+
+        Returns whether all threads have ended. One that hangs, in a file system that does not answer or in a library,
+        is left behind after a while, and what it uses stays open.
+        """
         survey = threading.Thread(target=self._survey, name="codec-speed", daemon=True)
         survey.start()
         while not self._stopping.is_set():
@@ -145,12 +162,18 @@ class Worker:
             if got is not None:
                 self._dispatch(*got)
             self.sessions.stop_orphans()
-        self._executor.stop()
+            self.steps.report_losses()
+        end = monotonic() + _ENDS_WITHIN
         self._requests.stop()
-        self.sessions.close_all()
-        self.listener.close()
         self.speeds.close()
-        survey.join()
+        computed = self._executor.stop(_ENDS_WITHIN)
+        if computed:
+            # Their channels are the computing thread's for as long as it runs.
+            self.sessions.close_all()
+        loaded = self._requests.join(end - monotonic())
+        self.listener.close()
+        survey.join(max(end - monotonic(), 0.0))
+        return computed and loaded and not survey.is_alive()
 
     def stop(self) -> None:
         """Make `serve` return soon. Any thread may call it."""
@@ -166,7 +189,7 @@ class Worker:
     def _dispatch(self, peer: Peer, frames: list[memoryview]) -> None:
         message: wire.Message | None = None
         try:
-            message, buffers = wire.unpack(frames)
+            message, buffers = wire.unpack(frames, _LIMITS[peer.trust])
             self._check_trust(peer, message)
             handler = self._handlers.get(type(message))
             if handler is None:
@@ -175,7 +198,7 @@ class Worker:
             if handler.threads is None:
                 answer()
             else:
-                self._requests.submit(handler.threads, peer, message, answer)
+                self._requests.submit(handler.threads, peer, message, answer, sum(b.nbytes for b in buffers))
         except Exception as error:
             log.info("refused what %s sent: %s", peer.key or "a peer", error)
             self.replies.fail(peer.route, message, error)
@@ -190,12 +213,7 @@ class Worker:
             )
 
     def _hello(self, peer: Peer, message: wire.Hello) -> None:
-        if wire.VERSION not in message.wire:
-            raise WireUnsupportedVersion(
-                f"{self.options.name} (comfyui-mesh {__version__}) speaks wire version {wire.VERSION}, "
-                f"{message.name} (comfyui-mesh {message.package}) speaks {message.wire}.",
-                hint="pip install --upgrade comfyui-mesh on the older side",
-            )
+        wire.check_versions(message.wire)
         welcome = wire.Welcome(
             id=message.id,
             wire=wire.VERSION,
@@ -235,4 +253,4 @@ class Worker:
             raise NotAuthorised("Only a member may ask for bytes back.", hint="mesh join INVITE")
         if sum(b.nbytes for b in buffers) > wire.PROBE_BYTES:
             raise WireTooLarge(f"A probe carries more than {wire.PROBE_BYTES} bytes.")
-        self.replies.send(peer.route, wire.Probed(message.id), [bytes(message.size)])
+        self.replies.send(peer.route, wire.Probed(message.id), [self._probes.make(peer.key, message.size)])

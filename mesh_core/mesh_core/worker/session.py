@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from mesh_core.crossing.streams import Streams
+from mesh_core.errors import Cancelled
 from mesh_core.loras.lora import Applied
 from mesh_core.model.library import Checkpoint
-from mesh_core.transport.base import Channel
+from mesh_core.worker.bounds import StepBounds
+from mesh_core.worker.onward import Onward
 from mesh_core.worker.stages import Loaded
 
 
@@ -28,11 +30,18 @@ class StepMemory:
     attempt: int = 0
 
     def begin(self, attempt: int) -> None:
-        """A step of this attempt comes: one that is sent again starts every stream at a key frame, at both ends."""
-        if attempt != self.attempt:
-            self.attempt = attempt
-            self.inputs.reset()
-            self.outputs.reset()
+        """A step of this attempt is computed now.
+
+        Raises:
+            Cancelled: the host has given it up, and this worker computed something newer since.
+        """
+        if attempt < self.attempt:
+            raise Cancelled("A step that was given up came late.")
+        self.attempt = attempt
+
+    def alike(self, other: StepMemory) -> bool:
+        """Whether it can serve in the place of ``other``: their streams code in the same way."""
+        return self.inputs.alike(other.inputs) and self.outputs.alike(other.outputs)
 
 
 @dataclass
@@ -44,7 +53,8 @@ class WorkerSession:
         route: where results go; follows the owner when it reconnects.
         checkpoint: that the stage is a span of.
         memory: what lasts from step to step.
-        next: channel to the worker that continues, and the session there; None at the end of a chain.
+        bounds: of its steps.
+        next: the way to the worker that continues; None at the end of a chain.
         loras: those of its stage, in order; their files stay while they are here.
         neighbours: public keys of workers that may hand over states.
         last_seen: time (monotonic) when its host was last heard of.
@@ -56,13 +66,13 @@ class WorkerSession:
     loaded: Loaded
     checkpoint: Checkpoint
     memory: StepMemory
-    next: Channel | None = None
-    next_session: bytes = b""
+    bounds: StepBounds
+    next: Onward | None = None
     loras: tuple[Applied, ...] = ()
     neighbours: set[str] = field(default_factory=set)
     last_seen: float = field(default_factory=monotonic)
 
     def close(self) -> None:
-        """Close the channel to the next worker; in the thread that uses it, or when that has ended."""
+        """Close the way to the next worker."""
         if self.next is not None:
             self.next.close()

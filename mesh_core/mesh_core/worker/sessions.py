@@ -5,14 +5,15 @@ Opening a session is `mesh_core.worker.opening`, computing its steps `mesh_core.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
 from time import monotonic
 
 from mesh_core import wire
 from mesh_core.errors import SessionUnknown, WireTooLarge
 from mesh_core.system.config import Settings
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Listener, Peer
 from mesh_core.worker.executor import Executor, Job
 from mesh_core.worker.loras import WorkerLoras
@@ -21,7 +22,7 @@ from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import WorkerSession
 from mesh_core.worker.stages import StageStore
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _LOOK_EVERY = 0.1
 """Seconds between two looks for hosts that are gone: not with every message, while a step waits to be computed."""
@@ -164,10 +165,11 @@ class WorkerSessions:
             if not any(key in s.neighbours for s in self):
                 self._listener.dismiss(key)
         if session.next is not None:
-            # Only the computing thread uses the channel, and a channel is one thread's. Under a name of its own, so
-            # that neither the session's quota nor its cancelling concerns it.
+            # Not here: the computing thread may be handing a state on, which can take seconds. Under a name of its own,
+            # so that neither the session's quota nor its cancelling concerns it.
             closing = b"close" + session.id
-            self._executor.submit(Job(closing, 0, session.close, lambda e: log.warning("a channel stays open: %s", e)))
+            fail = partial(log.warning, "a channel stays open: %s")
+            self._executor.submit(Job(closing, 0, session.close, fail, owner=session.owner))
 
     def _unknown(self) -> SessionUnknown:
         return SessionUnknown(f"{self._name} does not hold that session.")

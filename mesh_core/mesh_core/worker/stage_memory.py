@@ -18,6 +18,7 @@ from mesh_core.model.library import Checkpoint
 from mesh_core.model.pool import ParameterPool
 from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spec import ModelSpec
+from mesh_core.system.config import in_bytes
 from mesh_core.worker.stage_table import StageKey, StageTable
 
 _CPU = torch.device("cpu")
@@ -64,7 +65,7 @@ class StageMemory:
         needed = span_bytes(spec, key.span, size) + extra
         if needed > self.budget:
             raise PlanDoesNotFit(
-                f"Blocks {key.span} need {needed / 1e9:.2f} GB, this worker offers {self.budget / 1e9:.2f} GB.",
+                f"Blocks {key.span} need {in_bytes(needed)}, this worker offers {in_bytes(self.budget)}.",
                 hint="fewer blocks for this worker, or a larger --memory",
             )
         # Eviction frees parameters that the new stage shares last, so look at what is truly left each time.
@@ -74,8 +75,8 @@ class StageMemory:
         held = self.nbytes
         if self._missing(spec, key, has) + extra + held > self.budget:
             raise PlanDoesNotFit(
-                f"Blocks {key.span} need {needed / 1e9:.2f} GB; other sessions use {held / 1e9:.2f} GB of "
-                f"{self.budget / 1e9:.2f} GB.",
+                f"Blocks {key.span} need {in_bytes(needed)}; other sessions use {in_bytes(held)} of "
+                f"{in_bytes(self.budget)}.",
                 hint="the same later, fewer blocks, or a larger --memory",
             )
 
@@ -87,8 +88,8 @@ class StageMemory:
         """
         if self.nbytes > self.budget and not (self._park() and self.nbytes <= self.budget):
             raise PlanDoesNotFit(
-                f"Blocks {key.span} with their LoRAs beside what other sessions share need {self.nbytes / 1e9:.2f} GB "
-                f"of {self.budget / 1e9:.2f} GB.",
+                f"Blocks {key.span} with their LoRAs beside what other sessions share need {in_bytes(self.nbytes)} "
+                f"of {in_bytes(self.budget)}.",
                 hint="fewer blocks for this worker, or a larger --memory",
             )
 

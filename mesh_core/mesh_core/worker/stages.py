@@ -37,13 +37,13 @@ class StageStore:
     Args:
         device: where the stages live.
         budget: bytes of weights that may be loaded at once.
-        before_block: called before every block of every stage; may raise to stop the work.
+        before_layer: called before every block of every stage and every layer in it; may raise to stop the work.
     """
 
-    def __init__(self, device: torch.device, budget: int, before_block: Callable[[], None] | None = None) -> None:
+    def __init__(self, device: torch.device, budget: int, before_layer: Callable[[], None] | None = None) -> None:
         self.table = StageTable()
         self.memory = StageMemory(device, budget, self.table)
-        self._before_block = before_block
+        self._before_layer = before_layer
         self._loading = threading.Lock()
 
     @property
@@ -136,10 +136,13 @@ class StageStore:
         self.memory.settle(key)
 
     def _watch(self, stage: Stage) -> None:
-        if self._before_block is not None:
-            check = self._before_block
+        """Look before every layer: of many tokens, a block takes minutes."""
+        if self._before_layer is not None:
+            check = self._before_layer
             for block in stage.block_modules():
-                block.register_forward_pre_hook(lambda *_: check())
+                for module in block.modules():
+                    if module is block or any(p.ndim > 1 for p in module.parameters(recurse=False)):
+                        module.register_forward_pre_hook(lambda *_: check())
 
 
 def _patched(loras: Sequence[Applied]) -> set[str]:

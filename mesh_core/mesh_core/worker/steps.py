@@ -6,25 +6,33 @@ the next worker. What a session keeps from one step for the next is its `StepMem
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic, perf_counter
 from typing import Any
 
 import torch
+from msgspec import structs
 
 from mesh_core import wire
+from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.streams import Payload
-from mesh_core.errors import TransportTimeout, WireMalformed
+from mesh_core.errors import PeerLost, WireMalformed
 from mesh_core.model.adapter import Stage
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.device import synchronise
+from mesh_core.system.logs import logger
 from mesh_core.transport.base import Peer
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor, Job
 from mesh_core.worker.replies import Replies
 from mesh_core.worker.session import WorkerSession
 from mesh_core.worker.sessions import WorkerSessions
+
+log = logger(__name__)
+
+_LOOK_EVERY = 0.1
+"""Seconds between two looks at what was handed on."""
 
 
 @dataclass
@@ -34,20 +42,23 @@ class WorkerSteps:
     Attributes:
         name: of the worker, for the trace of a step.
         device: where stages and constants are.
+        longest: seconds that a step may take, whatever its host says.
     """
 
     name: str
     device: torch.device
+    longest: float
     plugins: Plugins
     sessions: WorkerSessions
     constants: ConstantsCache
     executor: Executor
     replies: Replies
+    _looked_at: float = field(default=0.0, init=False)
 
     def keep_constants(self, peer: Peer, message: wire.Constants, buffers: list[memoryview]) -> None:
         """Decode and cache constants that steps will name by their hashes."""
-        self.sessions.owned(peer, message.session)
-        self.constants.take(message.tensors, buffers, self.plugins.codec("raw").decoder({}))
+        owner = self.sessions.owned(peer, message.session).owner
+        self.constants.take(message.tensors, buffers, self.plugins.codec("raw").decoder({}), owner)
         self.replies.send(peer.route, wire.Ok(message.id))
 
     def queue(self, peer: Peer, message: wire.Step, buffers: list[memoryview]) -> None:
@@ -56,12 +67,15 @@ class WorkerSteps:
         arrived = monotonic()
         if peer.key == session.owner and not message.trace:
             session.route = peer.route
+        seconds = min(message.deadline_ms / 1e3, self.longest)
         job = Job(
             session.id,
             message.step,
             # Must not refer to the job: a cycle would keep the buffers until the garbage collector runs.
-            run=lambda: self._compute(session, message, buffers, monotonic() - arrived),
+            run=lambda: self._compute(session, message, buffers, monotonic() - arrived, seconds),
             fail=lambda error: self.replies.fail(session.route, message, error),
+            owner=session.owner,
+            until=arrived + seconds,
         )
         self.executor.submit(job)
 
@@ -69,22 +83,35 @@ class WorkerSteps:
         """Stop a step, whether it waits or runs."""
         self.executor.cancel(self.sessions.owned(peer, message.session).id, message.step)
 
-    def _compute(self, session: WorkerSession, message: wire.Step, buffers: list[memoryview], waited: float) -> None:
-        """All of one step. ``waited``: seconds that it was queued."""
-        if waited * 1e3 > message.deadline_ms:
-            raise TransportTimeout(f"Step {message.step} waited {waited:.0f} s, longer than its deadline.")
+    def report_losses(self) -> None:
+        """Tell hosts of steps that were handed on and will not arrive; in the listening thread, beside everything."""
+        now = monotonic()
+        if now < self._looked_at + _LOOK_EVERY:
+            return
+        self._looked_at = now
+        for session in self.sessions:
+            if session.next is not None and (lost := session.next.look()) is not None:
+                step, error = lost
+                log.info("step %d was handed on and is lost: %s", step.step, error)
+                self.replies.fail(session.route, structs.replace(step, session=session.id), error)
+
+    def _compute(
+        self, session: WorkerSession, message: wire.Step, buffers: list[memoryview], waited: float, seconds: float
+    ) -> None:
+        """All of one step. ``waited``: seconds that it was queued; ``seconds``: that it may take."""
         began = perf_counter()
         session.memory.begin(message.attempt)
-        stage = session.loaded.stage
+        stage, turn = session.loaded.stage, Turn(message.sequence, message.step, message.after)
         conditioning = self._conditioning(stage, message)
-        state = session.memory.inputs.decode(message.sequence, message.tensors, buffers, self.device)
+        session.bounds.check(message.tensors, conditioning.constants, seconds)
+        state = session.memory.inputs.decode(turn, message.tensors, buffers, self.device)
         _check_complete(stage, state)
         decoded = perf_counter()
         with torch.no_grad():
             result = stage(state, conditioning)
         synchronise(self.device)
         computed = perf_counter()
-        payload = session.memory.outputs.encode(message.sequence, result)
+        payload = session.memory.outputs.encode(turn, result)
         report = {
             "worker": self.name,
             "span": str(stage.span),
@@ -117,9 +144,10 @@ class WorkerSteps:
             return
         onward = wire.Step(
             id=message.id,
-            session=session.next_session,
+            session=session.next.session,
             step=message.step,
             attempt=message.attempt,
+            after=message.after,
             sequence=message.sequence,
             constants=message.constants,
             options=message.options,
@@ -127,7 +155,12 @@ class WorkerSteps:
             trace=trace,
             deadline_ms=message.deadline_ms,
         )
-        session.next.send(wire.pack(onward, payload.buffers))
+        try:
+            session.next.hand_on(onward, payload.buffers)
+        except PeerLost:
+            # A worker that takes nothing is waited for once, not with every step: this is everybody's thread.
+            session.next.close()
+            raise
 
 
 def _check_complete(stage: Stage, state: State) -> None:

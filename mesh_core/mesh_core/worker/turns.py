@@ -1,66 +1,55 @@
-"""One thread that works for many hosts, a piece for each in turn, so that none waits for all that another asked for."""
+"""Who is next: members take turns, however much each of them has waiting. Knows no threads and no messages."""
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
-log = logging.getLogger(__name__)
+Item = TypeVar("Item")
 
 
-class Turns:
-    """Works are iterators: what happens between two of their items is a piece. Works of one key are done one after the
-    other; of several keys, a piece of each in turn.
+class Turns(Generic[Item]):
+    """Items that wait: round robin over members, then over the lines of one member; first in, first out in a line.
+
+    Not thread-safe.
     """
 
-    def __init__(self, name: str) -> None:
-        self._queues: dict[str, deque[Iterator[None]]] = {}
-        self._ready = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-        self._thread.start()
+    def __init__(self) -> None:
+        self._members: dict[str, dict[bytes, deque[Item]]] = {}
 
-    def submit(self, key: str, work: Iterator[None]) -> None:
-        """Have ``work`` done after what waits for ``key`` already."""
-        with self._ready:
-            if not self._stopping:
-                self._queues.setdefault(key, deque()).append(work)
-                self._ready.notify()
+    def put(self, member: str, line: bytes, item: Item) -> None:
+        """``item`` waits behind the others of its line."""
+        self._members.setdefault(member, {}).setdefault(line, deque()).append(item)
 
-    def stop(self, timeout: float) -> None:
-        """Drop what waits, and return when the piece that runs has ended, at the latest after ``timeout`` seconds."""
-        with self._ready:
-            self._stopping = True
-            self._ready.notify()
-        self._thread.join(timeout)
+    def put_back(self, member: str, line: bytes, item: Item) -> None:
+        """``item``, which was taken, is the next of its line again, when the member has its turn."""
+        self._members.setdefault(member, {}).setdefault(line, deque()).appendleft(item)
 
-    def _work(self) -> None:
-        while (turn := self._next()) is not None:
-            key, work = turn
-            try:
-                next(work)
-                ended = False
-            except StopIteration:
-                ended = True
-            except Exception:
-                # The one thread for all must outlive a failure that its work did not tell itself.
-                log.exception("a request failed without an answer")
-                ended = True
-            with self._ready:
-                queue = self._queues.pop(key)
-                if ended:
-                    queue.popleft()
-                if queue:
-                    self._queues[key] = queue
+    def take(self, allowed: Callable[[str], bool] = lambda _: True) -> Item | None:
+        """The next item of the members that are ``allowed`` one now; None if there is none."""
+        member = next(filter(allowed, self._members), None)
+        if member is None:
+            return None
+        lines = self._members.pop(member)
+        name = next(iter(lines))
+        line = lines.pop(name)
+        item = line.popleft()
+        if line:
+            lines[name] = line
+        if lines:
+            self._members[member] = lines
+        return item
 
-    def _next(self) -> tuple[str, Iterator[None]] | None:
-        """The key whose turn it is, which stays in its place until the piece is done, and its first work."""
-        with self._ready:
-            while not self._queues and not self._stopping:
-                self._ready.wait()
-            if self._stopping:
-                return None
-            key, queue = next(iter(self._queues.items()))
-            return key, queue[0]
+    def waiting(self, member: str, line: bytes) -> int:
+        """How many items are in this line."""
+        return len(self._members.get(member, {}).get(line, ()))
+
+    def lines(self) -> Iterator[tuple[bytes, deque[Item]]]:
+        """Every line in which something waits."""
+        for lines in self._members.values():
+            yield from lines.items()
+
+    def clear(self) -> None:
+        """Drop all that waits."""
+        self._members.clear()

@@ -23,10 +23,10 @@ LORA = {"id": HASH, "outline": DIGEST, "name": "turbo", "strength": 0.75, "base"
 TRACE = [{"worker": "blue", "span": "4:8", "compute_ms": 12.5, "in_coded": 12}]
 
 EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
-    (wire.Hello(1, [1], "0.1.0", {"klein": "0.1.0"}, "desk"), []),
+    (wire.Hello(1, [2], "0.1.0", {"klein": "0.1.0"}, "desk"), []),
     (
         wire.Welcome(
-            1, 1, "0.1.0", {}, "blue", KEY, {"raw": {}, "quant": {"levels": 16}}, [{"device": "cuda:0"}], {"flux2": "1"}
+            1, 2, "0.1.0", {}, "blue", KEY, {"raw": {}, "quant": {"levels": 16}}, [{"device": "cuda:0"}], {"flux2": "1"}
         ),
         [],
     ),
@@ -57,7 +57,7 @@ EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
     (wire.Ok(5), []),
     (wire.Constants(6, SESSION, [{"hash": "c0ffee", **ENTRY}]), [b"text"]),
     (
-        wire.Step(7, SESSION, 3, 1, "cond", {"ids": "c0ffee"}, {"guidance": 3.5}, [ENTRY], TRACE, 300_000),
+        wire.Step(7, SESSION, 3, 1, 2, "cond", {"ids": "c0ffee"}, {"guidance": 3.5}, [ENTRY], TRACE, 300_000),
         [b"twelve bytes"],
     ),
     (wire.Result(7, SESSION, 3, 1, [ENTRY, {**ENTRY, "n": "empty", "k": 2}], TRACE), [b"twelve bytes", b"", b"x"]),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.model.carried import refuse_other_tensors
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ParameterSpec, Piece
@@ -53,23 +54,25 @@ def describe_parameters(
 
     Raises:
         CheckpointCorrupt: a tensor is missing, or does not have the shape that the model needs.
-        CheckpointUnrecognised: weights of a type that stages do not compute with.
+        CheckpointUnrecognised: weights of a type that stages do not compute with, or tensors that are no parameters.
     """
     with torch.device("meta"):
-        wanted = {name: tuple(p.shape) for name, p in skeleton().named_parameters()}
+        model = skeleton()
+    refuse_other_tensors(model)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found: dict[str, ParameterSpec] = {}
     for name, shape in wanted.items():
         parts = pieces(name, shape[0])
         infos = [header.tensors.get(p.tensor) for p in parts]
         missing = [p.tensor for p, info in zip(parts, infos, strict=True) if info is None]
         if missing:
-            raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.", hint="copy or download it again")
+            raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.")
         dtypes = {info.dtype for info in infos if info is not None}
         if not dtypes <= set(COMPUTED_TYPES):
             raise CheckpointUnrecognised(
                 f"{header.path} stores {parts[0].tensor} as {min(dtypes)}; this version computes with "
                 f"{', '.join(COMPUTED_TYPES)} only.",
-                hint="a bfloat16 copy of the model",
+                hint="a bfloat16 copy of the model, on all machines",
             )
         for piece, info in zip(parts, infos, strict=True):
             rows = piece.stop if piece.stop is not None else shape[0]

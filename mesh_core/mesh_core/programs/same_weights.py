@@ -1,0 +1,84 @@
+"""Whether a model in memory is what a file holds, parameter by parameter and bit by bit.
+
+Workers compute with what is in a file, this machine with what is in memory. So what must be equal is every parameter
+that workers are to compute with; the others may differ, they are computed from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from mesh_codec.memory import uint8_view
+from mesh_core.errors import CheckpointChanged, CheckpointUnrecognised
+from mesh_core.model import fingerprint
+from mesh_core.model.checkpoint import read_header
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.weights import WeightReader
+
+
+def first_difference(checkpoint: Checkpoint, held: Mapping[str, Tensor], names: Collection[str]) -> str | None:
+    """The first of the parameters ``names`` whose value in ``held`` is not the file's, in the type that it has there.
+
+    Parameters without data are taken for the file's. Reads the others one by one, and no more of the file than them.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not the one that it was.
+    """
+    reader, parameters = WeightReader(checkpoint.header), checkpoint.spec.parameters
+    for name in sorted(names, key=lambda n: checkpoint.header.place(parameters[n].pieces[0].tensor)):
+        here = held[name]
+        if not here.is_meta and not _same_bits(reader.read(parameters[name]).to(here.dtype), here.detach()):
+            return name
+    return None
+
+
+def fits(checkpoint: Checkpoint, other: Checkpoint) -> bool:
+    """Whether both are of one family and have the same parameters, in whatever types."""
+    shapes = [{n: p.shape for n, p in c.spec.parameters.items()} for c in (checkpoint, other)]
+    return checkpoint.spec.family == other.spec.family and shapes[0] == shapes[1]
+
+
+def refuse_several_types(held: Mapping[str, Tensor], names: Collection[str], dtype: torch.dtype) -> None:
+    """Refuse parameters that workers are to compute with and that are not all of one type here.
+
+    Raises:
+        CheckpointUnrecognised: names the first.
+    """
+    for name in names:
+        if not held[name].is_meta and held[name].dtype != dtype:
+            raise CheckpointUnrecognised(
+                f"{name} is {held[name].dtype} in a model that computes in {dtype}; workers compute in one type only.",
+                hint="the whole transformer in one type, for example pipe.transformer.to(torch.bfloat16)",
+            )
+
+
+def as_it_is_now(checkpoint: Checkpoint, known: str | None) -> Checkpoint:
+    """The checkpoint for reading on: itself while its files are what they were, else read anew.
+
+    Args:
+        known: its fingerprint; None where all of it is in memory.
+
+    Raises:
+        CheckpointChanged: the files hold other weights now.
+        CheckpointError: they cannot be read.
+    """
+    header = read_header(checkpoint.header.path)
+    if header.stamps == checkpoint.header.stamps:
+        return checkpoint
+    spec = checkpoint.adapter.recognise(header)
+    same = spec is not None and fingerprint.structure(spec) == fingerprint.structure(checkpoint.spec)
+    if spec is None or not same or (known is not None and fingerprint.of_checkpoint(header, spec) != known):
+        raise CheckpointChanged(
+            f"{header.path} holds other weights than when this pipeline was loaded.",
+            hint="load_pipeline() again, or the earlier file back in its place",
+        )
+    return Checkpoint(header, spec, checkpoint.adapter)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Unlike `torch.equal`, which says that no NaN is one, and that the two zeros are."""
+    there, here = (t.to("cpu").contiguous() for t in (one, other))
+    return there.shape == here.shape and torch.equal(uint8_view(there), uint8_view(here))

@@ -1,0 +1,97 @@
+"""A session's way to the worker that continues its chain: a state that will not arrive is noticed within seconds.
+
+The computing thread hands states on, the listening one looks for a loss meanwhile; a lock lets one of them at the
+channels. As a host does, it pings over a connection of its own, where no large state keeps an answer waiting.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from time import monotonic
+
+from mesh_codec.errors import CodecError
+from mesh_core import wire
+from mesh_core.errors import MeshError, NotAuthorised, PeerLost
+from mesh_core.system.config import Heartbeat
+from mesh_core.transport.base import Channel
+from mesh_core.wire.failure import rebuild
+from mesh_core.wire.framing import Frame
+
+_MOST_ANSWERS = 4
+"""That are read at one look: the thread that looks has others to answer, whatever a neighbour sends."""
+
+
+class Onward:
+    """Any thread may call it.
+
+    Args:
+        name: of that worker, for errors.
+        channel: states are handed on over it.
+        pulse: another one to the same worker, for pings.
+        session: at that worker.
+        heartbeat: when it counts as lost.
+    """
+
+    def __init__(self, name: str, channel: Channel, pulse: Channel, session: bytes, heartbeat: Heartbeat) -> None:
+        self.session, self._name = session, name
+        self._channel, self._pulse, self._heartbeat = channel, pulse, heartbeat
+        self._lock = threading.Lock()
+        self._step: wire.Step | None = None
+        self._until = self._pinged = 0.0
+        self._unanswered: float | None = None
+
+    def hand_on(self, step: wire.Step, buffers: Sequence[Frame]) -> None:
+        """Send ``step``, and look after it for as long as its deadline. Raises as `Channel.send` does."""
+        with self._lock:
+            self._channel.send(wire.pack(step, buffers))
+            self._step, self._until = step, monotonic() + step.deadline_ms / 1e3
+
+    def look(self) -> tuple[wire.Step, Exception] | None:
+        """The step that was handed on last and will not arrive, and why, told once. Does not wait."""
+        if self._step is None or not self._lock.acquire(blocking=False):
+            return None
+        try:
+            step = self._step
+            if step is None or monotonic() > self._until:
+                self._step = None
+                return None
+            try:
+                self._check(step)
+            except (MeshError, CodecError) as error:
+                self._step = None
+                return step, error
+            return None
+        finally:
+            self._lock.release()
+
+    def _check(self, step: wire.Step) -> None:
+        """Raises:
+        PeerLost: the next worker is gone, silent, or does not take states from here any more.
+        MeshError, CodecError: what it says of the step.
+        """
+        try:
+            for _ in range(_MOST_ANSWERS):
+                if (frames := self._channel.receive(0)) is None:
+                    break
+                answer, _buffers = wire.unpack(frames)
+                if isinstance(answer, wire.Failed) and answer.id in (step.id, 0):
+                    raise rebuild(answer)
+            if self._pulse.receive(0) is not None:
+                self._unanswered = None
+            now = monotonic()
+            if self._unanswered is not None and now - self._unanswered > self._heartbeat.lost_after:
+                raise PeerLost(f"The next worker, {self._name}, has not answered for {now - self._unanswered:.1f} s.")
+            if now - self._pinged > self._heartbeat.interval:
+                self._pulse.send(wire.pack(wire.Ping(wire.next_id(), b"")))
+                self._pinged = now
+                self._unanswered = self._unanswered or now
+        except NotAuthorised as error:
+            raise PeerLost(f"The next worker, {self._name}, takes no states from here: {error.message}") from error
+
+    def close(self) -> None:
+        """Drop both connections. May be called twice."""
+        with self._lock:
+            self._step = None
+            self._channel.close()
+            self._pulse.close()
