@@ -5,6 +5,7 @@ Where the system cannot do that they are spawned: slower, and otherwise the same
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -158,6 +159,7 @@ def _serve(
     options = WorkerOptions((folder,), name, memory=memory, settings=settings)
     worker = listening_worker(f"mesh://127.0.0.1:{port}", options, load_plugins())
     ready.send(worker.listener.address)
+    gc.freeze()
     worker.serve()
 
 

@@ -53,16 +53,17 @@ def contents(model: Checkpoint) -> Iterator[tuple[str, bytes, int]]:
     one = honest(model, 0)
     width = model.spec.parameters["x_embedder.weight"].shape
     rows = (Rows("x_embedder.weight", 0, width[0]),)
+    slow = [
+        file_of(names(300_000, "1")),
+        file_of(b'{"a":[' + b"[]," * MB + b"[]]}"),
+        file_of(names(24_000, '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}')),
+        rewritten(one, lambda patches, head: patches.extend([patches[0]] * 8000)),
+    ]
     for number in count():
         value = HeldTensor(torch.full(tuple(width), float(number)))
         heavy = Lora.of("heavy", model.spec, [Patch("diff", rows, {"diff": value})] * 32)
         yield heavy.id, Part(heavy).read(0, Part(heavy).nbytes), Part(heavy).nbytes
-        for content in (
-            file_of(names(300_000, "1")),
-            file_of(b'{"a":[' + b"[]," * MB + b"[]]}"),
-            file_of(names(24_000, '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}')),
-            rewritten(one, lambda patches, head: patches.extend([patches[0]] * 8000)),
-        ):
+        for content in slow:
             yield f"{number:064x}", content, len(content)
         yield f"{number:064x}", struct.pack("<Q", 99_000_000) + bytes(1000), 100 * MB
 
@@ -83,9 +84,9 @@ def test_a_member_whose_loras_are_made_to_be_slow(
 
     def hostile() -> int:
         transport, channel = member_of(steady, tmp_path)
-        sent = 0
+        sent, files = 0, contents(checkpoint)
         try:
-            for lora, content, size in contents(checkpoint):
+            for lora, content, size in files:
                 offer = wire.Offer(
                     wire.next_id(), lora, blake3(content).hexdigest(), size, checkpoint.spec.family, structure, "slow"
                 )

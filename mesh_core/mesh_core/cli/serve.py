@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -71,6 +72,8 @@ def serve(
         _verify(worker)
     _stop_on_signals(worker)
     announce(worker, listener.address)
+    # What was imported stays: looking through it for garbage, again and again, would stop all threads for long.
+    gc.freeze()
     if not worker.serve():
         # Python would wait at its end for what does not end.
         say("Something in this worker hangs; it is given up.", err=True)

@@ -44,7 +44,7 @@ _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a checkpoint: where its bytes are.
 

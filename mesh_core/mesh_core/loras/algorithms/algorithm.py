@@ -44,11 +44,11 @@ class Algorithm:
         unknown = sorted(shapes.keys() - {*self.required, *self.optional})
         if missing or unknown:
             return f"it lacks {missing[0]}" if missing else f"it has no use for {unknown[0][:64]}"
-        width = max(1, *shape[:1], prod(shape[1:]), _LEAST_WIDTH)
-        wide = max(1, *shape[:1], prod(shape[1:]))
+        width = max(1, *shape[:1], prod(shape[1:]))
+        rank = max(width, _LEAST_WIDTH)
         for role, tensor in shapes.items():
-            if prod(tensor) > wide * width:
-                return f"{role} is larger than any rank up to {width} needs"
+            if prod(tensor) > width * rank:
+                return f"{role} is larger than any rank up to {rank} needs"
         try:
             fits = self.fits(shape, shapes)
         except IndexError:
