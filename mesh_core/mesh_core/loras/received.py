@@ -172,6 +172,7 @@ def _last_used(path: Path) -> int:
 
 
 def _delete(path: Path) -> None:
-    Remembered("loras", [path]).forget()
+    with suppress(OSError):  # it is gone already
+        Remembered("loras", {path: FileStamp.at(path)}).forget()
     for file in (path, _note(path)):
         file.unlink(missing_ok=True)
