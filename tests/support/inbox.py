@@ -15,7 +15,7 @@ from mesh_core.loras.part import Part
 from mesh_core.loras.received import ReceivedLoras
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
-from mesh_core.worker.lora_upload import Pieces, Receiver
+from mesh_core.worker.lora_upload import Intake, Receiver
 
 STEP = 1000
 """Bytes of a chunk in these tests."""
@@ -59,7 +59,7 @@ class Inbox:
         return list((self.library.received.folder / "incoming").glob("*"))
 
 
-def finished(pieces: Pieces) -> int:
+def finished(pieces: Intake) -> int:
     """What work in pieces says at its end."""
     while True:
         try:

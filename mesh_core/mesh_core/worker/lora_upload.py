@@ -30,7 +30,7 @@ _BLOCK = 16 << 20
 
 FindModel = Callable[[str, str], Checkpoint]
 
-Pieces = Generator[None, None, int]
+Intake = Generator[None, None, int]
 """Work that lets others in between its pieces, and in the end says how much of a file is here."""
 
 
@@ -46,7 +46,7 @@ class Receiver:
         self._loras, self._find_model = library, find_model
         self._drafts = Drafts(library.received)
 
-    def offer(self, owner: str, offer: wire.Offer) -> Pieces:
+    def offer(self, owner: str, offer: wire.Offer) -> Intake:
         """How much of the file is here already.
 
         Raises:
@@ -63,7 +63,7 @@ class Receiver:
             raise _cannot_write(self._drafts.folder, error) from error
         return (yield from self._go_on(draft))
 
-    def chunk(self, owner: str, message: wire.Chunk, data: memoryview) -> Pieces:
+    def chunk(self, owner: str, message: wire.Chunk, data: memoryview) -> Intake:
         """Take bytes; how much of the file is here then. Bytes that were here already are passed over.
 
         Raises:
@@ -83,7 +83,7 @@ class Receiver:
             raise WireMalformed(f"A piece at {message.offset} does not follow the {have} bytes that are here.")
         return (yield from self._go_on(draft, data))
 
-    def _go_on(self, draft: Draft, data: memoryview | None = None) -> Pieces:
+    def _go_on(self, draft: Draft, data: memoryview | None = None) -> Intake:
         """Append ``data`` and the tensors that follow as long as they are here already; take the whole in."""
         try:
             if data is not None:
