@@ -50,7 +50,7 @@ def test_an_encoder_that_keeps_frames_back_is_not_used(caplog):
         assert codec.capabilities()["encoders"] == []
         assert codec.capabilities()["decoders"] == ["nvdec"]
     assert [record.getMessage() for record in caplog.records] == [
-        "NVENC is not used: NVENC made 0 packets of 1 frames."
+        "NVENC is not used: NVENC made 0 packets of 1 frames. Try: another quality or codec"
     ]
 
 

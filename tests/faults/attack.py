@@ -48,13 +48,16 @@ def drain(channel: Channel) -> int:
 
 def all_is_read(channel: Channel) -> int:
     """Return once the worker has read all that was sent, and still answers; how many answers came before."""
-    ping, count = wire.Ping(wire.next_id(), b""), 0
-    channel.send(wire.pack(ping))
-    while (frames := channel.receive(30)) is not None:
-        message, _ = wire.unpack(frames)
-        if isinstance(message, wire.Pong) and message.id == ping.id:
-            return count
-        count += 1
+    count = 0
+    for _ in range(30):
+        ping = wire.Ping(wire.next_id(), b"")
+        channel.send(wire.pack(ping))
+        # Where too many wait, a ping is refused like anything else.
+        while (frames := channel.receive(1)) is not None:
+            message, _ = wire.unpack(frames)
+            if isinstance(message, wire.Pong) and message.id == ping.id:
+                return count
+            count += 1
     raise AssertionError("the worker does not answer")
 
 

@@ -82,7 +82,6 @@ def honest_host(case: Case, address: str, plugins: Plugins, steps: int = 1) -> I
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(generate), pool.submit(ping)]
         wait_until(lambda: met.pings or running[1].done(), 20, "a first ping")
-        met.pings.clear()
         try:
             yield met
         finally:

@@ -178,7 +178,7 @@ def test_answers_that_nobody_reads_are_few(steady: FastWorker, plugins: Plugins)
         answers.append(wire.unpack(frames)[0])
     refused = [a for a in answers if isinstance(a, wire.Failed)]
     assert {a.error for a in refused} == {"WireTooLarge"}
-    assert 0 < asked - len(refused) <= 3 * QUOTA.probe_bytes // wire.PROBE_BYTES
+    assert 0 < asked - len(refused) < asked // 2  # some were read while others were asked for
     assert steady.resident() - before < 2 * QUOTA.probe_bytes
     wait_until(lambda: _is_measured(greedy), 10, "an answer after the others were read")
     greedy.close()

@@ -31,7 +31,7 @@ def test_an_honest_member_notices_nothing(
     with workers(quick.path.parent, 1, IMPATIENT) as (worker,):
         recorded = kinds(record(quick, worker.address, plugins, some_lora(model)))
         before = worker.resident()
-        with undisturbed(quick, worker.address, plugins, 4), member(worker.address, tmp_path / "greedy") as remote:
+        with member(worker.address, tmp_path / "greedy") as remote, undisturbed(quick, worker.address, plugins, 4):
             with ThreadPoolExecutor(1) as pool:
                 attacker = Attacker(remote.channel, recorded, worker, model, plugins, tmp_path)
                 attack = pool.submit(way, attacker)

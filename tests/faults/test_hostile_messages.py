@@ -20,6 +20,7 @@ from mesh_codec.errors import CodecCorrupt
 from mesh_core import wire
 from mesh_core.errors import WireMalformed, WireTooLarge
 from mesh_core.plugins.registry import Plugins
+from mesh_core.transport.base import Channel
 from mesh_core.wire.failure import rebuild
 from mesh_core.worker.quota import QUOTA
 from tests.faults.attack import attack, drain
@@ -139,16 +140,14 @@ def test_eight_hosts_of_which_one_takes_all_it_can(
     def addressed(kind: str, number: int) -> list[bytes]:
         return lie(real[kind], lambda m: m.update(session=number.to_bytes(16, "big")))
 
-    def greedy() -> None:
-        with member(steady.address, tmp_path) as remote:
-            channel = remote.channel
-            for number in range(100):
-                channel.send(addressed("open", number))
-                channel.send(addressed("constants", number))
-                sleep(0.01)
-            while not enough.is_set():
-                for kind in ("ping", "step", "constants"):
-                    channel.send(addressed(kind, Random().randrange(100)))
+    def greedy(channel: Channel) -> None:
+        for number in range(100):
+            channel.send(addressed("open", number))
+            channel.send(addressed("constants", number))
+            sleep(0.01)
+        while not enough.is_set():
+            for kind in ("ping", "step", "constants"):
+                channel.send(addressed(kind, Random().randrange(100)))
 
     def generate(_: int) -> list[bool]:
         with split(quick.path, ":1", [steady.address], plugins, settings=TALKATIVE) as runner:
@@ -157,8 +156,8 @@ def test_eight_hosts_of_which_one_takes_all_it_can(
             return exact
 
     before = steady.resident()
-    with ThreadPoolExecutor(8) as pool:
-        bad = pool.submit(greedy)
+    with member(steady.address, tmp_path) as other, ThreadPoolExecutor(8) as pool:
+        bad = pool.submit(greedy, other.channel)
         good = [pool.submit(generate, i) for i in range(7)]
         try:
             assert all(all(g.result(40)) for g in good)

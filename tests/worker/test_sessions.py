@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_bytes
+from time import sleep
+from typing import Any
 
 import pytest
 import torch
@@ -338,3 +341,27 @@ def test_a_way_that_cannot_be_measured_is_closed_again(
     assert deaf.closed
     assert list(worker.worker.stages.table.users().values()) == [0]
     assert len(worker.worker.sessions) == 0
+
+
+def test_requests_for_one_session_are_served_one_after_the_other(path: Path, plugins: Plugins, tmp_path: Path) -> None:
+    """Two changes of LoRAs at once would leave a stage that nobody gives back, or change one that another uses."""
+    with mesh_home(tmp_path), thread_workers(path.parent, 1, "mesh", plugins=plugins) as (worker,):
+        store = worker.worker.stages
+        first, second = Host(worker, plugins, path), Host(worker, plugins, path)
+        for host in (first, second):
+            host.open("0:5")
+        before, overlap, inside = store.adjust, list[bool](), threading.Lock()
+
+        def slow(*arguments: Any) -> Any:
+            overlap.append(not inside.acquire(blocking=False))
+            sleep(0.2)
+            found = before(*arguments)
+            inside.release()
+            return found
+
+        store.adjust = slow  # type: ignore[method-assign]
+        for _ in range(3):
+            first.remote.tell(wire.Adjust(wire.next_id(), first.remote.session, []))
+        first.remote.ask(wire.Adjust(wire.next_id(), first.remote.session, []), wire.Opened, timeout=20)
+        assert overlap == [False] * 4
+        assert list(store.table.users().values()) == [2]

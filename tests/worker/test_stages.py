@@ -92,11 +92,11 @@ def test_what_nobody_uses_stays_until_the_memory_is_needed(
 ) -> None:
     whole = size(checkpoint, 0, 5)
     store = StageStore(CPU, whole + 1000)
-    store.release(acquire(store, checkpoint, 0, 5).key)
+    store.release(acquire(store, checkpoint, 0, 5))
     assert store.nbytes == whole
     again = acquire(store, checkpoint, 0, 5)
     assert again.bytes_read == 0, "it was still there"
-    store.release(again.key)
+    store.release(again)
     del again
     other = acquire(store, checkpoints[1], 0, 5)
     assert other.bytes_read == whole and store.nbytes == whole
@@ -108,9 +108,26 @@ def test_of_idle_stages_the_one_used_longest_ago_goes_and_other_models_go_first(
     block = size(checkpoint, 3, 4)
     store = StageStore(CPU, 3 * block + size(checkpoint, 2, 3))
     for model, start in ((checkpoint, 2), (checkpoints[1], 2), (checkpoint, 3)):
-        store.release(acquire(store, model, start, start + 1).key)
+        store.release(acquire(store, model, start, start + 1))
     acquire(store, checkpoint, 4, 5)
     assert acquire(store, checkpoint, 2, 4).bytes_read == 0, "the model in use was kept, the other one went"
+
+
+def ink_file(folder: Path) -> Path:
+    return loras.save(folder / "ink.safetensors", loras.peft(loras.modules(tiny.transformer(guidance=False))))
+
+
+def test_a_stage_is_changed_in_place_only_by_the_one_that_uses_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Not by a session that had it, whatever it still believes: another one computes with it."""
+    ink = read_lora(ink_file(tmp_path), checkpoint)
+    store = StageStore(CPU, 4 * size(checkpoint, 0, 5))
+    honest, other = acquire(store, checkpoint, 0, 5), acquire(store, checkpoint, 0, 5)
+    before = {name: p.clone() for name, p in honest.stage.model.named_parameters() if not p.is_meta}
+    store.adjust(checkpoint, other, [Applied(ink, 1.0)])
+    store.adjust(checkpoint, other, [Applied(ink, 0.5)])
+    store.release(other)
+    assert all(torch.equal(p, before[name]) for name, p in honest.stage.model.named_parameters() if name in before)
+    assert store.table.users()[honest.key] == 1
 
 
 def test_a_stage_in_use_is_never_freed(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> None:
@@ -119,12 +136,14 @@ def test_a_stage_in_use_is_never_freed(checkpoint: Checkpoint, checkpoints: list
     with pytest.raises(PlanDoesNotFit, match="other sessions use") as caught:
         acquire(store, checkpoints[1], 0, 5)
     assert "--memory" in caught.value.hint
-    assert acquire(store, checkpoint, 0, 3).stage is used.stage
-    store.release(used.key)
+    again = acquire(store, checkpoint, 0, 3)
+    assert again.stage is used.stage
+    store.release(used)
+    store.release(used)
     with pytest.raises(PlanDoesNotFit):
         acquire(store, checkpoints[1], 0, 5)  # one of the two users is left
-    store.release(used.key)
-    del used
+    store.release(again)
+    del used, again
     assert acquire(store, checkpoints[1], 0, 5).bytes_read > 0
 
 
@@ -148,8 +167,7 @@ def test_a_load_that_fails_leaves_nothing_behind(checkpoint: Checkpoint) -> None
 
 
 def test_loras_change_though_the_untouched_weights_have_left_the_device(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    file = loras.save(tmp_path / "ink.safetensors", loras.peft(loras.modules(tiny.transformer(guidance=False))))
-    ink = read_lora(file, checkpoint)
+    ink = read_lora(ink_file(tmp_path), checkpoint)
     store = StageStore(CPU, 3 * size(checkpoint, 0, 5))
     loaded = store.adjust(checkpoint, acquire(store, checkpoint, 0, 5), [Applied(ink, 1.0)])
     patched = store.table[loaded.key].patched
@@ -168,7 +186,7 @@ def test_loras_change_though_the_untouched_weights_have_left_the_device(checkpoi
 def test_clear_frees_what_is_idle(checkpoint: Checkpoint) -> None:
     store = StageStore(CPU, 1 << 30)
     kept = acquire(store, checkpoint, 0, 1)
-    store.release(acquire(store, checkpoint, 3, 5).key)
+    store.release(acquire(store, checkpoint, 3, 5))
     store.clear()
     assert store.nbytes == size(checkpoint, 0, 1)
     assert kept.stage is acquire(store, checkpoint, 0, 1).stage

@@ -32,6 +32,10 @@ _QUICK = 1e12
 """Operations of a step that any device can do: not worth finding out how fast this one is."""
 
 
+_REMEMBERED = 16
+"""Kinds of step that need not be judged again: passes of a generation differ in their texts."""
+
+
 def decode_limits(memory: int | None) -> DecodeLimits:
     """What a decoder may make of one tensor where a step may take ``memory`` bytes, see `StepBounds`."""
     usual = DecodeLimits()
@@ -57,6 +61,7 @@ class StepBounds:
         self._widest = max((rows for rows, _ in layers), default=0)
         self._width = Counter(columns for _, columns in layers).most_common(1)[0][0] if layers else 0
         self._weights = sum(prod(shape) for shape in layers)
+        self._passed: set[object] = set()
 
     def check(self, entries: Sequence[Mapping[str, Any]], constants: Mapping[str, Tensor], seconds: float) -> None:
         """Whether a step may be decoded and computed.
@@ -73,6 +78,13 @@ class StepBounds:
             TransportTimeout: it cannot be done in time.
         """
         forms = {entry["n"]: read_form(entry["h"], DecodeLimits()) for entry in entries}
+        asked = (
+            tuple((name, form.dtype.name, form.shape) for name, form in forms.items()),
+            tuple((name, tensor.dtype, tensor.shape) for name, tensor in constants.items()),
+            seconds,
+        )
+        if asked in self._passed:  # as a step before it, which was computed
+            return
         for name, form in forms.items():
             if self._roles.get(name) != "exact" and not form.dtype.lossy:
                 raise WireMalformed(f"{name} came as {form.dtype.name}; no model computes in that.")
@@ -85,6 +97,9 @@ class StepBounds:
         streams = [shape for name, shape in resolved.items() if len(shape) == 3 and name in floating]
         self._check_memory(forms, streams)
         self._check_time(streams, seconds)
+        if len(self._passed) >= _REMEMBERED:
+            self._passed.clear()
+        self._passed.add(asked)
 
     def _check_memory(self, forms: Mapping[str, Form], streams: Sequence[tuple[int, ...]]) -> None:
         tokens = sum(prod(shape[:-1]) for shape in streams)

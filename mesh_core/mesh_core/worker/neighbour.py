@@ -8,7 +8,7 @@ from typing import Any
 
 from mesh_core import wire
 from mesh_core.crossing.bandwidth import measure_one_way, plain_link
-from mesh_core.errors import TransportTimeout, WireMalformed
+from mesh_core.errors import PeerLost, WireMalformed
 from mesh_core.plugins.registry import Plugins
 from mesh_core.transport.base import Address, Channel
 from mesh_core.wire.failure import rebuild
@@ -40,7 +40,7 @@ def measured_link(channel: Channel, within: float) -> dict[str, Any]:
         within: seconds for the whole measurement, whatever the worker there says.
 
     Raises:
-        TransportTimeout: the worker there does not answer in time.
+        PeerLost: the worker there does not answer in time.
         WireMalformed: it answers what was not asked.
     """
     end = monotonic() + within
@@ -56,8 +56,6 @@ def measured_link(channel: Channel, within: float) -> dict[str, Any]:
             if not isinstance(answer, wire.Probed) or answer.id != probe.id:
                 raise WireMalformed("The next worker answers something else than the probe that it got.")
             return
-        raise TransportTimeout(
-            f"The next worker does not answer probes within {within:g} s.", hint="mesh doctor on this machine"
-        )
+        raise PeerLost(f"The next worker does not answer probes within {within:g} s.")
 
     return plain_link(measure_one_way(send))

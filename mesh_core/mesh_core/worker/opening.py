@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic, sleep
 from typing import Any
 
@@ -21,6 +21,7 @@ from mesh_core.worker.agreement import check_crossing, dtype_of, span_of, stream
 from mesh_core.worker.bounds import StepBounds, decode_limits
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
+from mesh_core.worker.named_locks import NamedLocks
 from mesh_core.worker.neighbour import connect_next, measured_link
 from mesh_core.worker.onward import Onward
 from mesh_core.worker.replies import Replies
@@ -38,7 +39,7 @@ _STOPS_WITHIN = 60.0
 
 @dataclass
 class SessionOpener:
-    """Runs in loading threads, beside the steps of other sessions."""
+    """Runs in loading threads, beside the steps of other sessions; of one session, one request at a time."""
 
     settings: Settings
     plugins: Plugins
@@ -49,9 +50,14 @@ class SessionOpener:
     sessions: WorkerSessions
     speeds: SpeedBook
     replies: Replies
+    _changing: NamedLocks = field(default_factory=NamedLocks, init=False)
 
     def open(self, peer: Peer, message: wire.Open) -> None:
         """Load the stage and open, or reopen with another span, a session."""
+        with self._changing.held(message.session):
+            self._open(peer, message)
+
+    def _open(self, peer: Peer, message: wire.Open) -> None:
         progress = _ThrottledProgress(lambda *p: self.replies.send(peer.route, wire.Progress(message.id, *p)))
         device, step_memory = self.stages.memory.device, self.settings.worker.step_memory
         limits = decode_limits(step_memory)
@@ -74,7 +80,7 @@ class SessionOpener:
         try:
             onward, link = self._follow(message.next, measure=message.options.get("measure") is True)
         except BaseException:
-            self.stages.release(key)
+            self.stages.release(loaded)
             raise
         bounds = StepBounds(checkpoint, span, dtype, device, step_memory)
         session = WorkerSession(message.session, peer.key, peer.route, loaded, checkpoint, memory, bounds, onward)
@@ -85,6 +91,10 @@ class SessionOpener:
 
     def adjust(self, peer: Peer, message: wire.Adjust) -> None:
         """Give an open session other LoRAs."""
+        with self._changing.held(message.session):
+            self._adjust(peer, message)
+
+    def _adjust(self, peer: Peer, message: wire.Adjust) -> None:
         began = monotonic()
         session = self.sessions.owned(peer, message.session)
         span = session.loaded.stage.span
@@ -94,8 +104,8 @@ class SessionOpener:
         try:
             self.sessions.owned(peer, message.session)
         except SessionUnknown:
-            # It ended meanwhile, and gave back the stage under the name that it had before.
-            self.stages.release(session.loaded.key)
+            # It ended meanwhile, and gave back what it had before.
+            self.stages.release(session.loaded)
             raise
         self.loras.keep(session, applied)
         self.replies.send(peer.route, wire.Opened(message.id, self._cost(session.loaded, monotonic() - began)))

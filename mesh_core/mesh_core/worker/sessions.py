@@ -160,7 +160,7 @@ class WorkerSessions:
 
     def _give_back(self, session: WorkerSession) -> None:
         self._loras.forget(session)
-        self._stages.release(session.loaded.key)
+        self._stages.release(session.loaded)
         for key in session.neighbours:
             if not any(key in s.neighbours for s in self):
                 self._listener.dismiss(key)

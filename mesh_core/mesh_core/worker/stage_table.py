@@ -31,14 +31,14 @@ class StageEntry:
     Attributes:
         patched: its parameters, as LoRAs change them.
         loras: those that are merged into it now.
-        users: sessions that hold it; with none, it may be evicted.
+        users: a token of each session that holds it; with none, it may be evicted.
         last_used: time (monotonic) when it was last taken or given back.
     """
 
     stage: Stage
     patched: PatchedModel
     loras: tuple[Applied, ...] = ()
-    users: int = 0
+    users: set[object] = field(default_factory=set)
     last_used: float = field(default_factory=monotonic)
 
 
@@ -59,30 +59,30 @@ class StageTable:
 
     def users(self) -> dict[StageKey, int]:
         """How many sessions use each."""
-        return {key: entry.users for key, entry in self.items()}
+        return {key: len(entry.users) for key, entry in self.items()}
 
-    def use(self, key: StageKey) -> StageEntry | None:
-        """Another session uses this stage from now on, if it is loaded."""
+    def use(self, key: StageKey, token: object) -> StageEntry | None:
+        """The session with ``token`` uses this stage from now on, if it is loaded."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is not None:
-                entry.users += 1
+                entry.users.add(token)
                 entry.last_used = monotonic()
             return entry
 
-    def used_alone(self, key: StageKey, other: StageKey) -> StageEntry | None:
-        """The stage, if one session uses it and it may take the name ``other``, which no stage has."""
+    def used_alone(self, key: StageKey, token: object, other: StageKey) -> StageEntry | None:
+        """The stage, if the session with ``token`` alone uses it and it may have the name ``other``, which none has."""
         with self._lock:
             entry = self._entries.get(key)
-            return entry if entry is not None and entry.users == 1 and other not in self._entries else None
+            return entry if entry is not None and entry.users == {token} and other not in self._entries else None
 
-    def release(self, key: StageKey) -> None:
-        """A session no longer uses this stage; it stays loaded."""
+    def release(self, token: object) -> None:
+        """The session with ``token`` no longer uses its stage, which stays loaded. May be called twice."""
         with self._lock:
-            entry = self._entries.get(key)
-            if entry is not None:
-                entry.users = max(entry.users - 1, 0)
-                entry.last_used = monotonic()
+            for entry in self._entries.values():
+                if token in entry.users:
+                    entry.users.remove(token)
+                    entry.last_used = monotonic()
 
     def put(self, key: StageKey, entry: StageEntry) -> None:
         """A stage was loaded."""

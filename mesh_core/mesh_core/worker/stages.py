@@ -23,12 +23,18 @@ from mesh_core.worker.stage_table import StageEntry, StageKey, StageTable
 
 @dataclass(frozen=True)
 class Loaded:
-    """A stage in use, and what getting it cost. ``bytes_read``: from disk; 0 when it was shared."""
+    """A stage in use, and what getting it cost.
+
+    Attributes:
+        bytes_read: from disk; 0 when it was shared.
+        token: stands for this use of the stage, whatever others make of it.
+    """
 
     key: StageKey
     stage: Stage
     bytes_read: int
     seconds: float
+    token: object
 
 
 class StageStore:
@@ -68,25 +74,25 @@ class StageStore:
             CheckpointError: see `WeightReader.fill`.
             LoraError: see `PatchedModel.apply`.
         """
-        started = monotonic()
+        started, token = monotonic(), object()
         with self._loading:
-            entry = self.table.use(key)
+            entry = self.table.use(key, token)
             if entry is not None:
-                return Loaded(key, entry.stage, 0, monotonic() - started)
+                return Loaded(key, entry.stage, 0, monotonic() - started, token)
             self.memory.make_room(checkpoint.spec, key, _patched(loras))
             reader = WeightReader(checkpoint.header, model=key.fingerprint, pool=self.memory.pool, progress=progress)
             stage = checkpoint.adapter.build_stage(
                 checkpoint.spec, key.span, reader, device=self.memory.device, dtype=key.dtype
             )
             self._watch(stage)
-            entry = StageEntry(stage, self.memory.patchable(checkpoint, key, stage), users=1)
+            entry = StageEntry(stage, self.memory.patchable(checkpoint, key, stage), users={token})
             self.table.put(key, entry)
             try:
                 self._merge(key, entry, loras)
             except BaseException:
                 self.table.remove(key)
                 raise
-            return Loaded(key, stage, reader.bytes_read, monotonic() - started)
+            return Loaded(key, stage, reader.bytes_read, monotonic() - started, token)
 
     def adjust(self, checkpoint: Checkpoint, loaded: Loaded, loras: Sequence[Applied]) -> Loaded:
         """A stage in use, with ``loras`` instead of those that it has; it is given back, the result is in use.
@@ -101,17 +107,17 @@ class StageStore:
         with self._loading:
             if key == loaded.key:
                 return loaded
-            entry = self.table.used_alone(loaded.key, key)
+            entry = self.table.used_alone(loaded.key, loaded.token, key)
             if entry is not None:
                 self._change(checkpoint, loaded.key, key, entry, loras)
-                return Loaded(key, entry.stage, 0, monotonic() - started)
+                return Loaded(key, entry.stage, 0, monotonic() - started, loaded.token)
         found = self.acquire(checkpoint, key, loras=loras)
-        self.release(loaded.key)
+        self.release(loaded)
         return found
 
-    def release(self, key: StageKey) -> None:
-        """The caller no longer uses the stage. It stays loaded while the budget allows."""
-        self.table.release(key)
+    def release(self, loaded: Loaded) -> None:
+        """The caller no longer uses the stage, which stays loaded while the budget allows. May be called twice."""
+        self.table.release(loaded.token)
 
     def clear(self) -> None:
         """Free every stage that nobody uses."""
