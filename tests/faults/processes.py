@@ -27,6 +27,7 @@ from mesh_core.system.config import Settings
 from mesh_core.testing.workers import listening_worker
 from mesh_core.worker.server import WorkerOptions
 from tests.adapters import tiny
+from tests.support.net import lasting_port
 from tests.support.splitting import split
 from tests.support.workers import wait_until
 
@@ -92,7 +93,7 @@ class FastWorker(FaultyProcess):
 
     def __init__(self, folder: Path, name: str, settings: Settings, memory: int, files: int | None = None) -> None:
         self._arguments = files, folder, name, settings, memory
-        self._port = 0
+        self._port = lasting_port()
         self.begin()
 
     def begin(self) -> None:

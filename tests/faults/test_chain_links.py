@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mesh_codec import CodecChoice, EntropyCodec
+from mesh_codec import EntropyCodec
 from mesh_core.builtin import load_plugins
-from mesh_core.hookspecs import hookimpl
 from mesh_core.host import hops
 from mesh_core.host.flight import Flight
 from mesh_core.host.runner import SplitRunner
 from mesh_core.plugins.registry import Plugins
 from tests.adapters import tiny
 from tests.faults.conftest import IMPATIENT
+from tests.support.choosing import always_entropy
 from tests.support.faulty_link import FaultyLink, faulty_link
 from tests.support.splitting import split
 from tests.support.workers import ThreadWorker, thread_workers, wait_until
@@ -29,16 +29,6 @@ STEPS = 7
 DISTURBED = 4
 SETTINGS = replace(IMPATIENT, deadlines=replace(IMPATIENT.deadlines, connect=1.0))
 """A step has 60 s: whoever waits for its deadline is noticed."""
-
-TRANSPARENT = EntropyCodec().settings("transparent", EntropyCodec().capabilities())
-
-
-class AlwaysEntropy:
-    """The choice does not follow the clock."""
-
-    @hookimpl
-    def mesh_choose_codec(self, role: str) -> CodecChoice:
-        return CodecChoice("entropy", TRANSPARENT) if role == "hidden" else CodecChoice("raw")
 
 
 @dataclass
@@ -83,7 +73,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pair(path: Path) -> Iterator[tuple[Plugins, list[ThreadWorker]]]:
     plugins = load_plugins()
-    plugins._manager.register(AlwaysEntropy(), "always-entropy")
+    always_entropy(plugins, "transparent")
     with thread_workers(path.parent, 2, "mesh", plugins=plugins, settings=SETTINGS) as workers:
         yield plugins, workers
 

@@ -26,6 +26,7 @@ from mesh_core.host.runner import SplitRunner
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from tests.faults.processes import FastWorker, workers
+from tests.support.choosing import always_entropy
 from tests.support.faulty_link import FaultyLink, faulty_link
 from tests.support.splitting import split
 
@@ -153,7 +154,7 @@ class Trials:
             link.heal()
         outcome.seconds = monotonic() - began
         outcome.resent = sum(step.resent for step in self._runner.stats.steps[known:])
-        outcome.started_anew = sum(getattr(step, "restarted", 0) for step in self._runner.stats.steps[known:])
+        outcome.started_anew = sum(step.restarted for step in self._runner.stats.steps[known:])
         if not outcome.error:
             outcome.distance = float((result - self.expected).abs().max() / self.expected.abs().max())
             outcome.exact = torch.equal(result, self.expected) and torch.equal(self._generate(), self.expected)
@@ -197,5 +198,7 @@ def trials(
         pair = stack.enter_context(workers(model.parent, 2, settings))
         links = [stack.enter_context(faulty_link(worker.address)) for worker in pair]
         addresses = [link.address for link in links]
+        if quality != "lossless":
+            always_entropy(plugins, quality)
         runner = stack.enter_context(split(model, ":1", addresses, plugins, settings=settings, quality=quality))
         yield Trials(pair, links, runner, inputs)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
+from random import randrange
 
 Carry = Callable[[socket.socket, socket.socket, int, bool], None]
 """Moves what the first socket gives to the second until there is no more: of the connection with that number, from 0,
@@ -19,6 +20,15 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def lasting_port() -> int:
+    """A port of the loopback that stays free while a worker is started again: the system gives none like it to others."""
+    while True:
+        port = randrange(12_000, 30_000)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager
