@@ -23,7 +23,7 @@ def free_port() -> int:
 
 
 def lasting_port() -> int:
-    """A port of the loopback that stays free while a worker is started again: the system gives none like it to others."""
+    """A port that stays free while a worker is started again: one that the system does not give to whoever asks."""
     while True:
         port = randrange(12_000, 30_000)
         with suppress(OSError), socket.socket() as probe:
