@@ -32,7 +32,7 @@ from mesh_core.programs.identity import (
     identify,
     identify_in_memory,
 )
-from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only
+from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
 from mesh_core.programs.peft_transfer import loras_of, put_back, put_on_again, take_off
 from mesh_core.programs.pipeline_calls import guard, unwrap, wrap_again
@@ -130,6 +130,7 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], pipeline_arguments: Mapping[s
     session = open_session(lambda: identify(checkpoint, wish.report), placement, options, wish.plugins, wish.report)
     try:
         stage = _read_stage(wish, placement.plan.local)
+        look_loaded(stage.model, checkpoint, options.dtype)
         attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.dtype)
         pipeline = pipeline_around(stage.model, checkpoint.header, options.dtype, pipeline_arguments)
         pipeline = pipeline.to(options.device)

@@ -51,7 +51,7 @@ class PartElsewhere(nn.Module):
         raise _refusal(self, "another attention processor")
 
 
-class RemotePart(PartElsewhere):
+class PartOnWorkers(PartElsewhere):
     """A module that only workers compute."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,10 +63,10 @@ class RemotePart(PartElsewhere):
 
 
 def mark(model: nn.Module, spec: ModelSpec, local: BlockSpan) -> None:
-    """Make `PartElsewhere` or `RemotePart` of all modules that do not belong to the span ``local`` alone."""
+    """Make `PartElsewhere` or `PartOnWorkers` of all modules that do not belong to the span ``local`` alone."""
     unmark(model)
     for module, kind in parts_elsewhere(model, spec, local).values():
-        object.__setattr__(module, "__class__", _subclass(kind, type(module)))
+        object.__setattr__(module, "__class__", _subclass(cast(Any, kind), cast(Any, type(module))))
 
 
 def unmark(model: nn.Module) -> None:
@@ -106,7 +106,7 @@ def parts_elsewhere(
 def _kind_of(scopes: set[BlockSpan], local: BlockSpan) -> type[PartElsewhere] | None:
     if all(local.start <= scope.start and scope.stop <= local.stop for scope in scopes):
         return None
-    return PartElsewhere if any(scope.overlaps(local) for scope in scopes) else RemotePart
+    return PartElsewhere if any(scope.overlaps(local) for scope in scopes) else PartOnWorkers
 
 
 def _refusal(module: nn.Module, what: str) -> UnsupportedInput:
@@ -117,5 +117,5 @@ def _refusal(module: nn.Module, what: str) -> UnsupportedInput:
 
 
 @cache
-def _subclass(kind: type[PartElsewhere], own: type[nn.Module]) -> type[nn.Module]:
+def _subclass(kind: Any, own: Any) -> type[nn.Module]:
     return type(own.__name__, (kind, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})

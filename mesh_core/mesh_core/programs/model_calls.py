@@ -62,7 +62,7 @@ class ModelCalls(nn.Module):
         for block in self.mesh.local.block_modules():
             block.compile(*args, **kwargs)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As PyTorch's: also of blocks that were never read, which are read now.
 
         Raises:

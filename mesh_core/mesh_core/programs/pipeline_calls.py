@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from mesh_core.errors import UnsupportedInput
 from mesh_core.programs.split_model import SplitModel, model_of
 
-GUARDED: dict[str, str] = {
+PIECEWISE: dict[str, str] = {
     "enable_group_offload": "exclude_modules='transformer', or enable_model_cpu_offload()",
     "enable_sequential_cpu_offload": "enable_model_cpu_offload(), or fewer blocks here: split(local=...)",
 }
 """Methods that would offload the transformer piece by piece, and what to do instead."""
 
-
 _WRAPPER = "_mesh_wrapper"
 
 
 def guard(pipeline: Any) -> None:
-    """Have the pipeline refuse `GUARDED` for as long as its transformer is split."""
-    for name in GUARDED.keys() - vars(pipeline).keys():
+    """Have the pipeline refuse what its transformer would, for as long as that is split."""
+    for name in {*PIECEWISE, "to"} - vars(pipeline).keys():
         if hasattr(pipeline, name):
             setattr(pipeline, name, _guarded(weakref.ref(pipeline), name))
 
@@ -46,13 +47,26 @@ def _guarded(pipeline: Callable[[], Any], name: str) -> Callable[..., Any]:
     @functools.wraps(getattr(type(pipeline()), name))
     def call(*args: Any, **kwargs: Any) -> Any:
         this = pipeline()
-        excluded = kwargs.get("exclude_modules") or ()
-        excluded = [excluded] if isinstance(excluded, str) else excluded
         model = model_of(this)
-        if isinstance(model, SplitModel) and model.mesh.plan.remote and "transformer" not in excluded:
-            raise UnsupportedInput(
-                f"{name}() moves a transformer piece by piece, and most of this one is on workers.", hint=GUARDED[name]
-            )
+        if isinstance(model, SplitModel):
+            if name == "to":
+                _refuse_another_type(model, [*args, *kwargs.values()])
+            else:
+                _refuse_pieces(model, name, kwargs.get("exclude_modules") or ())
         return getattr(type(this), name)(this, *args, **kwargs)
 
     return call
+
+
+def _refuse_another_type(model: SplitModel, arguments: Sequence[Any]) -> None:
+    for dtype in arguments:
+        if isinstance(dtype, torch.dtype):
+            model.refuse_type(dtype)
+
+
+def _refuse_pieces(model: SplitModel, name: str, excluded: str | Sequence[str]) -> None:
+    excluded = [excluded] if isinstance(excluded, str) else excluded
+    if model.mesh.plan.remote and "transformer" not in excluded:
+        raise UnsupportedInput(
+            f"{name}() moves a transformer piece by piece, and pieces of this one are on workers.", hint=PIECEWISE[name]
+        )

@@ -24,6 +24,8 @@ from mesh_core.programs.peft import PeftLoras
 from mesh_core.programs.peft_calls import LoraCalls
 from mesh_core.programs.replaced_parts import redirect_forward
 
+_NOT_AS_ONE_GRAPH = "a split transformer: pipe.transformer.compile() compiles the blocks that run here"
+
 
 class SplitModel(LoraCalls, ModelCalls):
     """Mixed into a transformer's class by `attach`. ``mesh`` runs the plan."""
@@ -33,7 +35,7 @@ class SplitModel(LoraCalls, ModelCalls):
     _mesh_sequence: str
     _mesh_attention: list[nn.Module]
 
-    @torch.compiler.disable(reason="a split transformer: pipe.transformer.compile() compiles the blocks that run here")
+    @torch.compiler.disable(reason=_NOT_AS_ONE_GRAPH)  # type: ignore[no-untyped-call, untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, SplitModel):
             # Hooks that were put on while it was split still call this.
@@ -69,11 +71,7 @@ class SplitModel(LoraCalls, ModelCalls):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = fn(torch.empty(0, device=self.device, dtype=self.dtype))
-        if moved.dtype != self.dtype:
-            raise UnsupportedInput(
-                f"A split model computes in {self.dtype} on all machines; it cannot become {moved.dtype} here alone.",
-                hint=f"load_pipeline(..., dtype={moved.dtype})",
-            )
+        self.refuse_type(moved.dtype)
         local = {id(p) for name, p in self.named_parameters() if name in self._local_names()}
         others = {id(p) for p in self.parameters()} - local
         cast(Any, super())._apply(lambda t: t if t.is_meta or id(t) in others else fn(t), recurse)
@@ -82,8 +80,26 @@ class SplitModel(LoraCalls, ModelCalls):
             self.mesh.session.options = replace(self.mesh.session.options, device=moved.device)
         return self
 
+    def refuse_type(self, dtype: torch.dtype) -> None:
+        """Refuse to compute in another type than workers do: UnsupportedInput."""
+        if dtype != self.dtype:
+            raise UnsupportedInput(
+                f"A split model computes in {self.dtype} on all machines; it cannot become {dtype} here alone.",
+                hint=f"load_pipeline(..., dtype={dtype}), or from_pipe(..., dtype={self.dtype})",
+            )
+
     def _local_names(self) -> set[str]:
         return set(self.mesh.checkpoint.spec.parameters_of(self.mesh.plan.local))
+
+
+class SplitKind(type):
+    """The class of a split model: equal to the model's own, which diffusers' ``from_pipe`` looks for with ``==``."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__bases__[1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[1])
 
 
 def attach(
@@ -96,7 +112,7 @@ def attach(
     """Make ``model`` run ``runner``; also when it is split already."""
     own = own_class(model)
     redirect_forward(model, own.forward, SplitModel.forward)
-    model.__class__ = type(own.__name__, (SplitModel, own), {"__module__": own.__module__})
+    model.__class__ = cast(Any, SplitKind(own.__name__, (SplitModel, own), {"__module__": own.__module__}))
     split = cast(SplitModel, model)
     split.mesh = runner
     split._mesh_place = (device, dtype)
