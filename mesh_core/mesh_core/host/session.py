@@ -109,7 +109,7 @@ class Session:
 
     def set_loras(self, loras: Sequence[AnyLora]) -> None:
         """Run the remote spans with exactly ``loras`` from the next step on. Raises as `SessionLoras.adjust` does."""
-        self.refuse_in_a_fork()
+        self._refuse_in_a_fork()
         with self._lock:
             self._loras.wanted = tuple(loras)
             try:
@@ -118,7 +118,7 @@ class Session:
                 self._legs = []  # nothing is computed with a part of a set: the next step opens the session anew
                 raise
 
-    def refuse_in_a_fork(self) -> None:
+    def _refuse_in_a_fork(self) -> None:
         """Connections and threads do not survive a fork, and a lock may be held for ever.
 
         Raises:
@@ -127,7 +127,7 @@ class Session:
         if self._forked:
             raise SessionError(
                 "This process was forked from the one that split the model, and has no connection to its workers.",
-                hint="split() in the process that generates: start it with 'spawn', or fork before the first split()",
+                hint="split() again in this process, or in one that was started with 'spawn'",
             )
 
     @property
@@ -170,7 +170,7 @@ class Session:
             SessionError: this process is a fork of the one that opened the session.
             MeshError: what a worker says went wrong.
         """
-        self.refuse_in_a_fork()
+        self._refuse_in_a_fork()
         with self._lock:
             self._step += 1
             step = StepStats(self._step, local_ms=local_ms)

@@ -173,8 +173,6 @@ def split(
     old = model.mesh if isinstance(model, SplitModel) else None
     if old is None:
         refuse_replaced_forward(model)
-    elif old.session is not None:
-        old.session.refuse_in_a_fork()
     taken = take_off(pipeline) if old is None else []
     try:
         checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)

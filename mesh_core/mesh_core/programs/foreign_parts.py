@@ -36,7 +36,7 @@ class PartElsewhere(nn.Module):
         for parameter in self._parameters.values():
             if parameter is not None and fn(torch.empty(0, dtype=parameter.dtype)).dtype != parameter.dtype:
                 raise _refusal(self, "another type")
-        return super()._apply(fn, recurse)
+        return cast(Any, super())._apply(fn, recurse)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: UnsupportedInput."""
