@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
@@ -10,6 +12,20 @@ _THREADS = 4
 """Sixteen, on as many cores, encoded no faster than two: the steps between numpy calls wait for the interpreter."""
 
 
+class ForkedPool(ThreadPoolExecutor):
+    """A pool that starts threads of its own in a process that was forked: those of its parent are not there."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        super().__init__(threads, thread_name_prefix=f"mesh-{name}")
+        self._made = threads, name
+        self._process = os.getpid()
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        if os.getpid() != self._process:
+            ForkedPool.__init__(self, *self._made)
+        return super().submit(*args, **kwargs)
+
+
 def new_pool(name: str) -> ThreadPoolExecutor:
     """As many threads as torch uses, but few."""
-    return ThreadPoolExecutor(min(_THREADS, torch.get_num_threads()), thread_name_prefix=f"mesh-{name}")
+    return ForkedPool(min(_THREADS, torch.get_num_threads()), name)

@@ -218,7 +218,8 @@ class NotAuthorised(TransportError):
 
 
 class SessionError(MeshError):
-    """Base of what a worker answers about a session or a step of it; only its kinds are raised."""
+    """Base of what a worker answers about a session or a step of it; itself raised in a process that was forked from
+    the one whose session it is."""
 
 
 class SessionUnknown(SessionError):

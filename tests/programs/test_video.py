@@ -15,13 +15,14 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from diffusers import LTX2ConditionPipeline, LTX2ImageToVideoPipeline, LTX2Pipeline, LTXVideoTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from PIL import Image
 
 import mesh_core
 from mesh_core.builtin import installed_plugins
 from mesh_core.cli import FAILED, cli
-from mesh_core.errors import CheckpointUnrecognised, ConfigError
+from mesh_core.errors import CheckpointUnrecognised, ConfigError, UnsupportedInput
 from mesh_core.model.weights import WeightReader
 from mesh_core.programs import media
 from mesh_core.programs.diffusers import stats
@@ -97,6 +98,17 @@ def test_image_to_video_and_conditions(rig: Rig) -> None:
 
 def mesh(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def test_offloading_and_attention_backends_act_as_on_the_whole_pipeline(rig: Rig) -> None:
+    with attention_backend("_native_math"):
+        expected = video_pipelines.run(rig.whole)
+        with rig.loaded(":1") as pipeline:
+            pipeline.enable_model_cpu_offload(device="cpu")
+            assert same(video_pipelines.run(pipeline), expected)
+            assert stats(pipeline).steps
+            with pytest.raises(UnsupportedInput):
+                pipeline.transformer.transformer_blocks[1].attn1.register_forward_hook(print)
 
 
 def generate(rig: Rig, *options: object) -> Result:

@@ -27,6 +27,7 @@ from mesh_codec.hevc.decoder import HevcDecoder
 from mesh_codec.hevc.encoder import HevcEncoder
 from mesh_codec.hevc.engines import Engines
 from mesh_codec.hevc.settings import DEFAULTS, MOST_STRIPS, HevcSettings, settings_for
+from mesh_codec.parallel import ForkedPool
 from mesh_codec.qualities import find
 
 FORMAT = "hevc-444-1"
@@ -79,4 +80,4 @@ class HevcCodec(Codec):
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_THREADS, thread_name_prefix="mesh-hevc")
+        return ForkedPool(_THREADS, "hevc")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mesh_codec.base import Buffer, Codec, Encoded
 from mesh_core.crossing.copies import Copies
+from mesh_core.system.forks import hash_threads
 
 _MANY_THREADS = 1 << 20
 """Bytes from which hashing in several threads is faster; for less, waking them takes longer than it saves."""
@@ -33,7 +34,7 @@ def _digest(header: dict[str, Any], buffers: Sequence[Buffer]) -> str:
     # As JSON has it, without what a JSON encoder costs beside the few bytes of most constants.
     form = f'["{header["dtype"]}", {list(header["shape"])}]'
     large = sum(memoryview(buffer).nbytes for buffer in buffers) >= _MANY_THREADS
-    hasher = blake3(form.encode(), max_threads=blake3.AUTO if large else 1)
+    hasher = blake3(form.encode(), max_threads=hash_threads() if large else 1)
     for buffer in buffers:
         hasher.update(buffer)
     return hasher.hexdigest()

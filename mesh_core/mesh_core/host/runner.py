@@ -49,12 +49,15 @@ class SplitRunner:
         """Of the session; empty where all blocks run here."""
         return self.session.stats if self.session is not None else RunStats()
 
-    def __call__(self, inputs: Mapping[str, Any], sequence: str = "") -> Tensor | tuple[Tensor, ...]:
+    def __call__(
+        self, inputs: Mapping[str, Any], sequence: str = "", options: Mapping[str, Any] | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """One forward pass.
 
         Args:
             inputs: arguments of the model class's forward, by name.
             sequence: names one of several interleaved runs.
+            options: go to the workers with those that the adapter makes of ``inputs``.
 
         Raises:
             UnsupportedInput: an argument that cannot cross a cut.
@@ -62,6 +65,7 @@ class SplitRunner:
         """
         adapter, spec = self.checkpoint.adapter, self.checkpoint.spec
         state, conditioning = adapter.begin(spec, inputs)
+        conditioning = Conditioning(conditioning.constants, {**conditioning.options, **(options or {})})
         began = perf_counter()
         state = self._run_local(state, conditioning)
         local_ms = (perf_counter() - began) * 1e3

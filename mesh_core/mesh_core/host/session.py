@@ -8,6 +8,7 @@ with the result that it would have had; where a worker lost that step, from noth
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from time import perf_counter
@@ -17,7 +18,7 @@ from mesh_codec.errors import CodecStateLost, CodecUnsupported
 from mesh_core import wire
 from mesh_core.crossing.constants import ConstantsBook
 from mesh_core.crossing.stats import RunStats, StepStats
-from mesh_core.errors import PeerLost, TransportError
+from mesh_core.errors import PeerLost, SessionError, TransportError
 from mesh_core.host.flight import Flight
 from mesh_core.host.hops import Leg, RemoteHop
 from mesh_core.host.loras import AnyLora, SessionLoras
@@ -70,6 +71,7 @@ class Session:
         self._step = 0
         self._attempt_number = 0
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def remotes(self) -> list[Remote]:
@@ -107,6 +109,7 @@ class Session:
 
     def set_loras(self, loras: Sequence[AnyLora]) -> None:
         """Run the remote spans with exactly ``loras`` from the next step on. Raises as `SessionLoras.adjust` does."""
+        self._refuse_in_a_fork()
         with self._lock:
             self._loras.wanted = tuple(loras)
             try:
@@ -115,8 +118,29 @@ class Session:
                 self._legs = []  # nothing is computed with a part of a set: the next step opens the session anew
                 raise
 
+    def _refuse_in_a_fork(self) -> None:
+        """Connections and threads do not survive a fork, and a lock may be held for ever.
+
+        Raises:
+            SessionError: this process is a copy of the one that opened the session.
+        """
+        if self._forked:
+            raise SessionError(
+                "This process was forked from the one that split the model, and has no connection to its workers.",
+                hint="split() again in this process, or in one that was started with 'spawn'",
+            )
+
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._process
+
     def close(self) -> None:
-        """Let the workers forget the session; they keep the weights while they have room. May be called twice."""
+        """Let the workers forget the session; they keep the weights while they have room. May be called twice.
+
+        In a forked process, nothing happens: the session is its parent's.
+        """
+        if self._forked:
+            return
         for hop in self._hops:
             if hop.remote.holds_session:
                 try:
@@ -143,8 +167,10 @@ class Session:
         Raises:
             PeerLost: a worker went away and did not come back in time.
             TransportTimeout: the step's deadline passed.
+            SessionError: this process is a fork of the one that opened the session.
             MeshError: what a worker says went wrong.
         """
+        self._refuse_in_a_fork()
         with self._lock:
             self._step += 1
             step = StepStats(self._step, local_ms=local_ms)

@@ -24,6 +24,7 @@ from mesh_core.loras.stored import TensorFile
 from mesh_core.loras.tensors import Source
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spec import ModelSpec
+from mesh_core.system.forks import hash_threads
 
 MARK = "mesh-lora-1"
 
@@ -89,7 +90,7 @@ class Part:
 
     def digest(self) -> str:
         """BLAKE3 of the whole file, in hex."""
-        hasher = blake3(self._head, max_threads=blake3.AUTO)
+        hasher = blake3(self._head, max_threads=hash_threads())
         for source in self._sources:
             hasher.update(bytes_of(source.load()))
         return hasher.hexdigest()

@@ -20,6 +20,7 @@ from mesh_core.errors import CheckpointError, LoraError
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.safetensors import TensorInfo, opened, read_into
 from mesh_core.system.file_stamp import FileStamp
+from mesh_core.system.forks import hash_threads
 from mesh_core.system.remembered import Remembered
 
 
@@ -95,7 +96,7 @@ class TensorFile:
         found = {}
         for name, _ in sorted(self.header.tensors.items(), key=lambda item: item[1].offset):
             tensor = self.source(name).load()
-            found[name] = blake3(bytes_of(tensor), max_threads=blake3.AUTO).hexdigest()
+            found[name] = blake3(bytes_of(tensor), max_threads=hash_threads()).hexdigest()
             yield name, tensor
         self.check_unchanged()
         self._digests = found

@@ -11,6 +11,7 @@ from torch import Tensor
 from mesh_codec.dtypes import from_torch
 from mesh_codec.memory import bytes_of
 from mesh_core.errors import LoraError
+from mesh_core.system.forks import hash_threads
 
 
 class Source(Protocol):
@@ -56,7 +57,7 @@ class HeldTensor:
 
     def digest(self) -> str:
         if self._digest is None:
-            self._digest = blake3(bytes_of(self.load()), max_threads=blake3.AUTO).hexdigest()
+            self._digest = blake3(bytes_of(self.load()), max_threads=hash_threads()).hexdigest()
         return self._digest
 
     def load(self) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mesh_core.model.attention import use_backend
 from mesh_core.model.carried import refuse_kept_in_float32, refuse_other_tensors
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.shapes import Dimensions
@@ -31,10 +32,21 @@ class Stage(nn.Module, ABC):
 
     span: BlockSpan
     model: nn.Module
+    _attention: object = None
 
     def __init__(self, spec: ModelSpec, span: BlockSpan, model: nn.Module) -> None:
         super().__init__()
         self.spec, self.span, self.model = spec, span, model
+
+    def attend_with(self, backend: object) -> None:
+        """Compute attention with one of diffusers' backends, by name, from now on; None: with that of this process.
+
+        Raises:
+            UnsupportedInput: it cannot be used on this machine.
+        """
+        if backend != self._attention:
+            use_backend(self.model, backend)
+            self._attention = backend
 
     @abstractmethod
     def forward(self, state: State, conditioning: Conditioning) -> State:

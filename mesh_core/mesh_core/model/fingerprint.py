@@ -20,6 +20,7 @@ from mesh_codec.memory import bytes_of
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.safetensors import read_into
 from mesh_core.model.spec import ModelSpec, ParameterSpec
+from mesh_core.system.forks import hash_threads
 from mesh_core.system.remembered import Remembered
 
 _VERSION = b"mesh-fingerprint-1"
@@ -83,7 +84,7 @@ def of_values(spec: ModelSpec, value: Callable[[str], Tensor]) -> str:
 
 def of_tensor(tensor: Tensor) -> bytes:
     """BLAKE3 of a tensor's bytes in row-major order (32 bytes)."""
-    return blake3(bytes_of(tensor.detach().to("cpu").contiguous()), max_threads=blake3.AUTO).digest()
+    return blake3(bytes_of(tensor.detach().to("cpu").contiguous()), max_threads=hash_threads()).digest()
 
 
 def _label(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
@@ -105,7 +106,7 @@ def _hash_files(
     total = sum(t.nbytes for t in infos.values())
     done = 0
     for name, spec in sorted(parameters.items(), key=lambda item: header.place(item[1].pieces[0].tensor)):
-        digest = blake3(max_threads=blake3.AUTO)
+        digest = blake3(max_threads=hash_threads())
         for piece in spec.pieces:
             info = infos[piece.tensor]
             row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes

@@ -32,12 +32,14 @@ from mesh_core.programs.identity import (
     identify,
     identify_in_memory,
 )
-from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only
+from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
 from mesh_core.programs.peft_transfer import loras_of, put_back, put_on_again, take_off
+from mesh_core.programs.pipeline_calls import guard, unwrap, wrap_again
 from mesh_core.programs.pipeline_folder import pipeline_around, pipeline_header
-from mesh_core.programs.same_weights import as_it_is_now, refuse_several_types
-from mesh_core.programs.split_model import SplitModel, attach, detach
+from mesh_core.programs.replaced_parts import offloading_hook, refuse_replaced_forward, refuse_replaced_parts
+from mesh_core.programs.same_weights import checkpoint_of, refuse_several_types
+from mesh_core.programs.split_model import SplitModel, attach, detach, model_of
 from mesh_core.system.config import Settings
 from mesh_core.system.device import checked_device, default_device, free_memory
 
@@ -128,9 +130,11 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], pipeline_arguments: Mapping[s
     session = open_session(lambda: identify(checkpoint, wish.report), placement, options, wish.plugins, wish.report)
     try:
         stage = _read_stage(wish, placement.plan.local)
+        look_loaded(stage.model, checkpoint, options.dtype)
         attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.dtype)
         pipeline = pipeline_around(stage.model, checkpoint.header, options.dtype, pipeline_arguments)
         pipeline = pipeline.to(options.device)
+        guard(pipeline)
         if given:
             give(pipeline.transformer, given)
         return pipeline
@@ -167,10 +171,12 @@ def split(
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
     model = _transformer_of(pipeline)
     old = model.mesh if isinstance(model, SplitModel) else None
+    if old is None:
+        refuse_replaced_forward(model)
     taken = take_off(pipeline) if old is None else []
     try:
-        checkpoint = _checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
-        options = SessionOptions(model.dtype, torch.device(model.device), quality, settings, codec)
+        checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
+        options = SessionOptions(model.dtype, _running_device(model), quality, settings, codec)
         wish = _Wish(checkpoint, local, workers, options, plugins, report)
         wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint)
         if loras is not None:
@@ -182,7 +188,9 @@ def split(
         raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
     runner = SplitRunner(checkpoint, placement.plan, stage, session)
-    attach(model, runner, options.device, options.dtype, wanted)
+    attach(model, runner, torch.device(model.device), options.dtype, wanted)
+    unwrap(pipeline)
+    guard(pipeline)
     runner.set_loras(wanted.in_use())
     if old is not None:
         old.close()
@@ -193,13 +201,18 @@ def _prepared(
     model: Any, wish: _Wish, placement: Placement, loras: Sequence[AnyLora], old: SplitRunner | None
 ) -> Session | None:
     """Have every machine hold its blocks, the workers theirs with ``loras``; the session, None if nothing is remote."""
+    try:
+        refuse_replaced_parts(model, wish.checkpoint, placement.plan.local)
+    except BaseException:
+        placement.close()
+        raise
     session = _session(model, wish, placement, old)
     try:
         if session is not None:
             session.set_loras(loras)
         if old is not None:
             old.restore_local()
-        hold_only(model, wish.checkpoint, placement.plan.local, wish.options.device, wish.options.dtype)
+        hold_only(model, wish.checkpoint, placement.plan.local, torch.device(model.device), wish.options.dtype)
     except BaseException:
         if session is not None:
             session.close()
@@ -242,9 +255,10 @@ def unsplit(pipeline: Any) -> Any:
         runner, device, dtype, loras = model.mesh, model.device, model.dtype, model._mesh_loras
         whole = BlockSpan(0, runner.checkpoint.spec.blocks)
         runner.restore_local()
-        hold_only(model, _checkpoint_of(runner), whole, device, dtype)
+        hold_only(model, checkpoint_of(runner), whole, device, dtype)
         runner.close()
         detach(model)
+        wrap_again(pipeline)
         model.to(device)
         put_on_again(model, loras)
     return pipeline
@@ -252,7 +266,7 @@ def unsplit(pipeline: Any) -> Any:
 
 def _transformer_of(pipeline: Any) -> Any:
     """Raises ConfigError where there is none."""
-    model = getattr(pipeline, "transformer", None)
+    model = model_of(pipeline)
     if model is None:
         raise ConfigError(
             f"A {type(pipeline).__name__} holds no transformer that could be split.",
@@ -261,12 +275,9 @@ def _transformer_of(pipeline: Any) -> Any:
     return model
 
 
-def _checkpoint_of(runner: SplitRunner) -> Checkpoint:
-    """What a split model reads its blocks from, as it is on disk now; see `as_it_is_now`."""
-    if not runner.checkpoint.header.stamps:
-        return runner.checkpoint
-    known = runner.session.identity.fingerprint if runner.session is not None else None
-    return as_it_is_now(runner.checkpoint, known)
+def _running_device(model: Any) -> torch.device:
+    """Where the blocks compute; not where they are, while they are offloaded."""
+    return torch.device(getattr(offloading_hook(model), "execution_device", None) or model.device)
 
 
 def stats(pipeline: Any) -> Any:

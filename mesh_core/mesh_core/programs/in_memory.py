@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,3 +99,13 @@ def hold_only(
             assign(model, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         elif name not in wanted:
             parameter.data = parameter.data.to("cpu")
+
+
+def look_loaded(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Have a model of which a part was read answer as if diffusers had loaded all of it in ``dtype``."""
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            assign(model, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))
+    header = checkpoint.header
+    known = {key: header.config[key] for key in ("_class_name", "_diffusers_version") if key in header.config}
+    cast(Any, model).register_to_config(**known, _name_or_path=str(header.path / "transformer"))

@@ -12,7 +12,7 @@ from mesh_core.loras.library import own_library
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.read import read_lora, warn_of_unmatched
 from mesh_core.model.library import Checkpoint
-from mesh_core.programs.split_model import SplitModel
+from mesh_core.programs.split_model import SplitModel, model_of
 from mesh_core.system.config import Settings
 
 LoraChoice = str | Path | tuple[str | Path, float]
@@ -69,7 +69,7 @@ def set_loras(pipeline: Any, loras: Sequence[LoraChoice]) -> Any:
         PlanError: the pipeline is not split.
         LoraError and its kinds: one cannot be read, sent or used; the pipeline has the LoRAs that it had.
     """
-    model = pipeline.transformer
+    model = model_of(pipeline)
     if not isinstance(model, SplitModel):
         raise PlanError("This pipeline is not split.", hint="pipe.load_lora_weights(...), or mesh_core.split first")
     runner = model.mesh

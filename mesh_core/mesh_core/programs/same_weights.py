@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mesh_codec.memory import uint8_view
 from mesh_core.errors import CheckpointChanged, CheckpointUnrecognised
+from mesh_core.host.runner import SplitRunner
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint
@@ -76,6 +77,14 @@ def as_it_is_now(checkpoint: Checkpoint, known: str | None) -> Checkpoint:
             hint="load_pipeline() again, or the earlier file back in its place",
         )
     return Checkpoint(header, spec, checkpoint.adapter)
+
+
+def checkpoint_of(runner: SplitRunner) -> Checkpoint:
+    """What a split model reads its blocks from, as it is on disk now; see `as_it_is_now`."""
+    if not runner.checkpoint.header.stamps:
+        return runner.checkpoint
+    known = runner.session.identity.fingerprint if runner.session is not None else None
+    return as_it_is_now(runner.checkpoint, known)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -15,24 +15,36 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mesh_core.errors import ConfigError, UnsupportedInput
+from mesh_core.errors import UnsupportedInput
 from mesh_core.host.runner import SplitRunner
+from mesh_core.model.attention import OPTION, attention_layers, backend_in_use
+from mesh_core.programs.foreign_parts import mark, unmark
+from mesh_core.programs.model_calls import ModelCalls
 from mesh_core.programs.peft import PeftLoras
 from mesh_core.programs.peft_calls import LoraCalls
+from mesh_core.programs.replaced_parts import redirect_forward
+
+_NOT_AS_ONE_GRAPH = "a split transformer: pipe.transformer.compile() compiles the blocks that run here"
 
 
-class SplitModel(LoraCalls):
+class SplitModel(LoraCalls, ModelCalls):
     """Mixed into a transformer's class by `attach`. ``mesh`` runs the plan."""
 
     mesh: SplitRunner
     _mesh_place: tuple[torch.device, torch.dtype]
     _mesh_sequence: str
+    _mesh_attention: list[nn.Module]
 
+    @torch.compiler.disable(reason=_NOT_AS_ONE_GRAPH)  # type: ignore[no-untyped-call, untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = inspect.signature(inspect.unwrap(_own_class(self).forward)).bind(self, *args, **kwargs).arguments
+        if not isinstance(self, SplitModel):
+            # Hooks that were put on while it was split still call this.
+            return type(self).forward(self, *args, **kwargs)
+        inputs = inspect.signature(inspect.unwrap(own_class(self).forward)).bind(self, *args, **kwargs).arguments
         inputs.pop("self")
         return_dict = inputs.pop("return_dict", True)
-        output = self.mesh(inputs, self._mesh_sequence)
+        backend = backend_in_use(self._mesh_attention)
+        output = self.mesh(inputs, self._mesh_sequence, {OPTION: backend})
         if return_dict:
             return self.mesh.checkpoint.adapter.output(output)
         return output if isinstance(output, tuple) else (output,)
@@ -59,11 +71,7 @@ class SplitModel(LoraCalls):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = fn(torch.empty(0, device=self.device, dtype=self.dtype))
-        if moved.dtype != self.dtype:
-            raise UnsupportedInput(
-                f"A split model computes in {self.dtype} on all machines; it cannot become {moved.dtype} here alone.",
-                hint=f"load_pipeline(..., dtype={moved.dtype})",
-            )
+        self.refuse_type(moved.dtype)
         local = {id(p) for name, p in self.named_parameters() if name in self._local_names()}
         others = {id(p) for p in self.parameters()} - local
         cast(Any, super())._apply(lambda t: t if t.is_meta or id(t) in others else fn(t), recurse)
@@ -72,16 +80,26 @@ class SplitModel(LoraCalls):
             self.mesh.session.options = replace(self.mesh.session.options, device=moved.device)
         return self
 
+    def refuse_type(self, dtype: torch.dtype) -> None:
+        """Refuse to compute in another type than workers do: UnsupportedInput."""
+        if dtype != self.dtype:
+            raise UnsupportedInput(
+                f"A split model computes in {self.dtype} on all machines; it cannot become {dtype} here alone.",
+                hint=f"load_pipeline(..., dtype={dtype}), or from_pipe(..., dtype={self.dtype})",
+            )
+
     def _local_names(self) -> set[str]:
         return set(self.mesh.checkpoint.spec.parameters_of(self.mesh.plan.local))
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: ConfigError."""
-        raise ConfigError("A split model holds only a part of its weights and cannot be saved.", hint="unsplit() first")
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: ConfigError. Workers would go on with the weights that they have."""
-        raise ConfigError("A split model takes no other weights: its workers would not.", hint="unsplit() first")
+class SplitKind(type):
+    """The class of a split model: equal to the model's own, which diffusers' ``from_pipe`` looks for with ``==``."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__bases__[1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[1])
 
 
 def attach(
@@ -92,23 +110,39 @@ def attach(
     loras: PeftLoras | None = None,
 ) -> None:
     """Make ``model`` run ``runner``; also when it is split already."""
-    own = _own_class(model)
-    model.__class__ = type(own.__name__, (SplitModel, own), {"__module__": own.__module__})
+    own = own_class(model)
+    redirect_forward(model, own.forward, SplitModel.forward)
+    model.__class__ = cast(Any, SplitKind(own.__name__, (SplitModel, own), {"__module__": own.__module__}))
     split = cast(SplitModel, model)
     split.mesh = runner
     split._mesh_place = (device, dtype)
     split._mesh_sequence = ""
+    # Compiled as one graph it would be the whole model's; blocks that run here can be compiled.
+    vars(split).setdefault("_mesh_compiled", split._compiled_call_impl)
+    split._compiled_call_impl = None
     split._mesh_loras = loras or PeftLoras(runner.checkpoint)
+    split._mesh_attention = attention_layers(model)
+    mark(model, runner.checkpoint.spec, runner.plan.local)
 
 
 def detach(model: nn.Module) -> None:
     """Make ``model`` an ordinary model again."""
-    own = _own_class(model)
+    own = own_class(model)
+    unmark(model)
     model.__class__ = own
-    for name in ("mesh", "_mesh_place", "_mesh_sequence", "_mesh_loras"):
+    redirect_forward(model, SplitModel.forward, own.forward)
+    model._compiled_call_impl = vars(model).pop("_mesh_compiled")
+    for name in ("mesh", "_mesh_place", "_mesh_sequence", "_mesh_attention", "_mesh_loras"):
         model.__dict__.pop(name, None)
 
 
-def _own_class(model: nn.Module) -> type[nn.Module]:
+def model_of(pipeline: Any) -> Any:
+    """The transformer of a pipeline, also behind what torch.compile() made of it; None where there is none."""
+    model = getattr(pipeline, "transformer", None)
+    return getattr(model, "_orig_mod", model)
+
+
+def own_class(model: nn.Module) -> type[nn.Module]:
+    """The class of diffusers that a model, split or not, is of."""
     cls = type(model)
     return cast("type[nn.Module]", cls.__bases__[1]) if issubclass(cls, SplitModel) else cls

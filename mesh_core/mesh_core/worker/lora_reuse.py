@@ -20,6 +20,7 @@ from mesh_core.loras.library import LoraLibrary
 from mesh_core.loras.stored import StoredTensor
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.safetensors import check_header_size, parse_header
+from mesh_core.system.forks import hash_threads
 from mesh_core.system.logs import logger
 
 log = logger(__name__)
@@ -55,7 +56,7 @@ class KnownTensors:
             return None
         try:
             data = bytes_of(source.load())
-            if blake3(data, max_threads=blake3.AUTO).hexdigest() == digest:
+            if blake3(data, max_threads=hash_threads()).hexdigest() == digest:
                 return data[position - start :]
             log.warning("%s is damaged: what it holds is sent again", source.file.path)
         except LoraError as error:

@@ -20,6 +20,7 @@ from mesh_core.loras.part import lora_in
 from mesh_core.loras.stored import TensorFile
 from mesh_core.loras.tensors import check_finite
 from mesh_core.model.library import Checkpoint
+from mesh_core.system.forks import hash_threads
 from mesh_core.system.logs import logger
 from mesh_core.worker.lora_drafts import Draft, Drafts
 from mesh_core.worker.lora_reuse import known_tensors
@@ -114,7 +115,7 @@ class Receiver:
         log.info("received the LoRA %s (%s), %.1f MB", offer.name, offer.lora[:12], offer.size / 1e6)
 
     def _verify(self, draft: Draft) -> Generator[None, None, TensorFile]:
-        hasher = blake3(max_threads=blake3.AUTO)
+        hasher = blake3(max_threads=hash_threads())
         with draft.path.open("rb") as file:
             while block := file.read(_BLOCK):
                 hasher.update(block)

@@ -17,6 +17,7 @@ from mesh_core import wire
 from mesh_core.crossing.sequences import Turn
 from mesh_core.crossing.streams import Payload
 from mesh_core.errors import PeerLost, WireMalformed
+from mesh_core.model import attention
 from mesh_core.model.adapter import Stage
 from mesh_core.model.spec import Conditioning, State
 from mesh_core.plugins.registry import Plugins
@@ -103,6 +104,7 @@ class WorkerSteps:
         session.memory.begin(message.attempt)
         stage, turn = session.loaded.stage, Turn(message.sequence, message.step, message.after)
         conditioning = self._conditioning(stage, message)
+        stage.attend_with(message.options.get(attention.OPTION))
         session.bounds.check(message.tensors, conditioning.constants, seconds)
         state = session.memory.inputs.decode(turn, message.tensors, buffers, self.device)
         _check_complete(stage, state)
