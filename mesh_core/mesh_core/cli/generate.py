@@ -22,7 +22,10 @@ _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames
 @click.argument("prompt")
 @click.option("--local", default=None, help="Blocks that run here, for example :12. Left out: proposed.")
 @click.option(
-    "--worker", "workers", multiple=True, help="mesh://host:port, or mesh://host:port=12:20 to name its blocks. Repeat."
+    "--worker",
+    "workers",
+    multiple=True,
+    help="HOST:PORT or mesh://HOST:PORT, with =12:20 behind it to name its blocks. Repeat.",
 )
 @click.option(
     "-o",

@@ -63,8 +63,7 @@ def serve(
 
     settings, plugins = Settings.load(), installed_plugins()
     worker_options = _options(settings, models, presets, insecure=insecure, **options)
-    host, number = bind or settings.worker.bind, settings.worker.port if port is None else port
-    address = f"mesh://{f'[{host}]' if ':' in host else host}:{number}"
+    address = _address(bind or settings.worker.bind, settings.worker.port if port is None else port)
     flags = {flag: True for flag, on in (("insecure", insecure), ("force", force)) if on}
     listener = plugins.transport("mesh").listen(address, **flags)
     worker = Worker(worker_options, listener, plugins)
@@ -79,6 +78,17 @@ def serve(
         say("Something in this worker hangs; it is given up.", err=True)
         sys.stderr.flush()
         os._exit(0)
+
+
+def _address(host: str, port: int) -> str:
+    """Where to listen. Raises ConfigError if ``host`` holds more than a name or an address."""
+    host = host.strip().strip("[]")
+    if "/" in host or host.count(":") == 1:
+        raise ConfigError(
+            f"{host[:200]!r} is no address to listen on: it is a name or an IP address alone.",
+            hint=f"--bind 0.0.0.0 --port {port}",
+        )
+    return f"mesh://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _check_paths(models: tuple[Path, ...], loras: tuple[Path, ...], presets: list[tuple[str, float]]) -> None:

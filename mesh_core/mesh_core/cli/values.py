@@ -6,7 +6,7 @@ from __future__ import annotations
 def parse_worker(text: str) -> str | tuple[str, str]:
     """``ADDRESS`` or ``ADDRESS=SPAN``; only what follows the last ``=`` and looks like a span is one."""
     address, sign, span = text.rpartition("=")
-    return (address, span) if sign and set(span) <= set("0123456789:") and ":" in span else text
+    return (address, span) if sign and set(span) <= set("0123456789: ") and ":" in span else text
 
 
 def parse_lora(text: str) -> tuple[str, float]:

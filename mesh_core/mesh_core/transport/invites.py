@@ -16,7 +16,15 @@ from urllib.parse import quote
 
 from mesh_core import wire
 from mesh_core.errors import ConfigError, NotAuthorised, TransportTimeout, WireMalformed
-from mesh_core.transport.address import SCHEME, Place, is_wildcard, parse_netloc, parse_options, parse_place
+from mesh_core.transport.address import (
+    SCHEME,
+    Place,
+    is_wildcard,
+    parse_netloc,
+    parse_options,
+    parse_place,
+    with_scheme,
+)
 from mesh_core.transport.base import Address, Channel
 from mesh_core.transport.keys import KeyPair, KeyStore, KnownWorker
 
@@ -86,8 +94,8 @@ def parse_invite(text: str) -> Invite:
     text = text.strip()
     shown = text[:40] + ("..." if len(text) > 40 else "")
     head, _, query = text.partition("?")
-    scheme, found, netloc = head.partition("://")
-    if not found or scheme != SCHEME or not query:
+    scheme, _, netloc = with_scheme(head).partition("://")
+    if scheme != SCHEME or not query:
         raise ConfigError(f"{shown!r} is not an invite.", hint=_HINT)
     options = parse_options(query, {"key", "token", "until", "name"}, shown)
     missing = sorted({"key", "token", "until", "name"} - options.keys())
