@@ -67,6 +67,7 @@ _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames
     default=None,
     help="In which all machines compute; left out: as the file.",
 )
+@click.option("--variant", default=None, help="Of the weights in MODEL, for example fp16; left out: the plain ones.")
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), default=None, help="Write all stats as JSON.")
 def generate(
     model: Path,
@@ -77,12 +78,9 @@ def generate(
     stats_file: Path | None,
     workers: tuple[str, ...],
     loras: tuple[str, ...],
-    dtype: str | None,
     **options: Any,
 ) -> None:
     """Make a picture from PROMPT with the pipeline in the folder MODEL, or a video with sound if it makes these."""
-    import torch
-
     from mesh_core.cli.progress import LoadingLine
     from mesh_core.programs.generate import generate as make
     from mesh_core.programs.media import writable
@@ -97,7 +95,6 @@ def generate(
         output=output,
         workers=[parse_worker(text) for text in workers],
         loras=[parse_lora(text) for text in loras],
-        dtype=getattr(torch, dtype) if dtype else None,
         report=LoadingLine(),
         **options,
     )

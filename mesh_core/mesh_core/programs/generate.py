@@ -32,7 +32,7 @@ def generate(
         ConfigError: something that the pipeline cannot make, or a file that cannot be written; before weights are read.
         MeshError: as `load_pipeline`.
     """
-    file = media.checked_output(output, check_call(model, wanted))
+    file = media.checked_output(output, check_call(model, wanted, variant=split.get("variant")))
     pipeline = load_pipeline(model, **split)
     try:
         arguments = {**pipeline.transformer.mesh.checkpoint.spec.defaults, **wanted}
