@@ -11,6 +11,8 @@ import click
 
 from mesh_codec.qualities import EXACT, names
 from mesh_core.cli.values import parse_lora, parse_worker
+from mesh_core.errors import ConfigError
+from mesh_core.system.option_types import PIXELS, SEED, STEPS, FiniteNumber, PrintableText
 from mesh_core.system.terminal import say, say_lines
 
 _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames", "frame_rate")
@@ -19,7 +21,7 @@ _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("prompt")
+@click.argument("prompt", type=PrintableText())
 @click.option("--local", default=None, help="Blocks that run here, for example :12. Left out: proposed.")
 @click.option(
     "--worker",
@@ -46,20 +48,24 @@ _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames
 @click.option(
     "--steps",
     "num_inference_steps",
-    type=click.IntRange(min=1),
+    type=STEPS,
     default=None,
     help="Left out: what the model's authors recommend.",
 )
 @click.option(
-    "--guidance", "guidance_scale", type=float, default=None, help="Guidance scale; left out: as the authors recommend."
+    "--guidance",
+    "guidance_scale",
+    type=FiniteNumber(),
+    default=None,
+    help="Guidance scale; left out: as the authors recommend.",
 )
-@click.option("--width", type=click.IntRange(min=16), default=None, help="Pixels.")
-@click.option("--height", type=click.IntRange(min=16), default=None, help="Pixels.")
-@click.option("--frames", "num_frames", type=click.IntRange(min=1), default=None, help="Of a video.")
+@click.option("--width", type=PIXELS, default=None, help="Left out: what the model was made for.")
+@click.option("--height", type=PIXELS, default=None, help="Left out: what the model was made for.")
+@click.option("--frames", "num_frames", type=click.IntRange(1, 100_000), default=None, help="Of a video.")
 @click.option(
-    "--fps", "frame_rate", type=click.FloatRange(min=1, max=240), default=None, help="Frames of a video per second."
+    "--fps", "frame_rate", type=FiniteNumber(min=1, max=240), default=None, help="Frames of a video per second."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
 @click.option("--device", default=None, help="For example cuda:0 or cpu; left out: CUDA where there is one.")
 @click.option(
     "--dtype",
@@ -87,6 +93,8 @@ def generate(
 
     if stats_file is not None:
         writable(stats_file, "--stats")
+        if output is not None and output.absolute() == stats_file.absolute():
+            raise ConfigError(f"--output and --stats are one file, {output}.", hint=f"--stats {output.stem}.json")
     file, run = make(
         model,
         prompt,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+from mesh_core.errors import ConfigError
+
 
 def parse_worker(text: str) -> str | tuple[str, str]:
     """``ADDRESS`` or ``ADDRESS=SPAN``; only what follows the last ``=`` and looks like a span is one."""
@@ -10,9 +14,16 @@ def parse_worker(text: str) -> str | tuple[str, str]:
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """``FILE`` or ``FILE=STRENGTH``; only what follows the last ``=`` and is a number is a strength."""
+    """``FILE`` or ``FILE=STRENGTH``; only what follows the last ``=`` and is a number is a strength.
+
+    Raises:
+        ConfigError: a strength without end.
+    """
     source, sign, number = text.rpartition("=")
     try:
-        return (source, float(number)) if sign else (text, 1.0)
+        strength = float(number) if sign else 1.0
     except ValueError:
         return text, 1.0
+    if not math.isfinite(strength):
+        raise ConfigError(f"The strength of a LoRA is a number; {text[:200]!r} has none.", hint=f"{source[:200]}=0.8")
+    return (source, strength) if sign else (text, 1.0)

@@ -59,6 +59,10 @@ class CheckpointHeader:
         """One of the files for reading, as long as it is what it was; see `mesh_core.model.safetensors.opened`."""
         return opened(file, self.stamps.get(file))
 
+    def component(self, name: str) -> Mapping[str, Any]:
+        """``config.json`` of a pipeline's component; empty where there is none. Raises as `read_json`."""
+        return read_json(self.path / name / "config.json") if self.pipeline else {}
+
     def place(self, tensor: str) -> tuple[str, int]:
         """Where a tensor lies, to read several in the order in which they lie on disk."""
         info = self.tensors[tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,12 @@ def check_call(
     header = pipeline_header(path, variant)
     checkpoint = recognise(header, plugins or installed_plugins())
     checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
-    return _class_of(header)
+    found = _class_of(header)
+    known = inspect.signature(found.__call__).parameters
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(f"{found.__name__} makes nothing that has a {name}.", hint="the same without it")
+    return found
 
 
 def pipeline_arguments(
