@@ -79,6 +79,8 @@ def writable(file: Path, option: str) -> Path:
     Raises:
         ConfigError: it cannot be; says why.
     """
+    if not file.parent.exists():
+        raise ConfigError(f"The folder {file.parent} does not exist.", hint=f"make it first, or another {option}")
     new = not file.exists()
     try:
         file.open("ab").close()
