@@ -131,6 +131,12 @@ def test_serve_at_a_port_that_is_taken_says_so(models: Path, worker: ProcessWork
     assert f":{port}" in second.stderr and "--port" in second.stderr
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1:7801", "mesh://127.0.0.1"])
+def test_serve_at_more_than_a_host_says_how_to_name_the_port(models: Path, host: str) -> None:
+    result = mesh("serve", models, "--bind", host, "--device", "cpu")
+    assert result.exit_code == FAILED and "--bind 0.0.0.0 --port 7777" in result.stderr
+
+
 def test_inspect_describes_a_single_file(models: Path) -> None:
     facts = json.loads(mesh("inspect", models / "dev.safetensors", "--json").stdout)
     assert facts["family"] == "flux2"
@@ -172,7 +178,8 @@ def test_generate_over_a_worker_gives_the_picture_of_one_machine(
         return result
 
     generate("whole.png", "--local", ":")
-    split = generate("split.png", "--local", ":2", "--worker", worker.address, "--stats", tmp_path / "stats.json")
+    short = f" {worker.address.removeprefix('mesh://')} = 2:"
+    split = generate("split.png", "--local", ":2", "--worker", short, "--stats", tmp_path / "stats.json")
     with Image.open(tmp_path / "whole.png") as whole, Image.open(tmp_path / "split.png") as cut:
         assert ImageChops.difference(whole, cut).getbbox() is None
         assert whole.size == (64, 64)
@@ -250,7 +257,7 @@ def test_doctor_says_which_part_of_the_way_fails(worker: ProcessWorker) -> None:
     cases = {
         closed: ("port", "mesh serve"),
         "mesh://no-such-machine.invalid": ("name", "IP address"),
-        "192.168.0.7": ("address", "mesh://HOST"),
+        "attic and cellar": ("address", "mesh://HOST"),
         f"mesh://127.0.0.1:{port}?insecure=yes": ("handshake", worker.address),
     }
     code, found = checks(*cases)

@@ -11,7 +11,7 @@ import torch
 
 from mesh_core.builtin import load_plugins
 from mesh_core.crossing.bandwidth import Link
-from mesh_core.errors import PlanError, RemoteError, Unreachable
+from mesh_core.errors import ConfigError, PlanError, RemoteError, Unreachable
 from mesh_core.hookspecs import hookimpl
 from mesh_core.host.options import SessionOptions
 from mesh_core.host.runner import Placement, place
@@ -51,6 +51,17 @@ def spans(placement: Placement) -> list[str]:
 
 def connected(workers: list[ThreadWorker]) -> list[int]:
     return [len(w.worker.listener.peers) for w in workers]  # type: ignore[attr-defined]
+
+
+def test_one_worker_needs_no_list(path: Path, plugins: Plugins, workers: list[ThreadWorker]) -> None:
+    found = place(checkpoint_at(path, plugins), ":2", workers[0].address, plugins, OPTIONS, None)
+    assert spans(found) == ["0:2", "2:5"]
+
+
+@pytest.mark.parametrize("worker", [7801, None, ("mesh://a", ":2", "x"), ("mesh://a", 3)], ids=str)
+def test_what_is_no_worker_is_told_before_anybody_is_called(path: Path, plugins: Plugins, worker: Any) -> None:
+    with pytest.raises(ConfigError, match="neither an address nor an address with a span"):
+        place(checkpoint_at(path, plugins), ":2", [worker], plugins, OPTIONS, None)
 
 
 def test_workers_without_a_span_share_what_the_host_leaves(

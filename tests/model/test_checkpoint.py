@@ -195,6 +195,38 @@ def test_a_damaged_config_is_named(shards: Path, text: str) -> None:
         read_header(shards)
 
 
+@pytest.mark.parametrize("name", ["config.json", "*.index.json", "*00002-of-*.safetensors"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file_is_called_one(shards: Path, name: str) -> None:
+    (file,) = shards.glob(name)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(CheckpointUnrecognised, match=f"{file.name} is a pointer of Git LFS") as told:
+        read_header(shards)
+    assert "git lfs pull" in told.value.hint
+
+
+def test_variants_beside_each_other_are_read_one_by_one(tmp_path: Path) -> None:
+    kinds: dict[str | None, dict[str, Any]] = {None: {}, "fp16": {}, "ema": {"max_shard_size": "100KB"}}
+    for seed, (variant, more) in enumerate(kinds.items()):
+        tiny.transformer(guidance=False, seed=seed).save_pretrained(tmp_path, variant=variant, **more)
+    found = {variant: read_header(tmp_path, variant=variant) for variant in (*kinds, "")}
+    assert [len(header.files) > 1 for header in found.values()] == [False, False, True, False]
+    assert found[None].files == found[""].files == (tmp_path / "diffusion_pytorch_model.safetensors",)
+    assert found["fp16"].files == (tmp_path / "diffusion_pytorch_model.fp16.safetensors",)
+    assert all(".ema-0" in file.name for file in found["ema"].files)
+    with pytest.raises(CheckpointUnrecognised, match=r"no weights of the variant '\.\./fp16'"):
+        read_header(tmp_path, variant="../fp16")
+
+
+def test_the_only_variant_needs_no_name_and_several_do(tmp_path: Path) -> None:
+    for variant in ("fp16", "ema"):
+        tiny.transformer(guidance=False).save_pretrained(tmp_path, variant=variant)
+        if variant == "fp16":
+            assert read_header(tmp_path).files == (tmp_path / "diffusion_pytorch_model.fp16.safetensors",)
+    with pytest.raises(CheckpointUnrecognised, match="'ema', 'fp16'") as told:
+        read_header(tmp_path)
+    assert "variant='ema'" in told.value.hint
+
+
 def test_a_folder_without_weights_and_one_with_several_say_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointUnrecognised, match=r"holds no \.safetensors file"):
         read_header(tmp_path)

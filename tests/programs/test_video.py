@@ -126,7 +126,12 @@ def decoded(file: Path) -> tuple[list[Any], np.ndarray, float]:
     return frames, samples, rate
 
 
-def test_generate_writes_a_video_with_sound(rig: Rig, tmp_path: Path) -> None:
+def test_generate_writes_a_video_with_sound(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is coded is equal to the last bit. The files need not be: x264's macroblock tree codes equal frames
+    differently from time to time, in one thread too."""
+    coded: list[media.Video] = []
+    write = media.write_video
+    monkeypatch.setattr(media, "write_video", lambda video, file: (coded.append(video), write(video, file)))
     results = {}
     for name, options in (("whole", ["--local", ":"]), ("split", ["--local", ":1", "--worker", rig.worker.address])):
         file = tmp_path / f"{name}.mp4"
@@ -141,8 +146,10 @@ def test_generate_writes_a_video_with_sound(rig: Rig, tmp_path: Path) -> None:
     seconds = video_pipelines.FRAMES / 25
     assert len(samples) == 2 and abs(samples.shape[1] / video_pipelines.SAMPLE_RATE - seconds) < 0.1
     assert samples.std() > 0.01, "there is something to hear"
-    assert all(np.array_equal(a, b) for a, b in zip(frames, results["whole"][0], strict=True))
-    assert np.array_equal(samples, results["whole"][1])
+    whole, split = coded
+    assert np.array_equal(whole.frames, split.frames)
+    assert whole.sound is not None and split.sound is not None
+    assert np.array_equal(whole.sound.samples, split.sound.samples)
 
 
 @pytest.mark.parametrize(

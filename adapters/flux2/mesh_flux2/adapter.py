@@ -20,6 +20,9 @@ from mesh_flux2.config import MODEL_CLASS, config_from_shapes, config_of, make_m
 from mesh_flux2.layout import find_layout, layouts, pieces_of
 from mesh_flux2.stage import Flux2Stage
 
+_SIZES = range(64, 4097, 16)
+"""Of pictures, in pixels, that an autoencoder may say it was made for."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -96,6 +99,12 @@ class Flux2Adapter(ModelAdapter):
         ids = {name: inputs[name][0] if inputs[name].ndim == 3 else inputs[name] for name in ("img_ids", "txt_ids")}
         constants = {**ids, "encoder_hidden_states": inputs["encoder_hidden_states"]}
         return state, Conditioning(constants, unusual_strides({"hidden_states": state["hidden_states"]}))
+
+    def recommended(self, spec: ModelSpec, header: CheckpointHeader) -> Mapping[str, Any]:
+        """In the size that the autoencoder was made for; the pipeline itself takes 1024 for all."""
+        pixels = header.component("vae").get("sample_size")
+        size = {"width": pixels, "height": pixels} if pixels in _SIZES else {}
+        return {**size, **spec.defaults}
 
     def finish(self, spec: ModelSpec, state: State) -> Tensor:
         return state["sample"]

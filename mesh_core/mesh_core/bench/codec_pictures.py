@@ -17,12 +17,13 @@ from torch import Tensor
 
 from mesh_codec import Codec, Encoded
 from mesh_core.bench.codec_settings import CodecSetting
+from mesh_core.errors import PlanError
 from mesh_core.host.runner import SplitRunner
-from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import recognise
 from mesh_core.model.plan import Plan, make
 from mesh_core.model.spans import BlockSpan
 from mesh_core.plugins.registry import Plugins
+from mesh_core.programs.pipeline_folder import pipeline_header
 from mesh_core.programs.split_model import attach
 
 STEPS = (4, 8, 28)
@@ -111,11 +112,14 @@ class Pictures:
     ) -> None:
         from diffusers import DiffusionPipeline
 
+        checkpoint = recognise(pipeline_header(model), plugins)
+        spec = checkpoint.spec
+        at = cut if cut is not None else spec.blocks // 2
+        if not 0 < at < spec.blocks:
+            raise PlanError(f"There is no cut before block {at} of {spec.blocks}.", hint=f"--cut {spec.blocks // 2}")
         self.pipeline = DiffusionPipeline.from_pretrained(str(model))
         self.pipeline.set_progress_bar_config(disable=True)
-        checkpoint = recognise(read_header(model), plugins)
-        spec, transformer = checkpoint.spec, self.pipeline.transformer
-        at = cut if cut is not None else spec.blocks // 2
+        transformer = self.pipeline.transformer
         hidden = [name for name, role in spec.states[at].items() if role == "hidden"]
         before, after = (
             checkpoint.adapter.stage(spec, span, transformer) for span in (BlockSpan(0, at), BlockSpan(at, spec.blocks))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mesh_core.system.option_types import PIXELS, STEPS, PrintableText
 from mesh_core.system.terminal import say, say_json, say_lines
 
 if TYPE_CHECKING:
@@ -18,13 +20,31 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=Callable[..., Any])
 
+
+def _checked(context: click.Context, option: click.Parameter, folder: Path | None) -> Path | None:
+    """What can be saved is known before anything is measured."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    return folder
+
+
 _OUTPUT = (
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     click.option(
-        "--save", "folder", type=click.Path(path_type=Path), default=None, help="Write JSON and Markdown there."
+        "--save",
+        "folder",
+        type=click.Path(path_type=Path),
+        default=None,
+        callback=_checked,
+        help="Write JSON and Markdown there.",
     ),
     click.option(
-        "--label", default="", help="What the saved results call this machine; left out: cores and processor."
+        "--label",
+        type=PrintableText(),
+        default="",
+        help="What the saved results call this machine; left out: cores and processor.",
     ),
 )
 
@@ -58,7 +78,7 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--steps", type=click.IntRange(min=2), default=40, show_default=True, help="Measured per case.")
+@click.option("--steps", type=click.IntRange(2, 100_000), default=40, show_default=True, help="Measured per case.")
 @click.option("--small", is_flag=True, help="States of 1 MB only; takes a few seconds.")
 @_output_options
 def step(steps: int, small: bool, **output: Any) -> None:
@@ -107,10 +127,17 @@ def link(worker: str, device: str | None, **output: Any) -> None:
 @click.argument("model", type=click.Path(path_type=Path, exists=True), required=False)
 @click.option("--device", default=None, help="Time the codec engines of this GPU instead, for example cuda; no MODEL.")
 @click.option("--prompts", type=click.IntRange(1, 28), default=4, show_default=True, help="How many.")
-@click.option("--steps", "all_steps", multiple=True, type=int, default=(4, 8, 28), show_default=True, help="Repeat.")
-@click.option("--cut", type=int, default=None, help="Block before which the state crosses; left out: the middle.")
-@click.option("--text-tokens", type=int, default=64, show_default=True, help="That a prompt is padded to.")
-@click.option("--size", type=int, default=128, show_default=True, help="Height and width of the pictures.")
+@click.option("--steps", "all_steps", multiple=True, type=STEPS, default=(4, 8, 28), show_default=True, help="Repeat.")
+@click.option(
+    "--cut",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Block before which the state crosses; left out: the middle.",
+)
+@click.option(
+    "--text-tokens", type=click.IntRange(1, 4096), default=64, show_default=True, help="That a prompt is padded to."
+)
+@click.option("--size", type=PIXELS, default=128, show_default=True, help="Height and width of the pictures.")
 @_output_options
 def codec(model: Path | None, device: str | None, all_steps: tuple[int, ...], **options: Any) -> None:
     """Measure what each codec does to the final pictures of the trained pipeline in the folder MODEL, and in how many

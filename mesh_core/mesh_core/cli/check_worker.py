@@ -34,7 +34,7 @@ def check_worker(text: str, model: Path | None, plugins: Plugins, settings: Sett
     remote: Remote | None = None
     name = "address"
     try:
-        if "://" not in text or text.startswith(f"{SCHEME}://"):
+        if Address(text).scheme == SCHEME:
             place = parse_place(text)
             name = "name"
             yield _resolved(text, place)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mesh_core.system.option_types import SECONDS
 from mesh_core.system.terminal import Coloured, say, say_json
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _COLOURS = {"ok": "green", "warn": "yellow", "FAIL": "red"}
     default=None,
     help="Also hash this model anew, whatever is remembered of it, and check that the workers hold the same weights.",
 )
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="Seconds per worker.")
+@click.option("--timeout", type=SECONDS, default=5.0, show_default=True, help="Seconds per worker.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(addresses: tuple[str, ...], model: Path | None, timeout: float, as_json: bool) -> None:
     """Check this machine, its plugins and its connections.

@@ -11,6 +11,8 @@ import click
 
 from mesh_codec.qualities import EXACT, names
 from mesh_core.cli.values import parse_lora, parse_worker
+from mesh_core.errors import ConfigError
+from mesh_core.system.option_types import PIXELS, SEED, STEPS, FiniteNumber, PrintableText
 from mesh_core.system.terminal import say, say_lines
 
 _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames", "frame_rate")
@@ -19,10 +21,13 @@ _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("prompt")
+@click.argument("prompt", type=PrintableText())
 @click.option("--local", default=None, help="Blocks that run here, for example :12. Left out: proposed.")
 @click.option(
-    "--worker", "workers", multiple=True, help="mesh://host:port, or mesh://host:port=12:20 to name its blocks. Repeat."
+    "--worker",
+    "workers",
+    multiple=True,
+    help="HOST:PORT or mesh://HOST:PORT, with =12:20 behind it to name its blocks. Repeat.",
 )
 @click.option(
     "-o",
@@ -43,20 +48,24 @@ _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames
 @click.option(
     "--steps",
     "num_inference_steps",
-    type=click.IntRange(min=1),
+    type=STEPS,
     default=None,
     help="Left out: what the model's authors recommend.",
 )
 @click.option(
-    "--guidance", "guidance_scale", type=float, default=None, help="Guidance scale; left out: as the authors recommend."
+    "--guidance",
+    "guidance_scale",
+    type=FiniteNumber(),
+    default=None,
+    help="Guidance scale; left out: as the authors recommend.",
 )
-@click.option("--width", type=click.IntRange(min=16), default=None, help="Pixels.")
-@click.option("--height", type=click.IntRange(min=16), default=None, help="Pixels.")
-@click.option("--frames", "num_frames", type=click.IntRange(min=1), default=None, help="Of a video.")
+@click.option("--width", type=PIXELS, default=None, help="Left out: what the model was made for.")
+@click.option("--height", type=PIXELS, default=None, help="Left out: what the model was made for.")
+@click.option("--frames", "num_frames", type=click.IntRange(1, 100_000), default=None, help="Of a video.")
 @click.option(
-    "--fps", "frame_rate", type=click.FloatRange(min=1, max=240), default=None, help="Frames of a video per second."
+    "--fps", "frame_rate", type=FiniteNumber(min=1, max=240), default=None, help="Frames of a video per second."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the noise.")
 @click.option("--device", default=None, help="For example cuda:0 or cpu; left out: CUDA where there is one.")
 @click.option(
     "--dtype",
@@ -64,6 +73,7 @@ _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames
     default=None,
     help="In which all machines compute; left out: as the file.",
 )
+@click.option("--variant", default=None, help="Of the weights in MODEL, for example fp16; left out: the plain ones.")
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), default=None, help="Write all stats as JSON.")
 def generate(
     model: Path,
@@ -74,18 +84,17 @@ def generate(
     stats_file: Path | None,
     workers: tuple[str, ...],
     loras: tuple[str, ...],
-    dtype: str | None,
     **options: Any,
 ) -> None:
     """Make a picture from PROMPT with the pipeline in the folder MODEL, or a video with sound if it makes these."""
-    import torch
-
     from mesh_core.cli.progress import LoadingLine
     from mesh_core.programs.generate import generate as make
     from mesh_core.programs.media import writable
 
     if stats_file is not None:
         writable(stats_file, "--stats")
+        if output is not None and output.absolute() == stats_file.absolute():
+            raise ConfigError(f"--output and --stats are one file, {output}.", hint=f"--stats {output.stem}.json")
     file, run = make(
         model,
         prompt,
@@ -94,7 +103,6 @@ def generate(
         output=output,
         workers=[parse_worker(text) for text in workers],
         loras=[parse_lora(text) for text in loras],
-        dtype=getattr(torch, dtype) if dtype else None,
         report=LoadingLine(),
         **options,
     )

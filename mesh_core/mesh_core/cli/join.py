@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import click
 
+from mesh_core.system.option_types import SECONDS, PrintableText
 from mesh_core.system.terminal import say
 
 
 @click.command()
 @click.argument("invite")
-@click.option("--name", default="", help="What the worker's owner will see you as; this machine's name by default.")
-@click.option("--timeout", default=10.0, show_default=True, help="Seconds to wait for the worker.")
+@click.option(
+    "--name",
+    type=PrintableText(),
+    default="",
+    help="What the worker's owner will see you as; this machine's name by default.",
+)
+@click.option("--timeout", type=SECONDS, default=10.0, show_default=True, help="Seconds to wait for the worker.")
 def join(invite: str, name: str, timeout: float) -> None:
     """Accept a worker's invite.
 

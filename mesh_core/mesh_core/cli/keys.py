@@ -7,6 +7,7 @@ from datetime import datetime
 
 import click
 
+from mesh_core.system.option_types import FiniteNumber, PrintableText
 from mesh_core.system.terminal import say, say_json
 
 
@@ -44,8 +45,15 @@ def list_keys(as_json: bool) -> None:
 
 @keys.command()
 @click.option("--address", default="", help="Where the host reaches the worker, mesh://HOST:PORT.")
-@click.option("--name", default="", help="What the host will call the worker; this machine's name by default.")
-@click.option("--minutes", default=60.0, show_default=True, help="How long the invite is good.")
+@click.option(
+    "--name",
+    type=PrintableText(),
+    default="",
+    help="What the host will call the worker; this machine's name by default.",
+)
+@click.option(
+    "--minutes", type=FiniteNumber(0.1, 527_040), default=60.0, show_default=True, help="How long the invite is good."
+)
 def invite(address: str, name: str, minutes: float) -> None:
     """Print an invite for one more host. Workers that are running accept it too."""
     from mesh_core.system.config import Settings

@@ -18,6 +18,7 @@ from mesh_core.cli.announcement import announce
 from mesh_core.cli.values import parse_lora
 from mesh_core.errors import ConfigError
 from mesh_core.system.logs import start_logging
+from mesh_core.system.option_types import PrintableText
 from mesh_core.system.terminal import Coloured, say
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ if TYPE_CHECKING:
     "--loras", multiple=True, type=click.Path(path_type=Path), help="Folder with LoRAs that hosts may use. Repeat."
 )
 @click.option("--lora", "presets", multiple=True, help="FILE or FILE=STRENGTH: every session has it first. Repeat.")
-@click.option("--name", default=None, help="What hosts call this worker. [default: this machine's name]")
+@click.option(
+    "--name", type=PrintableText(), default=None, help="What hosts call this worker. [default: this machine's name]"
+)
 @click.option("--insecure", is_flag=True, help="No encryption and no keys: whoever reaches the port is trusted.")
 @click.option("--force", is_flag=True, help="Allow --insecure on an address that other machines reach.")
 @click.option("--verify", is_flag=True, help="First read and hash all checkpoints, whatever is remembered of them.")
@@ -63,8 +66,7 @@ def serve(
 
     settings, plugins = Settings.load(), installed_plugins()
     worker_options = _options(settings, models, presets, insecure=insecure, **options)
-    host, number = bind or settings.worker.bind, settings.worker.port if port is None else port
-    address = f"mesh://{f'[{host}]' if ':' in host else host}:{number}"
+    address = _address(bind or settings.worker.bind, settings.worker.port if port is None else port)
     flags = {flag: True for flag, on in (("insecure", insecure), ("force", force)) if on}
     listener = plugins.transport("mesh").listen(address, **flags)
     worker = Worker(worker_options, listener, plugins)
@@ -79,6 +81,17 @@ def serve(
         say("Something in this worker hangs; it is given up.", err=True)
         sys.stderr.flush()
         os._exit(0)
+
+
+def _address(host: str, port: int) -> str:
+    """Where to listen. Raises ConfigError if ``host`` holds more than a name or an address."""
+    host = host.strip().strip("[]")
+    if "/" in host or host.count(":") == 1:
+        raise ConfigError(
+            f"{host[:200]!r} is no address to listen on: it is a name or an IP address alone.",
+            hint=f"--bind 0.0.0.0 --port {port}",
+        )
+    return f"mesh://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _check_paths(models: tuple[Path, ...], loras: tuple[Path, ...], presets: list[tuple[str, float]]) -> None:
@@ -117,7 +130,7 @@ def _options(
         roots=models,
         name=name or platform.node() or "worker",
         device=str(checked_device(device) if device else default_device()),
-        memory=parse_bytes(memory) if memory else settings.worker.memory_budget,
+        memory=parse_bytes(memory, least=1) if memory else settings.worker.memory_budget,
         client_key="" if insecure else KeyStore().identity().client.public,
         settings=settings,
         loras=(*loras, *(Path(file) for file, _ in presets)),

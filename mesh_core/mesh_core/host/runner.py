@@ -5,7 +5,7 @@ Used by every host program; knows no diffusers and no ComfyUI.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mesh_core.crossing.stats import RunStats
-from mesh_core.errors import LoraMissing, PlanError
+from mesh_core.errors import ConfigError, LoraMissing, PlanError
 from mesh_core.host.loras import AnyLora
 from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.progress import ProgressReport
@@ -30,8 +30,8 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.system.device import synchronise
 from mesh_core.transport.base import Address
 
-Workers = Sequence[str | tuple[str, str]]
-"""Addresses in execution order; (address, span) where the user says what a worker runs."""
+Workers = str | Sequence[str | tuple[str, str]]
+"""One address, or several in execution order; (address, span) where the user says what a worker runs."""
 
 
 @dataclass
@@ -154,11 +154,12 @@ def place(
         free: bytes that the host's device offers; None when it does not say.
 
     Raises:
+        ConfigError: what is among ``workers`` is no address.
         TransportError: a worker cannot be reached, or does not know us.
         PlanError: spans that do not fit together.
     """
     spec = checkpoint.spec
-    pairs = [(w, None) if isinstance(w, str) else w for w in workers]
+    pairs = list(_pairs(workers))
     if local is None and any(span is not None for _, span in pairs):
         local = _before(spec, pairs[0][1])
     if local is not None:
@@ -183,6 +184,20 @@ def place(
         if remote not in used:
             remote.close()
     return Placement(plan, tuple(used))
+
+
+def _pairs(workers: Workers) -> Iterator[tuple[str, str | None]]:
+    for worker in [workers] if isinstance(workers, str) else workers:
+        match worker:
+            case str():
+                yield worker, None
+            case (str() as address, str() | None as span):
+                yield address, span
+            case _:
+                raise ConfigError(
+                    f"{str(worker)[:200]!r} among workers is neither an address nor an address with a span.",
+                    hint="workers=['mesh://host:7777'], or [('mesh://host:7777', '12:20')]",
+                )
 
 
 def _before(spec: ModelSpec, first: str | None) -> str:

@@ -118,6 +118,14 @@ class ModelAdapter(ABC):
             ConfigError: names the argument, and values that are accepted.
         """
 
+    def recommended(self, spec: ModelSpec, header: CheckpointHeader) -> Mapping[str, Any]:
+        """Arguments of the pipeline's call that the model's authors recommend, and that its folder says.
+
+        Raises:
+            CheckpointError: a file of the folder is damaged.
+        """
+        return spec.defaults
+
     def output(self, result: Tensor | tuple[Tensor, ...]) -> Any:
         """What `finish` gives, in the type that the model class returns for ``return_dict=True``."""
         from diffusers.models.modeling_outputs import Transformer2DModelOutput

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
-from mesh_core.model.safetensors import MAX_HEADER_BYTES, TensorInfo, opened, read_safetensors_header
+from mesh_core.model.safetensors import (
+    MAX_HEADER_BYTES,
+    TensorInfo,
+    opened,
+    read_safetensors_header,
+    refuse_lfs_pointer,
+)
+from mesh_core.model.variants import default_file, files_of, variant_of
 from mesh_core.system.file_stamp import FileStamp
 
 ReadingProgress = Callable[[int, int], None]
@@ -31,6 +38,7 @@ class CheckpointHeader:
         metadata: the safetensors metadata, of all shards together.
         config: ``config.json`` of a diffusers model folder, else empty.
         pipeline: ``model_index.json`` of a diffusers pipeline folder, else empty.
+        variant: that was asked for, of a folder that holds several; None for the plain weights.
         stamps: of each file, from when its header was read.
     """
 
@@ -40,6 +48,7 @@ class CheckpointHeader:
     config: Mapping[str, Any] = field(default_factory=dict)
     pipeline: Mapping[str, Any] = field(default_factory=dict)
     stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
+    variant: str | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -50,20 +59,27 @@ class CheckpointHeader:
         """One of the files for reading, as long as it is what it was; see `mesh_core.model.safetensors.opened`."""
         return opened(file, self.stamps.get(file))
 
+    def component(self, name: str) -> Mapping[str, Any]:
+        """``config.json`` of a pipeline's component; empty where there is none. Raises as `read_json`."""
+        return read_json(self.path / name / "config.json") if self.pipeline else {}
+
     def place(self, tensor: str) -> tuple[str, int]:
         """Where a tensor lies, to read several in the order in which they lie on disk."""
         info = self.tensors[tensor]
         return str(info.file), info.offset
 
 
-def read_header(path: str | os.PathLike[str], most: int = MAX_HEADER_BYTES) -> CheckpointHeader:
+def read_header(
+    path: str | os.PathLike[str], most: int = MAX_HEADER_BYTES, variant: str | None = None
+) -> CheckpointHeader:
     """The header of a .safetensors file, a diffusers model folder, or the transformer of a pipeline folder.
 
     Args:
         most: bytes of the header of one file that are parsed.
+        variant: of a folder's weights, ``fp16`` for example; "" for the plain ones, None for these, or the only ones.
 
     Raises:
-        CheckpointUnrecognised: nothing there, or not safetensors.
+        CheckpointUnrecognised: nothing there, not that variant, or not safetensors.
         CheckpointCorrupt: truncated or damaged; names the file and the reason.
         CheckpointChanged: being written to.
     """
@@ -74,45 +90,59 @@ def read_header(path: str | os.PathLike[str], most: int = MAX_HEADER_BYTES) -> C
         raise CheckpointUnrecognised(
             f"There is no checkpoint at {path}.", hint="a .safetensors file, or a folder saved by diffusers"
         )
-    pipeline = _json(path / "model_index.json")
-    folder = path / "transformer" if pipeline and (path / "transformer").is_dir() else path
-    return _of_files(path, _weight_files(folder), most, config=_json(folder / "config.json"), pipeline=pipeline)
+    folder = weights_folder(path)
+    files = _weight_files(folder, variant)
+    config, pipeline = read_json(folder / "config.json"), read_json(path / "model_index.json")
+    return _of_files(path, files, most, config=config, pipeline=pipeline, variant=variant)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
-        weight_map = _json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointCorrupt(f"{indices[0]} does not say which shard holds which tensor.")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointCorrupt(f"{indices[0]} names a shard outside its folder: {name!r}.")
-            if not (folder / name).is_file():
-                raise CheckpointCorrupt(
-                    f"{folder} lacks the shard {name} that its index names.", hint="copy the whole folder again"
-                )
-        return [folder / name for name in names]
-    files = sorted(folder.glob("*.safetensors"))
+def weights_folder(path: Path) -> Path:
+    """Where a diffusers folder has the weights of its transformer: itself, or a folder in that of a pipeline."""
+    inside = path / "transformer"
+    return inside if (path / "model_index.json").is_file() and inside.is_dir() else path
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    files = files_of(folder, variant)
+    if files[0].suffix == ".json":
+        return _shards(folder, files[0])
+    default = default_file(folder, variant_of(files[0]))
     if len(files) == 1:
         return files
-    default = folder / "diffusion_pytorch_model.safetensors"
     if default in files:
         return [default]
-    if not files:
-        raise CheckpointUnrecognised(
-            f"{folder} holds no .safetensors file.", hint="a .safetensors file, or a folder saved by diffusers"
-        )
     listed = ", ".join(f.name for f in files[:5])
     raise CheckpointUnrecognised(f"{folder} holds several checkpoints: {listed}.", hint="the path of one of them")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _shards(folder: Path, index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointCorrupt(f"{index} does not say which shard holds which tensor.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointCorrupt(f"{index} names a shard outside its folder: {name!r}.")
+        if not (folder / name).is_file():
+            raise CheckpointCorrupt(
+                f"{folder} lacks the shard {name} that its index names.", hint="copy the whole folder again"
+            )
+    return [folder / name for name in names]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file.
+
+    Raises:
+        CheckpointUnrecognised: a pointer of Git LFS is in its place.
+        CheckpointCorrupt: it cannot be read.
+    """
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text("utf-8"))
+        content = path.read_bytes()
+        refuse_lfs_pointer(path, content)
+        value = json.loads(content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointCorrupt(f"{path} is not readable JSON: {error}.") from error
     if not isinstance(value, dict):

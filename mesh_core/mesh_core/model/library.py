@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from mesh_core.errors import CheckpointError, CheckpointMismatch, CheckpointUnrecognised
 from mesh_core.model import fingerprint
 from mesh_core.model.adapter import ModelAdapter
-from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress, read_header
+from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress, read_header, weights_folder
 from mesh_core.model.folders import find_checkpoints
 from mesh_core.model.spec import ModelSpec
+from mesh_core.model.variants import variants
 from mesh_core.system.logs import logger
 
 log = logger(__name__)
@@ -39,7 +40,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """Of its file or folder, for people."""
-        return self.header.path.name
+        variant = f" ({self.header.variant})" if self.header.variant else ""
+        return f"{self.header.path.name}{variant}"
 
 
 def recognise(header: CheckpointHeader, adapters: Adapters) -> Checkpoint:
@@ -76,6 +78,16 @@ def _asked(header: CheckpointHeader, adapters: Adapters) -> Checkpoint | dict[st
     return reasons
 
 
+def variants_at(path: Path) -> Sequence[str | None]:
+    """What `read_header` is to be asked for at ``path``: each variant of a folder's weights; None alone elsewhere."""
+    try:
+        found = variants(weights_folder(path)) if path.is_dir() else []
+    except CheckpointError:
+        # Reading it says why.
+        found = []
+    return found if len(found) > 1 else (None,)
+
+
 class CheckpointLibrary:
     """Checkpoints under ``roots``. Folders are read anew whenever a checkpoint is not found at once.
 
@@ -88,16 +100,16 @@ class CheckpointLibrary:
 
     def __init__(self, roots: Sequence[Path], adapters: Adapters) -> None:
         self._roots, self._adapters = tuple(roots), adapters
-        self._known: dict[Path, Checkpoint] = {}
+        self._known: dict[tuple[Path, str | None], Checkpoint] = {}
         self.skipped: dict[Path, CheckpointError] = {}
 
     def scan(self) -> list[Checkpoint]:
         """All checkpoints, found from their headers; the others are in `skipped`."""
-        found: dict[Path, Checkpoint] = {}
+        found: dict[tuple[Path, str | None], Checkpoint] = {}
         skipped: dict[Path, CheckpointError] = {}
-        for path in (p for root in self._roots for p in find_checkpoints(root)):
+        for path, variant in ((p, v) for root in self._roots for p in find_checkpoints(root) for v in variants_at(p)):
             try:
-                found[path] = recognise(read_header(path), self._adapters)
+                found[path, variant] = recognise(read_header(path, variant=variant), self._adapters)
             except CheckpointError as error:
                 skipped[path] = error
                 if path not in self.skipped:
@@ -166,12 +178,14 @@ class CheckpointLibrary:
         """Why files that may be of that family are not used; paths stay here."""
         for path, error in self.skipped.items():
             reason: CheckpointError | None
-            try:
-                found = _asked(read_header(path), self._adapters)
-                reason = None if isinstance(found, Checkpoint) else found.get(family)
-            except CheckpointError:
-                reason = error
-            if reason is not None:
+            for variant in variants_at(path):
+                try:
+                    found = _asked(read_header(path, variant=variant), self._adapters)
+                    reason = None if isinstance(found, Checkpoint) else found.get(family)
+                except CheckpointError:
+                    reason = error
+                if reason is None:
+                    continue
                 yield type(reason)(reason.message.replace(str(path), path.name), hint=reason.hint)
 
     def _why(self, family: str, similar: Sequence[Checkpoint], wanted: str) -> str:

@@ -101,12 +101,21 @@ def read_safetensors_header(file: Path, most: int = MAX_HEADER_BYTES) -> FileHea
     return FileHeader(tensors, metadata, stamp)
 
 
+def refuse_lfs_pointer(file: Path, start: bytes) -> None:
+    """Raises:
+    CheckpointUnrecognised: ``start``, 8 bytes or more of a file's content, is what Git LFS puts in a file's place.
+    """
+    if start and start[: len(_LFS_POINTER)] == _LFS_POINTER[: len(start)]:
+        raise CheckpointUnrecognised(
+            f"{file} is a pointer of Git LFS: the file itself was not downloaded.", hint="git lfs pull in its folder"
+        )
+
+
 def _another_format(file: Path, start: bytes) -> CheckpointUnrecognised:
     if start[:4] == b"GGUF":
         message, hint = "is a GGUF file; quantised GGUF is not read yet", "the .safetensors file of the same model"
-    elif start == _LFS_POINTER[: len(start)] and start:
-        message, hint = "is a pointer of Git LFS: the file itself was not downloaded", "git lfs pull in its folder"
     else:
+        refuse_lfs_pointer(file, start)
         message, hint = "is not a safetensors file, or its start is damaged", ""
     return CheckpointUnrecognised(f"{file} {message}.", hint=hint)
 

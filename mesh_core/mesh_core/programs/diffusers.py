@@ -5,6 +5,7 @@ The pipeline keeps its own transformer object, so everything else of the pipelin
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,14 @@ from mesh_core.programs.identity import (
 from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
 from mesh_core.programs.peft_transfer import loras_of, put_back, put_on_again, take_off
+from mesh_core.programs.pipeline_arguments import (
+    DtypeChoice,
+    Dtypes,
+    dtype_choice,
+    dtype_of_transformer,
+)
 from mesh_core.programs.pipeline_calls import guard, unwrap, wrap_again
-from mesh_core.programs.pipeline_folder import pipeline_around, pipeline_header
+from mesh_core.programs.pipeline_folder import pipeline_arguments, pipeline_around, pipeline_header
 from mesh_core.programs.replaced_parts import offloading_hook, refuse_replaced_forward, refuse_replaced_parts
 from mesh_core.programs.same_weights import checkpoint_of, refuse_several_types
 from mesh_core.programs.split_model import SplitModel, attach, detach, model_of
@@ -83,6 +90,14 @@ class _Wish:
         return placement
 
 
+@dataclass(frozen=True)
+class _Loading:
+    """How the components besides the transformer are loaded: their type, and arguments of ``from_pretrained``."""
+
+    dtype: Dtypes
+    arguments: Mapping[str, Any]
+
+
 def load_pipeline(
     path: str | Path,
     *,
@@ -92,11 +107,13 @@ def load_pipeline(
     codec: str | None = None,
     loras: Sequence[LoraChoice] = (),
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: DtypeChoice | None = None,
+    torch_dtype: DtypeChoice | None = None,
+    variant: str | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
     report: ProgressReport | None = None,
-    **pipeline_arguments: Any,
+    **others: Any,
 ) -> Any:
     """A diffusers pipeline from a folder, with only the local blocks of its transformer read on this machine.
 
@@ -110,21 +127,27 @@ def load_pipeline(
         loras: files or names, or pairs of one and a strength; see `set_loras`.
         device: for the whole pipeline; by default CUDA where there is one.
         dtype: in which the pipeline computes, here and on the workers; by default that of the transformer's file.
+        torch_dtype: the same, as diffusers called it.
+        variant: of the weights, for example ``"fp16"``.
         report: called with an `Activity` while stages load.
-        pipeline_arguments: passed on to ``DiffusionPipeline.from_pretrained``.
+        others: as ``DiffusionPipeline.from_pretrained`` takes them, see `mesh_core.programs.pipeline_arguments`.
 
     Raises:
+        ConfigError: an argument that has no meaning here; names it.
         CheckpointError, PlanError, TransportError, PluginError: see their hints.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
-    checkpoint = recognise(pipeline_header(path), plugins)
+    checkpoint = recognise(pipeline_header(path, variant, others), plugins)
+    named = {**others, "variant": variant} if variant else others
+    arguments = pipeline_arguments(checkpoint.header, named, inspect.signature(load_pipeline).parameters)
+    loading = _Loading(dtype_choice(dtype, torch_dtype) or file_dtype(checkpoint), arguments)
     target = checked_device(str(device)) if device is not None else default_device()
-    options = SessionOptions(dtype or file_dtype(checkpoint), target, quality, settings, codec)
+    options = SessionOptions(dtype_of_transformer(loading.dtype), target, quality, settings, codec)
     wish = _Wish(checkpoint, local, workers, options, plugins, report)
-    return _load(wish, wish.chosen(loras), pipeline_arguments)
+    return _load(wish, wish.chosen(loras), loading)
 
 
-def _load(wish: _Wish, given: tuple[AnyLora, ...], pipeline_arguments: Mapping[str, Any]) -> Any:
+def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
     placement = wish.placed(given)
     checkpoint, options = wish.checkpoint, wish.options
     session = open_session(lambda: identify(checkpoint, wish.report), placement, options, wish.plugins, wish.report)
@@ -132,7 +155,7 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], pipeline_arguments: Mapping[s
         stage = _read_stage(wish, placement.plan.local)
         look_loaded(stage.model, checkpoint, options.dtype)
         attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.dtype)
-        pipeline = pipeline_around(stage.model, checkpoint.header, options.dtype, pipeline_arguments)
+        pipeline = pipeline_around(stage.model, checkpoint.header, loading.dtype, loading.arguments)
         pipeline = pipeline.to(options.device)
         guard(pipeline)
         if given:

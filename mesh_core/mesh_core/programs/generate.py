@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mesh_core.builtin import installed_plugins
 from mesh_core.crossing.stats import RunStats
 from mesh_core.programs import media
 from mesh_core.programs.diffusers import load_pipeline, stats
@@ -29,13 +30,17 @@ def generate(
         The file, and what each step cost.
 
     Raises:
+        PluginError: the codec is none, or cannot be used.
         ConfigError: something that the pipeline cannot make, or a file that cannot be written; before weights are read.
         MeshError: as `load_pipeline`.
     """
-    file = media.checked_output(output, check_call(model, wanted))
+    if (codec := split.get("codec")) is not None:
+        (split.get("plugins") or installed_plugins()).codec(codec)
+    file = media.checked_output(output, check_call(model, wanted, variant=split.get("variant")))
     pipeline = load_pipeline(model, **split)
     try:
-        arguments = {**pipeline.transformer.mesh.checkpoint.spec.defaults, **wanted}
+        checkpoint = pipeline.transformer.mesh.checkpoint
+        arguments = {**checkpoint.adapter.recommended(checkpoint.spec, checkpoint.header), **wanted}
         known = inspect.signature(pipeline.__call__).parameters
         arguments = {name: value for name, value in arguments.items() if name in known}
         made = pipeline(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), **arguments)

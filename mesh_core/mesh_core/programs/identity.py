@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from mesh_core.host.options import ModelIdentity
 from mesh_core.host.progress import THIS_MACHINE, Activity, Phase, ProgressReport
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
-from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.library import Checkpoint, recognise, variants_at
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.same_weights import first_difference, fits
 from mesh_core.system.logs import logger
@@ -64,10 +64,10 @@ def identify_in_memory(
             raise CheckpointMismatch(_changed(changed, checkpoint), hint=CHANGED_HINT)
         return identify(checkpoint, report)
     spec = checkpoint.spec
-    on_disk = _on_disk(checkpoint, plugins)
-    cast = on_disk is not None and fingerprint.structure(on_disk.spec) != fingerprint.structure(spec)
-    if on_disk is not None and cast and first_difference(on_disk, held, remote) is None:
-        return identify(on_disk, report)
+    for on_disk in _on_disk(checkpoint, plugins):
+        cast = fingerprint.structure(on_disk.spec) != fingerprint.structure(spec)
+        if cast and first_difference(on_disk, held, remote) is None:
+            return identify(on_disk, report)
     return ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_values(spec, held.__getitem__))
 
 
@@ -75,26 +75,31 @@ def changed_after_loading(
     checkpoint: Checkpoint, held: Mapping[str, Tensor], remote: Collection[str], plugins: Plugins
 ) -> str:
     """Which of the parameters for workers is not what the file of a model in memory holds; empty if none is known."""
-    on_disk = _on_disk(checkpoint, plugins)
-    changed = first_difference(on_disk, held, remote) if on_disk is not None else None
-    return _changed(changed, on_disk) if changed is not None and on_disk is not None else ""
+    told = ""
+    for on_disk in _on_disk(checkpoint, plugins):
+        changed = first_difference(on_disk, held, remote)
+        if changed is None:
+            return ""
+        told = told or _changed(changed, on_disk)
+    return told
 
 
 def _changed(name: str, checkpoint: Checkpoint) -> str:
     return f"{name} is not what {checkpoint.header.path} holds: it was changed in memory (fused, scaled, quantised)."
 
 
-def _on_disk(checkpoint: Checkpoint, plugins: Plugins) -> Checkpoint | None:
-    """The checkpoint that a model in memory was loaded from, as far as it says and as far as that fits."""
+def _on_disk(checkpoint: Checkpoint, plugins: Plugins) -> Iterator[Checkpoint]:
+    """What a model in memory may have been loaded from, as far as it says and as far as that fits: each variant."""
     source = str(checkpoint.header.config.get("_name_or_path") or "")
     if not source or not Path(source).exists():
-        return None
+        return
     try:
-        found = recognise(read_header(source), plugins)
+        for variant in variants_at(Path(source)):
+            found = recognise(read_header(source, variant=variant), plugins)
+            if fits(found, checkpoint):
+                yield found
     except CheckpointError as error:
         log.debug("the weights in memory are not looked for in %s: %s", source, error)
-        return None
-    return found if fits(found, checkpoint) else None
 
 
 def file_dtype(checkpoint: Checkpoint) -> torch.dtype:

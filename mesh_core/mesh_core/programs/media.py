@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov")
 _RATE_NAMES = ("frame_rate", "fps")
 _DEFAULT_RATE = 24.0
+_CODERS = ("libx264", "aac")
+_WITH_VIDEO = 'pip install "comfyui-mesh[video]"'
 _CRF = "17"
 """Constant rate factor of x264: hardly told from the original, at a tenth of its size."""
 
@@ -55,16 +58,18 @@ def checked_output(output: Path | None, pipeline_class: type[Any]) -> Path:
         ConfigError: it cannot be written, its kind is not what the pipeline makes, or PyAV is missing.
     """
     video = makes_video(pipeline_class.__call__)
-    output = output if output is not None else Path("out.mp4" if video else "out.png")
-    known = VIDEO_SUFFIXES if video else _picture_suffixes()
-    if output.suffix.lower() not in known:
-        made = "a video" if video else "a picture"
-        raise ConfigError(
-            f"{pipeline_class.__name__} makes {made}; {output.name} is none.",
-            hint=f"--output {output.stem}.{'mp4' if video else 'png'}",
-        )
+    usual = "out.mp4" if video else "out.png"
+    output = output if output is not None else Path(usual)
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder.", hint=f"--output {output / usual}")
     if video:
         _av()
+    if not (output.suffix.lower() in VIDEO_SUFFIXES if video else _writes_pictures(output.suffix.lower())):
+        made = "a video" if video else "a picture"
+        raise ConfigError(
+            f"{pipeline_class.__name__} makes {made}; {output.name} is none that can be written.",
+            hint=f"--output {output.stem}{Path(usual).suffix}",
+        )
     return writable(output, "--output")
 
 
@@ -74,6 +79,8 @@ def writable(file: Path, option: str) -> Path:
     Raises:
         ConfigError: it cannot be; says why.
     """
+    if not file.parent.exists():
+        raise ConfigError(f"The folder {file.parent} does not exist.", hint=f"make it first, or another {option}")
     new = not file.exists()
     try:
         file.open("ab").close()
@@ -84,10 +91,18 @@ def writable(file: Path, option: str) -> Path:
     return file
 
 
-def _picture_suffixes() -> list[str]:
+def _writes_pictures(suffix: str) -> bool:
+    """Whether Pillow can: many formats it knows by name, and some of them hold no colours or need other libraries."""
     from PIL import Image
 
-    return [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE]
+    kind = Image.registered_extensions().get(suffix)
+    if kind not in Image.SAVE:
+        return False
+    try:
+        Image.new("RGB", (16, 16)).save(BytesIO(), format=kind)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
 
 
 def save(pipeline: Any, output: Any, arguments: Mapping[str, Any], file: Path) -> None:
@@ -195,5 +210,10 @@ def _av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise ConfigError("Writing a video needs PyAV.", hint='pip install "comfyui-mesh[video]"') from error
+        raise ConfigError("Writing a video needs PyAV.", hint=_WITH_VIDEO) from error
+    for name in _CODERS:
+        try:
+            av.Codec(name, "w")
+        except ValueError as error:
+            raise ConfigError(f"The FFmpeg of this PyAV has no coder {name}.", hint=_WITH_VIDEO) from error
     return av

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from packaging.version import Version
 
 from mesh_core.builtin import installed_plugins
-from mesh_core.errors import ConfigError
-from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.errors import CheckpointUnrecognised, ConfigError
+from mesh_core.model.checkpoint import CheckpointHeader, read_header, read_json, weights_folder
 from mesh_core.model.library import recognise
+from mesh_core.model.safetensors import refuse_lfs_pointer
+from mesh_core.model.variants import variants
 from mesh_core.plugins.registry import Plugins
+from mesh_core.programs.pipeline_arguments import Dtypes, accepted
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def pipeline_header(path: str | Path) -> CheckpointHeader:
+def pipeline_header(path: str | Path, variant: str | None = None, given: Collection[str] = ()) -> CheckpointHeader:
     """The header of the transformer in a pipeline's folder.
+
+    Args:
+        variant: of the weights; as in diffusers, components that do not have it are taken as they are if others do.
+        given: components that the user has in memory.
 
     Raises:
         ConfigError: a single file, or a folder that holds no ``model_index.json``.
-        CheckpointError: see `read_header`.
+        CheckpointError: see `read_header`; no component has the variant, or one is a pointer of Git LFS.
     """
-    header = read_header(path)
+    folder = Path(path)
+    if not folder.exists() and _HUB_NAME.fullmatch(str(path)):
+        raise CheckpointUnrecognised(
+            f"There is no checkpoint at {path}; what is at Hugging Face is not downloaded.",
+            hint=f"hf download {path} --local-dir models/{folder.name}, then the path of that folder",
+        )
+    elsewhere = variant and folder.is_dir() and variant not in variants(weights_folder(folder))
+    if elsewhere and any(_of_variant(file, variant or "") for part in _parts(folder) for file in part):
+        header = read_header(path)
+    else:
+        header = read_header(path, variant=variant or None)
     if not header.pipeline and Path(path).is_file():
         raise ConfigError(
             f"{path} is a single file, which holds a transformer alone; text encoders and VAE are needed here too.",
@@ -35,10 +55,36 @@ def pipeline_header(path: str | Path) -> CheckpointHeader:
             f"{path} is not a pipeline folder: it has no model_index.json.",
             hint="the folder that holds transformer/, vae/ and text_encoder/, or split() on a pipeline of your own",
         )
+    for part in _parts(folder, ("transformer", *given)):
+        _refuse_pointers(part, variant or "")
     return header
 
 
-def check_call(path: str | Path, arguments: Mapping[str, Any], plugins: Plugins | None = None) -> type[Any]:
+def _parts(folder: Path, left_out: Collection[str] = ()) -> Iterator[list[Path]]:
+    """The files of each component of a pipeline."""
+    for name, value in read_json(folder / "model_index.json").items():
+        if isinstance(value, list) and name not in left_out and (folder / name).is_dir():
+            yield sorted(file for file in (folder / name).iterdir() if file.is_file())
+
+
+def _of_variant(file: Path, variant: str) -> bool:
+    return file.name.partition(".")[2].startswith(variant) and file.name.count(".") > 1
+
+
+def _refuse_pointers(files: Sequence[Path], variant: str) -> None:
+    """Refuse a file that would be read and that Git LFS has left a pointer to; of weights, those of the variant."""
+    named = [file for file in files if variant and _of_variant(file, variant)]
+    for file in files:
+        if file.suffix == ".safetensors" and (file not in named if named else file.name.count(".") > 1):
+            continue
+        if file.suffix in (".safetensors", ".json"):
+            with file.open("rb") as stream:
+                refuse_lfs_pointer(file, stream.read(64))
+
+
+def check_call(
+    path: str | Path, arguments: Mapping[str, Any], plugins: Plugins | None = None, variant: str | None = None
+) -> type[Any]:
     """Refuse what the pipeline in the folder ``path`` cannot make, before any weight is read; returns its class.
 
     Args:
@@ -48,16 +94,37 @@ def check_call(path: str | Path, arguments: Mapping[str, Any], plugins: Plugins 
         ConfigError: an argument that the model does not accept, or a pipeline that diffusers does not have.
         CheckpointError: its transformer is none of an installed family.
     """
-    header = pipeline_header(path)
+    header = pipeline_header(path, variant)
     checkpoint = recognise(header, plugins or installed_plugins())
     checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
-    return _class_of(header)
+    found = _class_of(header)
+    known = inspect.signature(found.__call__).parameters
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(f"{found.__name__} makes nothing that has a {name}.", hint="the same without it")
+    return found
 
 
-def pipeline_around(model: Any, header: CheckpointHeader, dtype: torch.dtype, arguments: Mapping[str, Any]) -> Any:
+def pipeline_arguments(
+    header: CheckpointHeader, given: Mapping[str, Any], similar: Collection[str] = ()
+) -> dict[str, Any]:
+    """Those of ``given`` that the pipeline is loaded with.
+
+    Raises:
+        ConfigError: a pipeline that diffusers does not have, or an argument that is not accepted; see `accepted`.
+    """
+    return accepted(given, None if _custom(header, given) else _class_of(header), similar)
+
+
+def _custom(header: CheckpointHeader, given: Mapping[str, Any]) -> bool:
+    return given.get("custom_pipeline") is not None or not isinstance(header.pipeline.get("_class_name"), str)
+
+
+def pipeline_around(model: Any, header: CheckpointHeader, dtype: Dtypes, arguments: Mapping[str, Any]) -> Any:
     """The pipeline in a folder with ``model`` for its transformer.
 
     Args:
+        dtype: in which the other components are loaded, as diffusers takes it.
         arguments: of ``from_pretrained``.
 
     Raises:
@@ -65,9 +132,8 @@ def pipeline_around(model: Any, header: CheckpointHeader, dtype: torch.dtype, ar
     """
     import diffusers
 
-    custom = "custom_pipeline" in arguments or not isinstance(header.pipeline.get("_class_name"), str)
     # The class itself: the general one passes over components that the class has a default for.
-    kind = diffusers.DiffusionPipeline if custom else _class_of(header)
+    kind = diffusers.DiffusionPipeline if _custom(header, arguments) else _class_of(header)
     # Renamed in diffusers 0.42.
     typed = {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
     pipeline = kind.from_pretrained(str(header.path), transformer=model, **typed, **arguments)

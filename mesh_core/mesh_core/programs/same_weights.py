@@ -66,7 +66,7 @@ def as_it_is_now(checkpoint: Checkpoint, known: str | None) -> Checkpoint:
         CheckpointChanged: the files hold other weights now.
         CheckpointError: they cannot be read.
     """
-    header = read_header(checkpoint.header.path)
+    header = read_header(checkpoint.header.path, variant=checkpoint.header.variant)
     if header.stamps == checkpoint.header.stamps:
         return checkpoint
     spec = checkpoint.adapter.recognise(header)

@@ -54,18 +54,24 @@ def _place(name: str, platform_path: Any) -> Path:
     return Path(home).expanduser().absolute() / name if home else Path(platform_path(_APP, appauthor=False))
 
 
-def parse_bytes(text: str) -> int:
+_MOST_BYTES = 1 << 60
+
+
+def parse_bytes(text: str, least: int = 0) -> int:
     """Bytes from ``"1073741824"``, ``"20 GiB"`` or ``"1.5GB"``; KB, MB ... count in 1000s, KiB, MiB ... in 1024s.
 
     Raises:
-        ConfigError: the text is no size.
+        ConfigError: the text is no size, or less than ``least`` bytes, or more than any machine has.
     """
     match = _SIZE.fullmatch(text)
     if match is None:
         raise ConfigError(f"{text!r} is not a size.", hint="for example 20GiB, 800MB or a number of bytes")
     unit = (match[2] or "B").upper()
     base = 1024 if "I" in unit else 1000
-    return int(float(match[1]) * base ** _UNITS[unit.rstrip("B").rstrip("I")])
+    size = float(match[1]) * base ** _UNITS[unit.rstrip("B").rstrip("I")]
+    if not least <= size <= _MOST_BYTES:
+        raise ConfigError(f"{text[:40]!r} is too {'large' if size > least else 'small'}.", hint="for example 20GiB")
+    return int(size)
 
 
 def in_bytes(size: float) -> str:

@@ -28,7 +28,10 @@ def checked_device(text: str) -> torch.device:
         ConfigError: it is no device, or this machine does not have it.
     """
     try:
-        return torch.empty(0, device=text).device
+        found = torch.empty(0, device=text).device
+        if found.type == "meta":
+            raise NotImplementedError("it holds no numbers.")
+        return found
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""Addresses of the ``mesh`` scheme: ``mesh://HOST:PORT``, with ``?insecure=yes`` for a worker without encryption.
+"""Addresses of workers as people write them, those of the ``mesh`` scheme above all: ``mesh://HOST:PORT``, with
+``?insecure=yes`` for a worker without encryption.
 
 Knows how they are written and which are of this machine alone; opens no connection.
 """
@@ -43,16 +44,24 @@ class Place:
         return f"{host}:{self.port}"
 
 
+def with_scheme(text: str) -> str:
+    """``text`` as an address in full: no blanks around it, its scheme in small letters, ``mesh`` where it has none."""
+    head, found, rest = text.strip().partition("://")
+    return f"{head.lower()}://{rest}" if found else f"{SCHEME}://{head}"
+
+
 def parse_place(text: str) -> Place:
-    """The place that ``mesh://HOST:PORT`` names.
+    """The place that ``mesh://HOST:PORT`` names, or ``HOST:PORT`` alone.
 
     Raises:
         ConfigError: the text is no such address.
     """
-    scheme, found, rest = text.partition("://")
+    scheme, _, rest = with_scheme(text).partition("://")
     place, _, query = rest.partition("?")
-    if not found or scheme != SCHEME:
+    if scheme != SCHEME:
         raise ConfigError(f"{text[:200]!r} is not an address of a worker.", hint=_WRITTEN)
+    if "token=" in query:
+        raise ConfigError(f"{place[:200]!r} with a token is an invite, no address.", hint='mesh join "INVITE" first')
     options = parse_options(query, {"insecure"}, text)
     if options.get("insecure", "yes") != "yes":
         raise ConfigError(f"{text[:200]!r}: insecure is 'yes' or not there at all.", hint=_WRITTEN)
@@ -61,11 +70,12 @@ def parse_place(text: str) -> Place:
 
 def parse_netloc(place: str, text: str, *, insecure: bool = False) -> Place:
     """``HOST:PORT`` as a part of ``text``, which an error names."""
-    match = _PLACE.fullmatch(place)
+    match = _PLACE.fullmatch(place.removesuffix("/"))
     port = int(match["port"] or DEFAULT_PORT) if match else -1
     if match is None or not 0 <= port <= 65535:
         raise ConfigError(f"{text[:200]!r} does not name a host and a port.", hint=_WRITTEN)
-    return Place(match["six"] or match["name"], port, insecure)
+    host, zone, interface = (match["six"] or match["name"]).partition("%")
+    return Place(f"{host.lower()}{zone}{interface}", port, insecure)
 
 
 def parse_options(query: str, known: set[str], text: str) -> dict[str, str]:

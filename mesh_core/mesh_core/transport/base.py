@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mesh_core.errors import NotAuthorised
+from mesh_core.transport.address import with_scheme
 from mesh_core.wire.framing import Frame
 
 __all__ = ["Address", "Channel", "Frame", "Frames", "Listener", "Peer", "Transport", "Trust"]
@@ -54,12 +55,15 @@ class Address:
     """Where a worker listens, and the key that it must prove.
 
     Attributes:
-        text: what people write, ``scheme://place``; what a place is, the transport decides.
+        text: ``scheme://place``, made of what people write (`with_scheme`); what a place is, the transport decides.
         server_key: Z85 text; "" on transports without keys, or to take the key that this user knows.
     """
 
     text: str
     server_key: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", with_scheme(self.text))
 
     @property
     def scheme(self) -> str:

@@ -16,7 +16,15 @@ from urllib.parse import quote
 
 from mesh_core import wire
 from mesh_core.errors import ConfigError, NotAuthorised, TransportTimeout, WireMalformed
-from mesh_core.transport.address import SCHEME, Place, is_wildcard, parse_netloc, parse_options, parse_place
+from mesh_core.transport.address import (
+    SCHEME,
+    Place,
+    is_wildcard,
+    parse_netloc,
+    parse_options,
+    parse_place,
+    with_scheme,
+)
 from mesh_core.transport.base import Address, Channel
 from mesh_core.transport.keys import KeyPair, KeyStore, KnownWorker
 
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 LIFETIME = 3600.0
 """Seconds for which an invite is good unless it is said otherwise."""
 
+_LONGEST = 366 * 86400.0
 _LONGEST_NAME = 100
 _HINT = "paste the whole line that mesh serve or mesh keys invite printed, in quotes"
 
@@ -65,12 +74,12 @@ def create_invite(address: str, *, name: str = "", lifetime: float = LIFETIME, k
         raise ConfigError(
             "A worker without encryption needs no invites: whoever reaches it is a member.", hint="its address alone"
         )
-    if not lifetime > 0:
-        raise ConfigError("An invite is good for some time: its lifetime must be positive.", hint="--minutes 60")
+    if not 0 < lifetime <= _LONGEST:
+        raise ConfigError("An invite is good for some time, a year at most.", hint="--minutes 60")
     store = keys if keys is not None else KeyStore()
     public, secret = new_key_pair()
     until = int(time() + max(1.0, lifetime))
-    name = (name or socket.gethostname())[:_LONGEST_NAME]
+    name = _named(name)
     store.invite(public, name, until)
     return Invite(place, store.identity().server.public, secret, until, name)
 
@@ -86,8 +95,8 @@ def parse_invite(text: str) -> Invite:
     text = text.strip()
     shown = text[:40] + ("..." if len(text) > 40 else "")
     head, _, query = text.partition("?")
-    scheme, found, netloc = head.partition("://")
-    if not found or scheme != SCHEME or not query:
+    scheme, _, netloc = with_scheme(head).partition("://")
+    if scheme != SCHEME or not query:
         raise ConfigError(f"{shown!r} is not an invite.", hint=_HINT)
     options = parse_options(query, {"key", "token", "until", "name"}, shown)
     missing = sorted({"key", "token", "until", "name"} - options.keys())
@@ -136,7 +145,7 @@ def accept_invite(
             client=KeyPair(public_of(invite.token), invite.token),
         )
         try:
-            _enrol(channel, store.identity().client.public, (name or socket.gethostname())[:_LONGEST_NAME], timeout)
+            _enrol(channel, store.identity().client.public, _named(name), timeout)
         finally:
             channel.close()
     except NotAuthorised as error:
@@ -151,6 +160,11 @@ def accept_invite(
     worker = KnownWorker(invite.place.netloc, invite.server_key, invite.name)
     store.remember(worker)
     return worker
+
+
+def _named(name: str) -> str:
+    """What can be printed of ``name``, as both ends keep it; this machine's name if that is nothing."""
+    return "".join(letter for letter in name if letter.isprintable())[:_LONGEST_NAME] or socket.gethostname()
 
 
 def _enrol(channel: Channel, key: str, name: str, timeout: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -19,6 +20,7 @@ from typing import Literal
 from mesh_core.errors import ConfigError, NotAuthorised
 from mesh_core.system.config import atomic_write, config_dir
 from mesh_core.system.private import check_private
+from mesh_core.transport.address import parse_place
 from mesh_core.transport.key_table import KeyTable, unreadable
 
 _IDENTITY = "identity.json"
@@ -163,7 +165,12 @@ class KeyStore:
         Raises:
             ConfigError: no known worker has that address or name.
         """
-        found = [w for w in self.workers() if who.removeprefix("mesh://") in (w.address, w.name)]
+        who = who.strip()
+        found = [w for w in self.workers() if who in (w.name, w.address)]
+        if not found:
+            with suppress(ConfigError):
+                place = parse_place(who).netloc
+                found = [w for w in self.workers() if w.address == place]
         if not found:
             known = ", ".join(sorted(w.address for w in self.workers())) or "none"
             raise ConfigError(f"No known worker is called {who[:80]!r}. Known: {known}.", hint="mesh keys list")
