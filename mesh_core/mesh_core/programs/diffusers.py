@@ -34,7 +34,7 @@ from mesh_core.programs.identity import (
 )
 from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
-from mesh_core.programs.peft_transfer import loras_of, put_back, put_on_again, take_off
+from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, take_off
 from mesh_core.programs.pipeline_folder import pipeline_around, pipeline_header
 from mesh_core.programs.same_weights import as_it_is_now, refuse_several_types
 from mesh_core.programs.split_model import SplitModel, attach, detach
@@ -167,12 +167,12 @@ def split(
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
     model = _transformer_of(pipeline)
     old = model.mesh if isinstance(model, SplitModel) else None
-    taken = take_off(pipeline) if old is None else []
+    taken = take_off(pipeline) if old is None else UnloadedLoras()
     try:
         checkpoint = _checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
         options = SessionOptions(model.dtype, torch.device(model.device), quality, settings, codec)
         wish = _Wish(checkpoint, local, workers, options, plugins, report)
-        wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint)
+        wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint, model)
         if loras is not None:
             wanted = replace(wanted, given=wish.chosen(loras))
         placement = wish.placed(wanted.given)

@@ -19,6 +19,7 @@ from mesh_core.errors import ConfigError, UnsupportedInput
 from mesh_core.host.runner import SplitRunner
 from mesh_core.programs.peft import PeftLoras
 from mesh_core.programs.peft_calls import LoraCalls
+from mesh_core.programs.peft_layers import skeleton
 
 
 class SplitModel(LoraCalls):
@@ -29,6 +30,7 @@ class SplitModel(LoraCalls):
     _mesh_sequence: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._mesh_settle_loras()
         inputs = inspect.signature(inspect.unwrap(_own_class(self).forward)).bind(self, *args, **kwargs).arguments
         inputs.pop("self")
         return_dict = inputs.pop("return_dict", True)
@@ -98,7 +100,7 @@ def attach(
     split.mesh = runner
     split._mesh_place = (device, dtype)
     split._mesh_sequence = ""
-    split._mesh_loras = loras or PeftLoras(runner.checkpoint)
+    split._mesh_loras = loras or PeftLoras(runner.checkpoint, skeleton(own, cast(Any, model).config))
 
 
 def detach(model: nn.Module) -> None:
