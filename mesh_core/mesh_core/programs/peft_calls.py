@@ -196,7 +196,7 @@ def _read(source: Any, weight_name: str | None) -> tuple[dict[str, Any], dict[st
         )
     with safe_open(path, "pt") as file:
         metadata = (file.metadata() or {}).get("lora_adapter_metadata")
-        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: it is no dict
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return state, json.loads(metadata) if metadata else None, str(path)
 
 
@@ -231,7 +231,9 @@ def _stand_in() -> Any:
     answers = {
         "__init__": make,
         "active_adapters": property(lambda self: list(layers(self)[0].active_adapters)),
-        "merged_adapters": property(lambda self: list(dict.fromkeys(n for x in layers(self) for n in x.merged_adapters))),
+        "merged_adapters": property(
+            lambda self: list(dict.fromkeys(n for x in layers(self) for n in x.merged_adapters))
+        ),
         "unmerge": lambda self: self.__dict__["_model"].unfuse_lora(),
         # Where tensors of LoRAs lie on this machine changes nothing: `set_lora_device` finds none to move.
         "lora_A": {},
