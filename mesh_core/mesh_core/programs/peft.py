@@ -173,6 +173,7 @@ class PeftLoras:
         )
         (name,) = [name] if name is not None else set(self.model.peft_config) - before
         self.take(name, lora)
+        self._settle()
 
     def take(self, name: str, lora: Lora) -> None:
         """Know as ``name`` a LoRA that PEFT has put into the skeleton.
@@ -213,11 +214,20 @@ class PeftLoras:
         """
         for where, layer in self.layers.items():
             if layer.merged and (layer.disable_adapters or not disabled_only):
-                for name, (lora, strength) in zip(layer.merged_adapters, self.merged.pop(where), strict=True):
-                    self._keep(where, lora, strength)
-                    if name in layer.scaling:
-                        self._keep(where, self.loaded[name], -self._strength(where, layer, name))
                 layer.merged_adapters.clear()
+        self._settle()
+
+    def _settle(self) -> None:
+        """For what PEFT's layers took out by themselves: they do when a LoRA is loaded."""
+        for where, layer in self.layers.items():
+            for entry in [e for e in self.merged.get(where, []) if e[0].name not in layer.merged_adapters]:
+                self.merged[where].remove(entry)
+                self._take_out(where, layer, *entry)
+
+    def _take_out(self, where: str, layer: Any, lora: PeftLora, strength: float) -> None:
+        self._keep(where, lora, strength)
+        if lora.name in layer.scaling:
+            self._keep(where, self.loaded[lora.name], -self._strength(where, layer, lora.name))
 
     def _keep(self, where: str, lora: PeftLora, strength: float) -> None:
         entries = self.kept.setdefault(where, [])
