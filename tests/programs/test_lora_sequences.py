@@ -122,13 +122,19 @@ def sequences(tmp_path: Path) -> Iterator[type[Sequences]]:
 
         def fresh() -> tuple[Any, Any]:
             whole, split = (
-                Flux2KleinPipeline(**{**first.components, "transformer": type(first.transformer).from_pretrained(folder)})
+                Flux2KleinPipeline(
+                    **{**first.components, "transformer": type(first.transformer).from_pretrained(folder)}
+                )
                 for folder in [tmp_path / "klein" / "transformer"] * 2
             )
             addresses = [w.address for w in workers]
             return whole, mesh_core.split(split, local=":2", workers=addresses, plugins=plugins)
 
-        yield type("Pipes", (Sequences,), {"fresh": staticmethod(fresh), "file": staticmethod(lambda n: str(tmp_path / f"{n}.safetensors"))})
+        yield type(
+            "Pipes",
+            (Sequences,),
+            {"fresh": staticmethod(fresh), "file": staticmethod(lambda n: str(tmp_path / f"{n}.safetensors"))},
+        )
 
 
 def test_every_sequence_of_calls_ends_alike(sequences: type[Sequences]) -> None:

@@ -1,4 +1,4 @@
-"""Every public LoRA method of pipelines and of their transformers: on a split one it works, or it is refused by name."""
+"""Every public LoRA method of pipelines and their transformers: on a split one it works, or is refused by name."""
 
 from __future__ import annotations
 

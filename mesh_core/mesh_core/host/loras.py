@@ -120,6 +120,7 @@ class SessionLoras:
         loras = self.wanted
         parameters = self.identity.spec.parameters_of(hop.span).keys()
         uses: list[tuple[dict[str, Any], Lora | None, AnyLora]] = []
+        part: Lora | None
         for lora in loras:
             if isinstance(lora, Borrowed):
                 uses.append((_use("", "", lora.name, lora.strength, 1.0), None, lora))

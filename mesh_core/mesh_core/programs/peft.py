@@ -212,7 +212,7 @@ class PeftLoras:
 
         So what was merged stays in as far as its strength has changed since, or the LoRA is gone.
         """
-        for where, layer in self.layers.items():
+        for layer in self.layers.values():
             if layer.merged and (layer.disable_adapters or not disabled_only):
                 layer.merged_adapters.clear()
         self._settle()

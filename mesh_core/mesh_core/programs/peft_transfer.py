@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from mesh_core.errors import LoraUnmatched, PlanError
+from mesh_core.errors import LoraUnmatched, PlanError, UnsupportedInput
 from mesh_core.model.library import Checkpoint
 from mesh_core.programs.peft import PeftLora, PeftLoras
 from mesh_core.programs.peft_layers import LayerState, layers_of, put_on, set_states, skeleton, states_of
+
+_KINDS = ("LORA", "LOKR", "LOHA")
+"""PEFT's names of those that change weights by tensors which can be sent."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,27 @@ def take_off(pipeline: Any) -> UnloadedLoras:
 
     Raises:
         PlanError: some are fused: they cannot be told from the model.
+        UnsupportedInput: a kind that cannot cross a cut.
     """
     model = pipeline.transformer
     if not getattr(model, "peft_config", None):
         return UnloadedLoras()
+    for name, config in model.peft_config.items():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind not in _KINDS:
+            raise UnsupportedInput(
+                f"{name}, of PEFT's kind {kind}, cannot cross a cut; {', '.join(_KINDS)} can.",
+                hint=f"pipe.delete_adapters({name!r}) first",
+            )
     from peft import get_peft_model_state_dict
 
     states = states_of(model)
     if any(state.merged for state in states.values()):
         raise PlanError("A pipeline with fused LoRAs cannot be split.", hint="pipe.unfuse_lora() first")
-    loras = {n: (c, dict(get_peft_model_state_dict(model, adapter_name=n))) for n, c in model.peft_config.items()}
+    with warnings.catch_warnings():
+        # Biases have one dimension, which PEFT takes for a sign of damage.
+        warnings.filterwarnings("ignore", ".*have invalid shape")
+        loras = {n: (c, dict(get_peft_model_state_dict(model, adapter_name=n))) for n, c in model.peft_config.items()}
     model.unload_lora()
     if any(name.rpartition(".")[2] in ("to_qkv", "to_added_qkv") for name in states):
         model.unfuse_qkv_projections()
@@ -61,9 +76,8 @@ def loras_of(taken: UnloadedLoras, checkpoint: Checkpoint, model: nn.Module) -> 
     for name, (config, state) in taken.loras.items():
         lora = loras.read(state, name, {}, name)
         if lora.unmatched:
-            kind = getattr(config.peft_type, "value", config.peft_type)
             raise LoraUnmatched(
-                f"{name}, a {kind} of PEFT, changes what a split model cannot: {lora.unmatched[0]}.",
+                f"{name} changes what a split model cannot change: {lora.unmatched[0]}.",
                 hint=f"pipe.delete_adapters({name!r}) first",
             )
         put_on(loras.model, name, config, state, bare=True)
