@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,6 +108,30 @@ def test_calls_of_diffusers(rig: Rig, naming: str, local: str) -> None:
         assert_differ(seen[1], seen[2])
         split.unload_lora_weights()
         assert all(torch.equal(a, b) for a, b in zip(run(split), seen[0], strict=True))
+
+
+@pytest.mark.parametrize("how", ["before", "after", "loras="])
+def test_a_bias_is_scaled_as_the_rest_is(rig: Rig, tmp_path: Path, how: str) -> None:
+    state = loras.peft(rig.shapes, seed=3, prefix="")
+    for i, (module, shape) in enumerate(rig.shapes.items()):
+        state[f"{module}.lora_B.bias"] = loras.randn(shape[0], seed=500 + i)
+    note = {"r": loras.RANK, "lora_alpha": 2 * loras.RANK, "target_modules": list(rig.shapes), "lora_bias": True}
+    file = loras.save(
+        tmp_path / "biases.safetensors",
+        {f"transformer.{k}": v for k, v in state.items()},
+        lora_adapter_metadata=json.dumps({f"transformer.{k}": v for k, v in note.items()}),
+    )
+    whole = rig.whole()
+    plain = run(whole)
+    whole.load_lora_weights(str(file), adapter_name="ink")
+    expected = run(whole)
+    assert_differ(expected, plain)
+    with rig.split(whole if how == "before" else None, loras=[file] if how == "loras=" else None) as split:
+        if how == "after":
+            split.load_lora_weights(str(file), adapter_name="ink")
+        assert_close(run(split), expected, how)
+    if how != "loras=":
+        assert_close(run(split), expected, "unsplit")
 
 
 def test_a_lora_is_sent_once_whatever_its_strength_and_naming(rig: Rig) -> None:

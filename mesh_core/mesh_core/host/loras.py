@@ -5,7 +5,7 @@ Knows remotes and spans; what a session does with the result is the session's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,37 +119,36 @@ class SessionLoras:
         """
         loras = self.wanted
         parameters = self.identity.spec.parameters_of(hop.span).keys()
-        uses: list[tuple[dict[str, Any], Applied | None]] = []
+        uses: list[tuple[dict[str, Any], Lora | None, AnyLora]] = []
+        part: Lora | None
         for lora in loras:
             if isinstance(lora, Borrowed):
-                uses.append((_use("", "", lora.name, lora.strength, 1.0), None))
+                uses.append((_use("", "", lora.name, lora.strength, 1.0), None, lora))
                 continue
             part = lora.lora.restricted(parameters)
             if part:
                 use = _use(part.id, part.outline, lora.lora.name, lora.strength, lora.strength_model)
-                uses.append((use, Applied(part, lora.strength, lora.strength_model)))
-        names = {use["name"] for use, _ in uses}
-        self._placed = {k: p for k, p in self._placed.items() if k[0] is not hop or p.lora in names}
-        held = self._held(hop, [use for use, applied in uses if applied is not None])
+                uses.append((use, part, lora))
+        used = {_key(use) for use, *_ in uses}
+        self._placed = {k: p for k, p in self._placed.items() if k[0] is not hop or k[1] in used}
+        held = self._held(hop, [use for use, part, _ in uses if part is not None])
         wanted = []
-        totals = {a.lora.name: a.lora.nbytes for a in loras if isinstance(a, Applied)}
-        asked = {a.lora.name for a in loras if isinstance(a, Applied) and a.send}
-        for use, applied in uses:
-            if applied is None:
+        for use, part, lora in uses:
+            if part is None or isinstance(lora, Borrowed):
                 self._note(hop, use, LoraPlacement("reference", "asked for by its name there"))
                 wanted.append(use)
                 continue
             facts = LoraFacts(
                 name=use["name"],
                 id=use["id"],
-                nbytes=applied.lora.nbytes,
-                total=totals[use["name"]],
+                nbytes=part.nbytes,
+                total=lora.lora.nbytes,
                 held=use["id"] in held,
                 policy=self.settings.loras.policy,
                 limit=self.settings.loras.largest_sent,
-                asked=use["name"] in asked,
+                asked=lora.send,
             )
-            if self._settle(hop, facts, use, applied.lora):
+            if self._settle(hop, facts, use, part):
                 wanted.append(use)
         self.stats.loras = [asdict(p) for p in self._placed.values()]
         return wanted
@@ -188,9 +187,9 @@ class SessionLoras:
         return placement.action != "leave-out"
 
     def _note(self, hop: RemoteHop, use: dict[str, Any], placement: LoraPlacement, sent: int = 0) -> None:
-        before = self._placed.get((hop, use["name"]))
-        sent += before.bytes_sent if before is not None and before.id == use["id"] else 0
-        self._placed[hop, use["name"]] = Placed(
+        before = self._placed.get((hop, _key(use)))
+        sent += before.bytes_sent if before is not None else 0
+        self._placed[hop, _key(use)] = Placed(
             hop.remote.name, str(hop.span), use["name"], use["id"], placement.action, placement.reason, sent
         )
         self.stats.loras = [asdict(p) for p in self._placed.values()]
@@ -227,6 +226,11 @@ def send(remote: Remote, lora: Lora, structure: str, settings: Settings, report:
 
 def _use(id_: str, outline: str, name: str, strength: float, base: float) -> dict[str, Any]:
     return {"id": id_, "outline": outline, "name": name[:200], "strength": float(strength), "base": float(base)}
+
+
+def _key(use: Mapping[str, Any]) -> str:
+    """What tells a LoRA from others: several may have one name, and long names are cut off."""
+    return str(use["id"] or use["name"])
 
 
 def _refused(facts: LoraFacts, placement: LoraPlacement, worker: WorkerInfo) -> LoraError:

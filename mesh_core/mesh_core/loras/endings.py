@@ -13,7 +13,7 @@ _ENDINGS: tuple[tuple[str, str, str], ...] = (
     (r"[._]lora\.down\.weight", "lora", "down"),
     (r"\.lora_linear_layer\.up\.weight", "lora", "up"),
     (r"\.lora_linear_layer\.down\.weight", "lora", "down"),
-    (r"\.lora_B(?:\.[^.]+)?\.bias", "bias", "diff"),
+    (r"\.lora_B(?:\.[^.]+)?\.bias", "bias", "up"),
     (r"\.lora_B(?:(?:\.[^.]+)?\.weight)?", "lora", "up"),
     (r"\.lora_A(?:(?:\.[^.]+)?\.weight)?", "lora", "down"),
     (r"\.lora_magnitude_vector(?:(?:\.[^.]+)?\.weight)?", "lora", "magnitude"),
@@ -35,7 +35,8 @@ def split_key(key: str) -> tuple[str, str, str] | None:
     """Stem, algorithm and role of a key; None for an ending that nobody knows.
 
     The stem is what stands before the ending: a module's name. The algorithm is one of `ALGORITHMS`, or ``bias`` for
-    what is added to the module's bias, or ``any`` for what belongs to whichever algorithm the stem's other keys have.
+    what is added to the module's bias, scaled like the LoRA's weight (``up``) or as it is (``diff``), or ``any`` for
+    what belongs to whichever algorithm the stem's other keys have.
     """
     match = _KEY.fullmatch(key)
     if match is None:

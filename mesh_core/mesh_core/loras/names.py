@@ -28,7 +28,7 @@ class ParameterNames:
         layouts: list[Mapping[str, Sequence[Piece]]] = [own, themselves, *adapter.layouts(spec)]
         for layout in layouts:
             for name, rows in _inverted(layout, spec).items():
-                self._tensors.setdefault(_without_prefix(name), rows)
+                self._tensors.setdefault(without_prefix(name), rows)
         self._modules: dict[str, tuple[Rows, ...]] = {}
         self._joined: dict[str, tuple[Rows, ...]] = {}
         for name, rows in self._tensors.items():
@@ -38,14 +38,14 @@ class ParameterNames:
 
     def tensor(self, name: str) -> tuple[Rows, ...] | None:
         """Rows of the tensor with this whole name, for example ``double_blocks.0.img_attn.qkv.weight``."""
-        return self._tensors.get(_without_prefix(name))
+        return self._tensors.get(without_prefix(name))
 
     def module(self, key: str) -> tuple[Rows, ...] | None:
         """Rows of the weight of the module that the stem of a LoRA key names."""
         for prefix in _JOINED:
             if key.startswith(prefix):
                 return self._joined.get(key.removeprefix(prefix).lstrip("_"))
-        found = self._modules.get(_without_prefix(key))
+        found = self._modules.get(without_prefix(key))
         return found if found is not None else self._joined.get(key)
 
     def bias(self, key: str) -> tuple[Rows, ...] | None:
@@ -53,7 +53,8 @@ class ParameterNames:
         return self.module(f"{key}_bias" if key.startswith(_JOINED) else f"{key}.bias")
 
 
-def _without_prefix(name: str) -> str:
+def without_prefix(name: str) -> str:
+    """What a file calls a tensor or module, as the model itself calls it."""
     shorter = True
     while shorter:
         shorter = False

@@ -136,6 +136,8 @@ def canonical(patch: Patch) -> Patch:
         shape = patch.tensors[algorithm.rank_role].shape
         if shape and alpha == shape[0]:
             alpha = None
+    if patch.algorithm == "diff" and alpha == 1.0:
+        alpha = None
     return replace(patch, target=target, alpha=alpha, narrow=narrow)
 
 

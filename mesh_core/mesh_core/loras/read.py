@@ -17,7 +17,7 @@ from mesh_core.errors import LoraError, LoraUnmatched
 from mesh_core.loras.bounds import read_lora_header
 from mesh_core.loras.endings import split_key
 from mesh_core.loras.lora import Lora
-from mesh_core.loras.names import ParameterNames
+from mesh_core.loras.names import ParameterNames, without_prefix
 from mesh_core.loras.patch import Patch, Rows
 from mesh_core.loras.scaling import Scaling, peft_scaling
 from mesh_core.loras.stored import TensorFile
@@ -89,24 +89,9 @@ def lora_of(
     scaling = peft_scaling(metadata)
     patches: list[Patch] = []
     for stem, groups in modules.items():
-        rows, keys = names.module(stem), [k for g in groups.values() for k in g.values()]
-        shared = groups.pop("any", {})
-        bias = groups.pop("bias", {})
-        if bias:
-            bias_rows = names.bias(stem)
-            if bias_rows is None:
-                unmatched += bias.values()
-            else:
-                patches.append(Patch("diff", bias_rows, {"diff": sources[bias["diff"]]}))
-        if rows is None:
-            unmatched += [k for k in keys if k not in bias.values()]
-            continue
-        if not groups:
-            unmatched += shared.values()
-        alpha = _number(sources[shared["alpha"]], shared["alpha"]) if "alpha" in shared else None
-        for algorithm, roles in groups.items():
-            tensors = {role: sources[key] for role, key in roles.items()}
-            patches.append(_patch(algorithm, rows, tensors, shared, sources, alpha, scaling, stem))
+        found_patches, not_found = _patches_of(stem, groups, names, sources, scaling)
+        patches += found_patches
+        unmatched += not_found
     if not patches:
         raise LoraUnmatched(
             _why_nothing(where, unmatched, spec.family), hint=f"a LoRA that was made for {spec.family} {spec.variant}"
@@ -115,6 +100,42 @@ def lora_of(
         return Lora.of(name, spec, patches, unmatched=tuple(sorted(unmatched)), metadata=dict(metadata))
     except LoraError as error:
         raise type(error)(f"{where}: {error.message}", hint=error.hint) from error
+
+
+def _patches_of(
+    stem: str,
+    groups: Mapping[str, Mapping[str, str]],
+    names: ParameterNames,
+    sources: Mapping[str, Source],
+    scaling: Scaling,
+) -> tuple[list[Patch], list[str]]:
+    """What the keys of one module make, by algorithm and role; and the keys that match nothing."""
+    shared, bias = groups.get("any", {}), groups.get("bias", {})
+    changes = {algorithm: roles for algorithm, roles in groups.items() if algorithm not in ("any", "bias")}
+    rows, bias_rows = names.module(stem), names.bias(stem) if bias else None
+    unmatched = [] if bias_rows is not None else [*bias.values()]
+    if rows is None:
+        unmatched += [*shared.values(), *(key for roles in changes.values() for key in roles.values())]
+    elif not changes:
+        unmatched += shared.values()
+    if rows is None and bias_rows is None:
+        return [], unmatched
+    given = _number(sources[shared["alpha"]], shared["alpha"]) if "alpha" in shared else None
+    down = changes.get("lora", {}).get("down")
+    rank = next(iter(sources[down].shape), 0) if down is not None else 0
+    # In the metadata, names are the model's own, whatever stands before them in keys.
+    alpha = scaling(without_prefix(stem), rank) if given is None and rank else given
+    patches = []
+    if bias_rows is not None:
+        factors = {"up": alpha / rank if alpha is not None and rank else None, "diff": None}
+        patches += [Patch("diff", bias_rows, {"diff": sources[key]}, factors[role]) for role, key in bias.items()]
+    if rows is not None:
+        for algorithm, roles in changes.items():
+            tensors = {role: sources[key] for role, key in roles.items()}
+            if "dora_scale" in shared and algorithm not in ("diff", "set"):
+                tensors["dora_scale"] = sources[shared["dora_scale"]]
+            patches.append(_patch(algorithm, rows, tensors, alpha if algorithm == "lora" else given))
+    return patches, unmatched
 
 
 def names_of(checkpoint: Checkpoint) -> ParameterNames:
@@ -127,22 +148,9 @@ def names_of(checkpoint: Checkpoint) -> ParameterNames:
     return cast(ParameterNames, known)
 
 
-def _patch(
-    algorithm: str,
-    rows: tuple[Rows, ...],
-    tensors: dict[str, Source],
-    shared: Mapping[str, str],
-    sources: Mapping[str, Source],
-    alpha: float | None,
-    scaling: Scaling,
-    stem: str,
-) -> Patch:
+def _patch(algorithm: str, rows: tuple[Rows, ...], tensors: dict[str, Source], alpha: float | None) -> Patch:
     if algorithm == "oft" and len(tensors["blocks"].shape if "blocks" in tensors else ()) == 4:
         algorithm = "boft"
-    if "dora_scale" in shared and algorithm not in ("diff", "set"):
-        tensors["dora_scale"] = sources[shared["dora_scale"]]
-    if algorithm == "lora" and alpha is None and "down" in tensors and tensors["down"].shape:
-        alpha = scaling(stem, tensors["down"].shape[0])
     return Patch(algorithm, rows, tensors, alpha if algorithm not in ("diff", "set") else None)
 
 

@@ -71,5 +71,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
     """Raises:
     LoraError: ``tensor`` holds a value that is no finite number.
     """
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        tensor = tensor.to(torch.float16)  # of the types of 8 bits, torch does not know it, and this holds all values
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise LoraError(f"{what} holds values that are not finite (NaN or infinite).", hint="another copy of the file")

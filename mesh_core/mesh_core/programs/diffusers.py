@@ -35,7 +35,7 @@ from mesh_core.programs.identity import (
 )
 from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
-from mesh_core.programs.peft_transfer import loras_of, put_back, put_on_again, take_off
+from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, take_off
 from mesh_core.programs.pipeline_arguments import (
     DtypeChoice,
     Dtypes,
@@ -196,12 +196,12 @@ def split(
     old = model.mesh if isinstance(model, SplitModel) else None
     if old is None:
         refuse_replaced_forward(model)
-    taken = take_off(pipeline) if old is None else []
+    taken = take_off(pipeline) if old is None else UnloadedLoras()
     try:
         checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
         options = SessionOptions(model.dtype, _running_device(model), quality, settings, codec)
         wish = _Wish(checkpoint, local, workers, options, plugins, report)
-        wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint)
+        wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint, model)
         if loras is not None:
             wanted = replace(wanted, given=wish.chosen(loras))
         placement = wish.placed(wanted.given)

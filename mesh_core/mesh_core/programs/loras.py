@@ -27,22 +27,31 @@ def chosen(loras: Sequence[LoraChoice], checkpoint: Checkpoint, settings: Settin
             and `refuse_what_is_not_here` once it is.
 
     Raises:
-        LoraMissing: neither a file nor a name that this machine knows, and blocks run here.
+        LoraMissing: a path at which there is no file; or neither a file nor a name that this machine knows, and blocks
+            run here.
         LoraError: see `read_lora`.
     """
     library = own_library(settings)
     found: list[AnyLora] = []
     for item in loras:
         source, strength = item if isinstance(item, tuple) else (item, 1.0)
-        if Path(source).is_file():
-            found.append(Applied(warn_of_unmatched(read_lora(source, checkpoint)), float(strength)))
+        file = Path(source).expanduser()
+        if file.is_file():
+            found.append(Applied(warn_of_unmatched(read_lora(file, checkpoint)), float(strength)))
             continue
+        if isinstance(source, Path) or file.is_absolute() or str(source).startswith("."):
+            raise LoraMissing(
+                f"{file} is a folder, and no LoRA." if file.is_dir() else f"There is no file {file}.",
+                hint="the path of a .safetensors file, or a name that mesh lora list shows",
+            )
         try:
             lora = library.named(str(source), checkpoint, checkpoint.spec.parameters)
             found.append(Applied(warn_of_unmatched(lora), float(strength)))
-        except LoraMissing:
+        except LoraMissing as error:
             if local:
-                raise
+                raise LoraMissing(
+                    f"There is no file {str(source)[:200]!r}. {error.message}", hint=error.hint
+                ) from error
             found.append(Borrowed(str(source), float(strength)))
     return found
 

@@ -2,108 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
-from mesh_core.errors import PlanError
+from mesh_core.errors import LoraUnmatched, PlanError, UnsupportedInput
 from mesh_core.model.library import Checkpoint
-from mesh_core.programs.peft import PREFIX, PeftLora, PeftLoras
+from mesh_core.programs.peft import PeftLora, PeftLoras
+from mesh_core.programs.peft_layers import LayerState, layers_of, put_on, set_states, skeleton, states_of
+
+_KINDS = ("LORA", "LOKR", "LOHA")
+"""PEFT's names of those that change weights by tensors which can be sent."""
 
 
 @dataclass(frozen=True)
-class UnloadedLora:
-    """A LoRA that was unloaded, and what it takes to load it again. ``weight``: None if it was not active."""
+class UnloadedLoras:
+    """LoRAs that were unloaded, and what it takes to load them again: by name PEFT's configuration and the tensors,
+    and what each layer was set to."""
 
-    name: str
-    state: dict[str, Tensor]
-    options: dict[str, Any]
-    weight: float | None
+    loras: Mapping[str, tuple[Any, dict[str, Tensor]]] = field(default_factory=dict)
+    states: Mapping[str, LayerState] = field(default_factory=dict)
 
 
-def take_off(pipeline: Any) -> list[UnloadedLora]:
+def take_off(pipeline: Any) -> UnloadedLoras:
     """Unload the LoRAs of a whole pipeline's transformer; those of its other parts stay.
 
     Raises:
         PlanError: some are fused: they cannot be told from the model.
+        UnsupportedInput: a kind that cannot cross a cut.
     """
     model = pipeline.transformer
     if not getattr(model, "peft_config", None):
-        return []
-    from peft import get_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    if any(layer.merged_adapters for layer in layers):
-        raise PlanError("A pipeline with fused LoRAs cannot be split.", hint="pipe.unfuse_lora() first")
-    active = list(layers[0].active_adapters) if layers else []
-    taken = []
+        return UnloadedLoras()
     for name, config in model.peft_config.items():
-        state = get_peft_model_state_dict(model, adapter_name=name)
-        options = {"metadata": _plain(config.to_dict()), "prefix": PREFIX}
-        layer = next((x for x in layers if name in getattr(x, "scaling", {})), None)
-        weight = _weight(layer, name) if layer is not None else 1.0
-        named = {f"{PREFIX}.{k}": v for k, v in state.items()}
-        taken.append(UnloadedLora(name, named, options, weight if name in active else None))
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind not in _KINDS:
+            raise UnsupportedInput(
+                f"{name}, of PEFT's kind {kind}, cannot cross a cut; {', '.join(_KINDS)} can.",
+                hint=f"pipe.delete_adapters({name!r}) first",
+            )
+    from peft import get_peft_model_state_dict
+
+    states = states_of(model)
+    if any(state.merged for state in states.values()):
+        raise PlanError("A pipeline with fused LoRAs cannot be split.", hint="pipe.unfuse_lora() first")
+    with warnings.catch_warnings():
+        # Biases have one dimension, which PEFT takes for a sign of damage.
+        warnings.filterwarnings("ignore", ".*have invalid shape")
+        loras = {n: (c, dict(get_peft_model_state_dict(model, adapter_name=n))) for n, c in model.peft_config.items()}
     model.unload_lora()
-    return taken
+    if any(name.rpartition(".")[2] in ("to_qkv", "to_added_qkv") for name in states):
+        model.unfuse_qkv_projections()
+    return UnloadedLoras(loras, states)
 
 
-def put_back(pipeline: Any, taken: Sequence[UnloadedLora]) -> None:
-    """Undo `take_off`: load them again, with the strengths that they had."""
-    model = pipeline.transformer
-    for lora in taken:
-        model.load_lora_adapter(dict(lora.state), adapter_name=lora.name, **lora.options)
-    active = {a.name: a.weight for a in taken if a.weight is not None}
-    if active:
-        model.set_adapters(list(active), list(active.values()))
+def put_back(pipeline: Any, taken: UnloadedLoras) -> None:
+    """Undo `take_off`."""
+    for name, (config, state) in taken.loras.items():
+        put_on(pipeline.transformer, name, config, state)
+    set_states(pipeline.transformer, taken.states)
 
 
-def loras_of(taken: Sequence[UnloadedLora], checkpoint: Checkpoint) -> PeftLoras:
-    """The list that a split model has of what `take_off` unloaded.
+def loras_of(taken: UnloadedLoras, checkpoint: Checkpoint, model: nn.Module) -> PeftLoras:
+    """The LoRAs that ``model`` has, once it is split, of what `take_off` unloaded.
 
     Raises:
-        LoraError: one cannot be used on a split model.
+        LoraError, UnsupportedInput: one cannot be used on a split model.
     """
-    loras = PeftLoras(checkpoint)
-    for lora in taken:
-        loras.load(lora.state, lora.name, lora.options, hotswap=False)
-        loras.loaded[lora.name].weight = 1.0 if lora.weight is None else lora.weight
-    loras.active = [a.name for a in taken if a.weight is not None]
+    loras = PeftLoras(checkpoint, skeleton(type(model), dict(model.config)))  # type: ignore[arg-type]
+    for name, (config, state) in taken.loras.items():
+        lora = loras.read(state, name, {}, name)
+        if lora.unmatched:
+            raise LoraUnmatched(
+                f"{name} changes what a split model cannot change: {lora.unmatched[0]}.",
+                hint=f"pipe.delete_adapters({name!r}) first",
+            )
+        put_on(loras.model, name, config, state, bare=True)
+        loras.take(name, lora)
+    if taken.loras:
+        set_states(loras.model, taken.states)
     return loras
 
 
-def _weight(layer: Any, name: str) -> float:
-    """The strength that was set, from the product of it and of alpha / rank that PEFT keeps."""
-    alpha, rank = layer.lora_alpha[name], layer.r[name]
-    return float(layer.scaling[name] * rank / alpha)
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    kept = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules", "lora_bias")
-    return {f"{PREFIX}.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items() if k in kept}
-
-
-def put_on_again(model: nn.Module, loras: PeftLoras) -> None:
-    """Load into a whole model, with diffusers' own calls, what it had while it was split."""
-    target = cast(Any, model)
-
-    def load(name: str, lora: PeftLora) -> None:
-        options = {k: v for k, v in lora.options.items() if k != "prefix"}
-        target.load_lora_adapter(lora.state, prefix=lora.options.get("prefix", PREFIX), adapter_name=name, **options)
-
-    for i, (lora, strength) in enumerate(loras.kept):
-        load(f"kept_{i}", lora)
-        target.set_adapters(f"kept_{i}", strength)
-        target.fuse_lora()
-        target.unload_lora()
+def put_on_again(model: Any, loras: PeftLoras) -> None:
+    """Have PEFT load into a whole model what it had while it was split."""
+    for where, entries in loras.merged.items():
+        # What was deleted is nowhere to be merged from, later.
+        gone = [(lora, strength) for lora, strength in entries if lora not in loras.loaded.values()]
+        loras.kept.setdefault(where, []).extend(gone)
+    _merge_for_good(model, loras)
     for name, lora in loras.loaded.items():
-        load(name, lora)
-    if loras.active:
-        target.set_adapters(loras.active, [loras.loaded[n].weight for n in loras.active])
-    if loras.fused:
-        target.fuse_lora(adapter_names=[name for name, _ in loras.fused])
-    if not loras.on:
-        target.disable_lora()
+        put_on(model, name, lora.config, lora.state())
+    names = {lora: name for name, lora in loras.loaded.items()}
+    layers = layers_of(model)
+    for where, entries in loras.merged.items():
+        _merge(layers[where], where, [(names[lora], lora, strength) for lora, strength in entries if lora in names])
+    set_states(model, states_of(loras.model) if loras.loaded else {})
+
+
+def _merge_for_good(model: Any, loras: PeftLoras) -> None:
+    everything = [(where, lora, strength) for where, entries in loras.kept.items() for lora, strength in entries]
+    if not everything:
+        return
+    names = {lora: f"kept_{i}" for i, lora in enumerate(dict.fromkeys(lora for _, lora, _ in everything))}
+    for lora, name in names.items():
+        put_on(model, name, lora.config, lora.state())
+    layers = layers_of(model)
+    for where, lora, strength in everything:
+        _merge(layers[where], where, [(names[lora], lora, strength)])
+    model.unload_lora()
+
+
+def _merge(layer: Any, where: str, entries: Sequence[tuple[str, PeftLora, float]]) -> None:
+    for name, lora, strength in entries:
+        layer.scaling[name] = strength * lora.scaling[where]
+        layer.merge(adapter_names=[name])

@@ -22,6 +22,7 @@ from mesh_core.programs.foreign_parts import mark, unmark
 from mesh_core.programs.model_calls import ModelCalls
 from mesh_core.programs.peft import PeftLoras
 from mesh_core.programs.peft_calls import LoraCalls
+from mesh_core.programs.peft_layers import skeleton
 from mesh_core.programs.replaced_parts import redirect_forward
 
 _NOT_AS_ONE_GRAPH = "a split transformer: pipe.transformer.compile() compiles the blocks that run here"
@@ -40,6 +41,7 @@ class SplitModel(LoraCalls, ModelCalls):
         if not isinstance(self, SplitModel):
             # Hooks that were put on while it was split still call this.
             return type(self).forward(self, *args, **kwargs)
+        self._mesh_settle_loras()
         inputs = inspect.signature(inspect.unwrap(own_class(self).forward)).bind(self, *args, **kwargs).arguments
         inputs.pop("self")
         return_dict = inputs.pop("return_dict", True)
@@ -120,7 +122,7 @@ def attach(
     # Compiled as one graph it would be the whole model's; blocks that run here can be compiled.
     vars(split).setdefault("_mesh_compiled", split._compiled_call_impl)
     split._compiled_call_impl = None
-    split._mesh_loras = loras or PeftLoras(runner.checkpoint)
+    split._mesh_loras = loras or PeftLoras(runner.checkpoint, skeleton(own, cast(Any, model).config))
     split._mesh_attention = attention_layers(model)
     mark(model, runner.checkpoint.spec, runner.plan.local)
 

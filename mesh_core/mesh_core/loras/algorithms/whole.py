@@ -11,7 +11,8 @@ from mesh_core.loras.algorithms.algorithm import Algorithm, Shapes, Tensors
 
 
 def _added(weight: Tensor, t: Tensors, alpha: float | None, strength: float) -> Tensor:
-    return weight + strength * t["diff"].reshape(weight.shape)
+    amount = strength if alpha is None else strength * alpha
+    return weight + amount * t["diff"].reshape(weight.shape)
 
 
 def _replaced(weight: Tensor, t: Tensors, alpha: float | None, strength: float) -> Tensor:
@@ -24,7 +25,7 @@ def _same_size(role: str) -> Callable[[tuple[int, ...], Shapes], bool]:
 
 
 DIFF = Algorithm(("diff",), (), _same_size("diff"), _added)
-"""What is added to the weight."""
+"""What is added to the weight, ``alpha`` times."""
 
 SET = Algorithm(("value",), (), _same_size("value"), _replaced)
 """What takes the place of the weight."""
