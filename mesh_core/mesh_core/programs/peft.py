@@ -8,7 +8,7 @@ What calls merge into weights, for the time being or for good, is kept here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ class PeftLoras:
     """The LoRAs of a split transformer.
 
     Attributes:
-        make_skeleton: see `mesh_core.programs.peft_layers.skeleton`.
         given: those of ``loras=`` and `set_loras`, which diffusers knows nothing of.
         loaded: by what diffusers calls an adapter name.
         merged: what `fuse` merged and `unfuse` takes out again, beside the names that PEFT's layers have of it.
@@ -95,7 +94,6 @@ class PeftLoras:
     """
 
     checkpoint: Checkpoint
-    make_skeleton: Callable[[], Any]
     given: tuple[AnyLora, ...] = ()
     loaded: dict[str, PeftLora] = field(default_factory=dict)
     merged: Merged = field(default_factory=dict)
@@ -104,9 +102,10 @@ class PeftLoras:
 
     @property
     def model(self) -> Any:
-        """The skeleton."""
+        """The skeleton, which takes no memory. PEFT's layers in it say what they would say in a real model: no call on
+        them depends on the content of weights."""
         if self._model is None:
-            self._model = self.make_skeleton()
+            self._model = self.checkpoint.adapter.skeleton(self.checkpoint.spec)
         return self._model
 
     @property

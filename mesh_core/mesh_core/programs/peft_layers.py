@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mesh_core.errors import UnsupportedInput
 
@@ -28,17 +27,6 @@ class LayerState:
     active: tuple[str, ...]
     disabled: bool
     merged: tuple[str, ...]
-
-
-def skeleton(cls: type[nn.Module], config: Mapping[str, Any]) -> Callable[[], Any]:
-    """What makes a model of that class that takes no memory: PEFT's layers in it say what they would say in a real
-    one, since no call on them depends on the content of weights."""
-
-    def make() -> Any:
-        with torch.device("meta"):
-            return cls.from_config(dict(config))  # type: ignore[attr-defined]
-
-    return make
 
 
 def layers_of(model: Any) -> dict[str, Any]:
@@ -79,7 +67,7 @@ def put_on(model: Any, name: str, config: Any, state: Mapping[str, Tensor], *, b
     Args:
         config: of PEFT, for what kind of LoRA that is and which modules it is for.
         state: its tensors as PEFT names them, without the LoRA's name.
-        bare: ``model`` is a `skeleton`.
+        bare: ``model`` is a skeleton.
     """
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 

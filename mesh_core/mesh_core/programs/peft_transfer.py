@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mesh_core.errors import LoraUnmatched, PlanError, UnsupportedInput
 from mesh_core.model.library import Checkpoint
 from mesh_core.programs.peft import PeftLora, PeftLoras
-from mesh_core.programs.peft_layers import LayerState, layers_of, put_on, set_states, skeleton, states_of
+from mesh_core.programs.peft_layers import LayerState, layers_of, put_on, set_states, states_of
 
 _KINDS = ("LORA", "LOKR", "LOHA")
 """PEFT's names of those that change weights by tensors which can be sent."""
@@ -72,7 +72,7 @@ def loras_of(taken: UnloadedLoras, checkpoint: Checkpoint, model: nn.Module) -> 
     Raises:
         LoraError, UnsupportedInput: one cannot be used on a split model.
     """
-    loras = PeftLoras(checkpoint, skeleton(type(model), dict(model.config)))  # type: ignore[arg-type]
+    loras = PeftLoras(checkpoint)
     for name, (config, state) in taken.loras.items():
         lora = loras.read(state, name, {}, name)
         if lora.unmatched:

@@ -22,7 +22,6 @@ from mesh_core.programs.foreign_parts import mark, unmark
 from mesh_core.programs.model_calls import ModelCalls
 from mesh_core.programs.peft import PeftLoras
 from mesh_core.programs.peft_calls import LoraCalls
-from mesh_core.programs.peft_layers import skeleton
 from mesh_core.programs.replaced_parts import redirect_forward
 
 _NOT_AS_ONE_GRAPH = "a split transformer: pipe.transformer.compile() compiles the blocks that run here"
@@ -122,7 +121,7 @@ def attach(
     # Compiled as one graph it would be the whole model's; blocks that run here can be compiled.
     vars(split).setdefault("_mesh_compiled", split._compiled_call_impl)
     split._compiled_call_impl = None
-    split._mesh_loras = loras or PeftLoras(runner.checkpoint, skeleton(own, cast(Any, model).config))
+    split._mesh_loras = loras or PeftLoras(runner.checkpoint)
     split._mesh_attention = attention_layers(model)
     mark(model, runner.checkpoint.spec, runner.plan.local)
 
