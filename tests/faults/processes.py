@@ -5,6 +5,7 @@ Where the system cannot do that they are spawned: slower, and otherwise the same
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import multiprocessing
@@ -143,6 +144,7 @@ def workers(
 
 
 def _prepare(home: str) -> None:
+    faulthandler.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["MESH_HOME"] = home
     torch.set_num_threads(1)

@@ -10,13 +10,14 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -152,6 +153,10 @@ class Trials:
             thread.join(30)
         for link in self._links:
             link.heal()
+        for worker in self._pair:
+            if not worker.process.is_alive():
+                outcome.error += f" a worker ended by itself: {worker.process.exitcode}"
+                worker.begin()
         outcome.seconds = monotonic() - began
         outcome.resent = sum(step.resent for step in self._runner.stats.steps[known:])
         outcome.started_anew = sum(step.restarted for step in self._runner.stats.steps[known:])
@@ -184,9 +189,11 @@ class Trials:
         }
         # A link that was not cut yet stays to be cut until the generation is over.
         end = {"kill": worker.begin, "pause": worker.resume, "truncate": lambda: None}
-        begin[fault.kind]()
+        with suppress(psutil.NoSuchProcess):  # the other fault has killed it
+            begin[fault.kind]()
         sleep(fault.lasts)
-        end.get(fault.kind, link.heal)()
+        with suppress(psutil.NoSuchProcess):
+            end.get(fault.kind, link.heal)()
 
 
 @contextmanager

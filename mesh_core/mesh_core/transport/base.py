@@ -100,7 +100,7 @@ class Channel(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Drop the connection and what is still queued. May be called twice; afterwards the other methods raise
+        """Drop the connection; what is still queued may be lost. May be called twice; afterwards the other methods raise
         `PeerLost`."""
 
 
