@@ -196,7 +196,7 @@ def test_a_worker_that_loads_then_one_with_another_key(page: Page, server: Serve
         _run_at(page, f"mesh://{place}", 4)  # another cut connects anew
         page.wait_for_selector('.mesh-panel[data-state="wrong key"]')
         text = page.locator(".mesh-panel").inner_text()
-        assert text.startswith("wrong key") and "another key than the one that is known" in text
+        assert text.startswith("wrong key") and "another key than the one that is expected" in text
         keys.forget(place)
     page.keyboard.press("Escape")
 
