@@ -25,7 +25,7 @@ PUBLIC: Mapping[str, str] = {
         Role Stage State TensorInfo WeightReader read_header
     """,
     "mesh_core.model.adapting": """
-        COMPUTED_TYPES PREFIXES describe_parameters diffusers_class find_naming full_config
+        COMPUTED_TYPES PREFIXES describe_parameters diffusers_class find_naming full_config invisible_arguments
         refuse_attention_arguments restore_strides scope_in_stacks unusual_strides
     """,
     "mesh_core.programs.comfy": """

@@ -115,7 +115,7 @@ def test_cancelling_reaches_into_a_block(path: Path) -> None:
 
     checkpoint = checkpoint_at(path, load_plugins())
     store = StageStore(CPU, 1 << 30, before_layer)
-    stage = store.acquire(checkpoint, StageKey("f", BlockSpan(0, 5), torch.float32)).stage
+    stage = store.acquire(checkpoint, StageKey("s", "f", BlockSpan(0, 5), torch.float32)).stage
     for block in stage.block_modules():
         block.register_forward_hook(after_block)
     inputs = tiny.inputs(guidance=False)

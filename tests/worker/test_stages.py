@@ -39,7 +39,8 @@ def checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
 
 
 def key(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype = torch.float32) -> StageKey:
-    return StageKey(fingerprint.of_checkpoint(checkpoint.header, checkpoint.spec), BlockSpan(start, stop), dtype)
+    content = fingerprint.of_checkpoint(checkpoint.header, checkpoint.spec)
+    return StageKey(fingerprint.structure(checkpoint.spec), content, BlockSpan(start, stop), dtype)
 
 
 def acquire(store: StageStore, checkpoint: Checkpoint, start: int, stop: int) -> Loaded:

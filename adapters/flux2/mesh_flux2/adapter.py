@@ -14,9 +14,14 @@ from torch import Tensor, nn
 
 from mesh_core.errors import UnsupportedInput
 from mesh_core.model import BlockSpan, CheckpointHeader, Conditioning, Dimensions, ModelAdapter, ModelSpec, Piece, State
-from mesh_core.model.adapting import describe_parameters, refuse_attention_arguments, unusual_strides
+from mesh_core.model.adapting import (
+    describe_parameters,
+    invisible_arguments,
+    refuse_attention_arguments,
+    unusual_strides,
+)
 from mesh_flux2.blocks import scope_of, shapes, states
-from mesh_flux2.config import MODEL_CLASS, config_from_shapes, config_of, make_model
+from mesh_flux2.config import INVISIBLE, MODEL_CLASS, config_from_shapes, config_of, make_model
 from mesh_flux2.layout import find_layout, layouts, pieces_of
 from mesh_flux2.stage import Flux2Stage
 
@@ -76,6 +81,7 @@ class Flux2Adapter(ModelAdapter):
             ),
             defaults=defaults,
             optional=frozenset({"guidance"}),
+            invisible=invisible_arguments(config, INVISIBLE),
         )
 
     def _variant(self, config: Mapping[str, Any], header: CheckpointHeader) -> tuple[str, Mapping[str, Any]]:

@@ -14,6 +14,9 @@ from mesh_flux2.layout import pieces_of
 
 MODEL_CLASS = "Flux2Transformer2DModel"
 
+INVISIBLE = ("axes_dims_rope", "rope_theta", "eps")
+"""Arguments of the model class that show in no parameter's name or shape, see `ModelSpec.invisible`."""
+
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:
     """The model class with these arguments, on whatever device torch makes tensors on now."""

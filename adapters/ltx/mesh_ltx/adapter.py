@@ -19,8 +19,8 @@ from mesh_core.model import (
     Role,
     State,
 )
-from mesh_core.model.adapting import describe_parameters, scope_in_stacks
-from mesh_ltx.config import MODEL_CLASS, config_of, invisible_arguments, make_model
+from mesh_core.model.adapting import describe_parameters, invisible_arguments, scope_in_stacks
+from mesh_ltx.config import INVISIBLE, MODEL_CLASS, config_of, make_model
 from mesh_ltx.inputs import CONSTANTS, begin
 from mesh_ltx.layout import find_layout, pieces_of, refuse_video_only
 from mesh_ltx.stage import LtxStage
@@ -68,7 +68,7 @@ class LtxAdapter(ModelAdapter):
             ),
             defaults=_defaults(config),
             optional=frozenset(name for name, needed in CONSTANTS.items() if not needed),
-            invisible=invisible_arguments(config),
+            invisible=invisible_arguments(config, INVISIBLE),
         )
 
     def skeleton(self, spec: ModelSpec) -> nn.Module:

@@ -13,7 +13,7 @@ from mesh_core.model.adapting import diffusers_class, full_config
 from mesh_ltx.metadata import config_from_metadata
 
 MODEL_CLASS = "LTX2VideoTransformer3DModel"
-_INVISIBLE = (
+INVISIBLE = (
     "num_attention_heads",
     "audio_num_attention_heads",
     "activation_fn",
@@ -57,15 +57,3 @@ def config_of(header: CheckpointHeader, prefix: str) -> dict[str, Any]:
         if not isinstance(config[name], int) or not 0 < config[name] <= 1 << 16:
             raise CheckpointCorrupt(f"{header.path} says {name}={config[name]!r}.")
     return config
-
-
-def invisible_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """See `ModelSpec.invisible`."""
-    return {name: _plain(config[name]) for name in _INVISIBLE}
-
-
-def _plain(value: Any) -> Any:
-    """Equal for equal meaning: files write 1000 and 1000.0, lists and tuples."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, (int, float)) else value

@@ -100,8 +100,8 @@ class Channel(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Drop the connection; what is still queued may be lost. May be called twice; afterwards the other methods raise
-        `PeerLost`."""
+        """Drop the connection; what is still queued may be lost. May be called twice; afterwards the other methods
+        raise `PeerLost`."""
 
 
 class Listener(ABC):

@@ -75,7 +75,7 @@ class SessionOpener:
             # Only the connection was lost: the next step is predicted from what was there before.
             memory = before.memory
         loras = self.loras.resolve(message.loras, checkpoint, span)
-        key = StageKey(message.fingerprint, span, dtype, set_key(loras))
+        key = StageKey(message.structure, message.fingerprint, span, dtype, set_key(loras))
         loaded = self._acquire(checkpoint, key, progress.phase(phases.LOADING), loras)
         try:
             onward, link = self._follow(message.next, measure=message.options.get("measure") is True)

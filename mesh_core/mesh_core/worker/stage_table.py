@@ -16,8 +16,14 @@ from mesh_core.model.spans import BlockSpan
 
 @dataclass(frozen=True)
 class StageKey:
-    """What makes two stages the same stage. ``loras``: see `mesh_core.loras.lora.set_key`."""
+    """What makes two stages the same stage: models with the same weights may compute with them differently.
 
+    Attributes:
+        structure, fingerprint: see `mesh_core.model.fingerprint`.
+        loras: see `mesh_core.loras.lora.set_key`.
+    """
+
+    structure: str
     fingerprint: str
     span: BlockSpan
     dtype: torch.dtype

@@ -2,7 +2,13 @@
 
 from mesh_core.model.adapting.inputs import refuse_attention_arguments, restore_strides, unusual_strides
 from mesh_core.model.adapting.naming import PREFIXES, find_naming, scope_in_stacks
-from mesh_core.model.adapting.parameters import COMPUTED_TYPES, describe_parameters, diffusers_class, full_config
+from mesh_core.model.adapting.parameters import (
+    COMPUTED_TYPES,
+    describe_parameters,
+    diffusers_class,
+    full_config,
+    invisible_arguments,
+)
 
 __all__ = [
     "COMPUTED_TYPES",
@@ -11,6 +17,7 @@ __all__ = [
     "diffusers_class",
     "find_naming",
     "full_config",
+    "invisible_arguments",
     "refuse_attention_arguments",
     "restore_strides",
     "scope_in_stacks",

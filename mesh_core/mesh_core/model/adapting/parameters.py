@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,3 +80,15 @@ def describe_parameters(
                 raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
         found[name] = ParameterSpec(shape, dtypes.pop(), parts, scope(name))
     return found
+
+
+def invisible_arguments(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a model class that `ModelSpec.invisible` is to have, equal for equal meaning: files write 1000
+    and 1000.0, lists and tuples."""
+    return {name: _alike(config[name]) for name in names}
+
+
+def _alike(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_alike(item) for item in value]
+    return float(value) if isinstance(value, (int, float)) else value
