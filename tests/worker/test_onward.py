@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from time import sleep
+from time import monotonic, sleep
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from mesh_core import wire
 from mesh_core.errors import MeshError, PeerLost, SessionUnknown, WireTooLarge
@@ -15,6 +18,7 @@ from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.inproc import InprocTransport
 from mesh_core.wire.failure import describe
 from mesh_core.worker.onward import Onward
+from mesh_core.worker.steps import WorkerSteps
 from tests.support.workers import wait_until
 
 BEAT = Heartbeat(interval=0.05, lost_after=0.3)
@@ -117,3 +121,66 @@ def test_nobody_is_pinged_for_a_step_whose_deadline_is_over(ends: tuple[Onward, 
     assert onward.look() is None
     following.serve()
     assert following.pings == 0
+
+
+NOT_ASKED_FOR = {
+    "a message of another kind": wire.pack(wire.LorasListed(1, [])),
+    "a large one": wire.pack(wire.LorasListed(1, [{"a": [[] for _ in range(15)]} for _ in range(4095)])),
+    "bytes": wire.pack(wire.Probed(1), [bytes(1 << 20)]),
+    "nonsense": [b"\xc0"],
+}
+
+
+@pytest.mark.parametrize("on_the_pulse", [False, True])
+@pytest.mark.parametrize("sent", NOT_ASKED_FOR.values(), ids=NOT_ASKED_FOR)
+@pytest.mark.parametrize("under_way", [True, False])
+def test_a_next_worker_that_sends_what_none_sends_is_lost_at_the_first_message(
+    ends: tuple[Onward, Next], sent: list[bytes], on_the_pulse: bool, under_way: bool
+) -> None:
+    onward, following = ends
+    onward.hand_on(step(1), [])
+    assert onward.look() is None
+    peers = {type(wire.unpack(frames)[0]): peer for peer, frames in (following.listener.receive(1) or () for _ in "12")}
+    if not under_way:
+        onward.hand_on(step(1, deadline=0.0), [])
+        assert onward.look() is None
+    for _ in range(50):
+        following.listener.send(peers[wire.Ping if on_the_pulse else wire.Step].route, sent)
+    lost = onward.look()
+    if under_way:
+        assert lost is not None and lost[0].step == 1 and isinstance(lost[1], PeerLost)
+    else:
+        assert lost is None
+    assert onward.look() is None
+    with pytest.raises(PeerLost):
+        onward.hand_on(step(2), [])
+
+
+def test_what_comes_between_steps_is_read_and_forgotten(ends: tuple[Onward, Next]) -> None:
+    onward, following = ends
+    onward.hand_on(step(1, deadline=0.0), [])
+    following.serve()
+    for _ in range(3):
+        following.refuse(2, WireTooLarge("early"))
+        assert onward.look() is None
+    onward.hand_on(step(2), [])
+    assert onward.look() is None, "that was no answer to what had not been sent"
+
+
+def test_a_look_has_an_end_and_the_next_one_goes_on_where_it_stopped() -> None:
+    class Slow:
+        looked = 0.0
+
+        def look(self) -> None:
+            self.looked = monotonic()
+            seen.append(self)
+            sleep(0.01)
+
+    seen: list[Slow] = []
+    sessions: Any = [SimpleNamespace(next=Slow()) for _ in range(5)]
+    steps = WorkerSteps("worker", torch.device("cpu"), 1.0, cast(Any, None), sessions, *[cast(Any, None)] * 3)
+    for number in range(5):
+        sleep(0.11)
+        steps.report_losses()
+        assert len(seen) == number + 1
+    assert len(set(seen)) == 5

@@ -24,6 +24,7 @@ from typing import ClassVar, Literal
 from mesh_core.errors import NotAuthorised
 from mesh_core.transport.address import with_scheme
 from mesh_core.wire.framing import Frame
+from mesh_core.wire.limits import MessageLimits
 
 __all__ = ["Address", "Channel", "Frame", "Frames", "Listener", "Peer", "Transport", "Trust"]
 
@@ -177,6 +178,15 @@ class Transport(ABC):
             NotAuthorised: the worker refused our key, or is not the one that we know.
             ConfigError: the address cannot be read, or names a worker whose key is not known.
         """
+
+    def connect_onward(self, address: Address, timeout: float, replies: MessageLimits) -> Channel:
+        """`connect` to the next worker of a chain, which a host has named and nobody here vouches for.
+
+        Args:
+            replies: of what may come back. A transport that can keeps memory for a few such messages at most, and the
+                channel is lost with the first larger one; others leave this method as it is.
+        """
+        return self.connect(address, timeout)
 
     @abstractmethod
     def listen(self, address: str, **options: object) -> Listener:

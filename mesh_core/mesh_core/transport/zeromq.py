@@ -59,9 +59,17 @@ class ZeroMqTransport(Transport):
 
     def connect(self, address: Address, timeout: float, *, client: KeyPair | None = None) -> Channel:
         """See `Transport.connect`. ``client``: the keys to call with, in place of the user's own."""
+        return self._connect(address, timeout, client)
+
+    def connect_onward(self, address: Address, timeout: float, replies: MessageLimits) -> Channel:
+        return self._connect(address, timeout, replies=replies)
+
+    def _connect(
+        self, address: Address, timeout: float, client: KeyPair | None = None, replies: MessageLimits | None = None
+    ) -> Channel:
         place = parse_place(address.text)
         keys = None if place.insecure else self._keys_for(place, address.server_key, client)
-        wire = Wire(self._limits, encrypted=keys is not None)
+        wire = Wire(self._limits, encrypted=keys is not None, replies=replies)
         return Caller(self._runs().context, place, keys, self._store(), wire, self).connect(timeout)
 
     def listen(self, address: str, **options: object) -> Listener:

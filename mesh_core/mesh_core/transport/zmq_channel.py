@@ -88,7 +88,12 @@ class ZmqChannel(Channel):
         """A message that is already here, or None."""
         if self.socket.closed or not self.socket.poll(0):
             return None
-        return self._wire.receive(self.socket)
+        try:
+            return self._wire.receive(self.socket)
+        except PeerLost as error:
+            self._lost = error.message
+            self.close()
+            raise
 
     def ready(self) -> bool:
         """Whether `receive` would not wait."""

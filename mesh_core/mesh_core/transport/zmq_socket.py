@@ -15,6 +15,7 @@ from typing import Any
 
 import zmq
 
+from mesh_core.errors import PeerLost
 from mesh_core.wire.limits import MessageLimits
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -34,6 +35,9 @@ _ZERO_COPY = 64 << 10
 
 _REQUESTS = 64
 """Requests that wait at most per connection; then the host's send waits. A session has one step under way."""
+
+_REPLIES = 4
+"""Messages that wait at most where it is limited what may come."""
 
 _ANSWERS = 1000
 """Answers that wait at most per peer. A worker does not wait for one host of many: for one that takes nothing any
@@ -56,10 +60,11 @@ class Wire:
     Args:
         limits: for frames.
         encrypted: whether frames cross in pieces.
+        replies: for what comes, where that may be less; None for ``limits``.
     """
 
-    def __init__(self, limits: MessageLimits, *, encrypted: bool) -> None:
-        self.limits = limits
+    def __init__(self, limits: MessageLimits, *, encrypted: bool, replies: MessageLimits | None = None) -> None:
+        self.limits, self._replies = limits, replies
         self._piece = PIECE if encrypted else limits.buffer + 1
         self._largest_part = PIECE + _ENCRYPTION if encrypted else limits.buffer
 
@@ -68,8 +73,11 @@ class Wire:
         socket: Socket = context.socket(kind)
         socket.linger = 0
         socket.maxmsgsize = self._largest_part
-        socket.sndhwm = _ANSWERS if kind == zmq.ROUTER else _REQUESTS
         socket.rcvhwm = _REQUESTS
+        if self._replies is not None:
+            socket.maxmsgsize = min(self._largest_part, self._replies.message + _ENCRYPTION)
+            socket.rcvhwm = _REPLIES
+        socket.sndhwm = _ANSWERS if kind == zmq.ROUTER else _REQUESTS
         socket.handshake_ivl = _HANDSHAKE_MS
         socket.tcp_keepalive = 1
         socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = _KEEPALIVE_S
@@ -88,8 +96,11 @@ class Wire:
 
         What is over ``limits`` (by default those of the connection) is dropped on the way, but for one frame, so that
         the message is still refused by whoever reads it.
+
+        Raises:
+            PeerLost: it is over the limits for replies; the rest of it still waits, and the connection is of no use.
         """
-        limits = limits or self.limits
+        limits = limits or self._replies or self.limits
         frames: list[memoryview] = []
         pieces: list[memoryview] = []
         size, more = 0, True
@@ -97,11 +108,14 @@ class Wire:
             part = socket.recv(zmq.NOBLOCK, copy=False)
             more = part.more
             size += len(part)
-            if size == len(part) or (len(frames) < limits.buffers + 2 and size <= limits.message):
+            first = not (frames or pieces)
+            if first or (len(frames) < limits.buffers + 2 and size <= limits.message):
                 pieces.append(part.buffer)
                 if len(part) < self._piece or not more:
                     frames.append(pieces[0] if len(pieces) == 1 else _joined(pieces))
                     pieces = []
+            elif self._replies is not None:
+                raise PeerLost("The other end sends more than may come back.")
         return frames
 
     def _pieces(self, frame: memoryview) -> list[memoryview]:

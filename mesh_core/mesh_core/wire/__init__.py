@@ -2,7 +2,7 @@
 
 from mesh_core.wire.framing import VERSION, check_versions, pack, unpack
 from mesh_core.wire.ids import next_id
-from mesh_core.wire.limits import GREETING, HANDED_OVER, LIMITS, PROBE_BYTES, REQUEST, MessageLimits
+from mesh_core.wire.limits import GREETING, HANDED_OVER, LIMITS, PROBE_BYTES, REQUEST, SENT_BACK, MessageLimits
 from mesh_core.wire.messages import (
     MESSAGES,
     Adjust,
@@ -46,6 +46,7 @@ __all__ = [
     "MESSAGES",
     "PROBE_BYTES",
     "REQUEST",
+    "SENT_BACK",
     "VERSION",
     "Adjust",
     "Admit",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["GREETING", "HANDED_OVER", "LIMITS", "PROBE_BYTES", "REQUEST", "MessageLimits"]
+__all__ = ["GREETING", "HANDED_OVER", "LIMITS", "PROBE_BYTES", "REQUEST", "SENT_BACK", "MessageLimits"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ HANDED_OVER = replace(LIMITS, header=128 << 10, items=1024, values=4096)
 
 GREETING = MessageLimits(header=16 << 10, text=1024, items=256, values=1024, buffers=0, buffer=0, message=16 << 10)
 """Of what the holder of an invite sends, who only enrols."""
+
+SENT_BACK = replace(LIMITS, header=128 << 10, items=32, values=64, buffers=1, buffer=0, message=128 << 10)
+"""Of what the next worker of a chain sends back: a failure with three texts; or that a probe came, or that it lives."""
 
 PROBE_BYTES = 64 << 20
 """Largest buffer that a ``probe`` may carry or ask for."""

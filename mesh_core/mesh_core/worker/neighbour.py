@@ -30,7 +30,7 @@ def connect_next(following: Mapping[str, Any], plugins: Plugins, timeout: float)
         address, session = Address(following["address"], following["server_key"]), following["session"]
     except KeyError as error:
         raise WireMalformed(f"The next worker of a chain came without {error}.") from error
-    return plugins.transport(address.scheme).connect(address, timeout), session
+    return plugins.transport(address.scheme).connect_onward(address, timeout, wire.SENT_BACK), session
 
 
 def measured_link(channel: Channel, within: float) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def measured_link(channel: Channel, within: float) -> dict[str, Any]:
         channel.send(wire.pack(probe, [bytes(nbytes)] if nbytes else []))
         frames = channel.receive(max(end - monotonic(), 0.0))
         if frames is not None:
-            answer, _ = wire.unpack(frames)
+            answer, _ = wire.unpack(frames, wire.SENT_BACK)
             if isinstance(answer, wire.Failed):
                 raise rebuild(answer)
             if not isinstance(answer, wire.Probed) or answer.id != probe.id:

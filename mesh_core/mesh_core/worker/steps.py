@@ -35,6 +35,9 @@ log = logger(__name__)
 _LOOK_EVERY = 0.1
 """Seconds between two looks at what was handed on."""
 
+_LOOK_FOR = 0.005
+"""Seconds that a look may take for all sessions together; those that it does not come to are the next one's first."""
+
 
 @dataclass
 class WorkerSteps:
@@ -90,11 +93,14 @@ class WorkerSteps:
         if now < self._looked_at + _LOOK_EVERY:
             return
         self._looked_at = now
-        for session in self.sessions:
-            if session.next is not None and (lost := session.next.look()) is not None:
+        following = [(session.next, session) for session in self.sessions if session.next is not None]
+        for onward, session in sorted(following, key=lambda pair: pair[0].looked):
+            if (lost := onward.look()) is not None:
                 step, error = lost
                 log.info("step %d was handed on and is lost: %s", step.step, error)
                 self.replies.fail(session.route, structs.replace(step, session=session.id), error)
+            if monotonic() - now > _LOOK_FOR:
+                return
 
     def _compute(
         self, session: WorkerSession, message: wire.Step, buffers: list[memoryview], waited: float, seconds: float
