@@ -26,7 +26,7 @@ from mesh_core.loras.part import MARK
 from mesh_core.model.fingerprint import structure
 from mesh_core.model.library import Checkpoint
 from mesh_core.plugins.registry import Plugins
-from mesh_core.transport.base import Address, Channel
+from mesh_core.transport.base import Address, Channel, Frame
 from mesh_core.transport.invites import create_invite, parse_invite
 from mesh_core.transport.keys import KeyPair, KeyStore
 from mesh_core.transport.zeromq import ZeroMqTransport
@@ -70,36 +70,70 @@ class Attacker:
 
 def measures_a_liar(attacker: Attacker) -> None:
     """Every loading thread is to measure the way to a neighbour that answers each probe wrongly."""
-    with _liar(attacker.plugins) as address:
+    with _liar(attacker.plugins, wire.pack(wire.Probed(0))) as following:
         for number in range(4):
-            following = {"address": address, "server_key": KeyStore().identity().server.public, "session": bytes(16)}
-
-            def edit(header: dict[str, Any], number: int = number, following: dict[str, Any] = following) -> None:
-                header.update(session=number.to_bytes(16, "big"), next=following, options={"measure": True})
-
-            attacker.send("open", edit)
+            _open_before(attacker, number, following, {"measure": True})
         attacker.over.wait(40)
 
 
+def floods_as_the_next_worker(attacker: Attacker) -> None:
+    """What the sessions handed on is answered with long lists, as fast as they can be sent."""
+    _flood_back(attacker, wire.pack(wire.LorasListed(1, [{"a": [[] for _ in range(15)]} for _ in range(4095)])), 0.01)
+
+
+def sends_much_as_the_next_worker(attacker: Attacker) -> None:
+    """What the sessions handed on is answered with what is large and nobody reads."""
+    _flood_back(attacker, wire.pack(wire.Probed(1), [bytes(16 << 20)]), 0.1)
+
+
+def _flood_back(attacker: Attacker, sent: list[Frame], pause: float) -> None:
+    with _liar(attacker.plugins, sent, pause) as following:
+        for number in range(3):
+            session = _open_before(attacker, number, following, {})
+            attacker.drain(1.0)
+            attacker.send("constants", lambda header, session=session: header.update(session=session))
+            for step, deadline in ((1, 1), (2, 300_000)):
+                attacker.send(
+                    "step",
+                    lambda header, session=session, step=step, deadline=deadline: header.update(
+                        session=session, step=step, deadline_ms=deadline
+                    ),
+                )
+        attacker.over.wait(40)
+
+
+def _open_before(attacker: Attacker, number: int, following: dict[str, Any], options: dict[str, Any]) -> bytes:
+    session = number.to_bytes(16, "big")
+    attacker.send("open", lambda header: header.update(session=session, next=following, options=options))
+    return session
+
+
 @contextmanager
-def _liar(plugins: Plugins) -> Iterator[str]:
+def _liar(plugins: Plugins, sent: list[Frame], pause: float = 0.1) -> Iterator[dict[str, Any]]:
+    """Somebody who sends the same to everybody all the time; what a request says of him as the next worker."""
     listener = plugins.transport("mesh").listen("mesh://127.0.0.1:0")
     over = threading.Event()
 
     def serve() -> None:
         routes = set()
         while not over.is_set():
-            got = listener.receive(0.1)
+            got = listener.receive(pause)
             if got is not None:
                 routes.add(got[0].route)
             for route in routes:
-                listener.send(route, wire.pack(wire.Probed(0)))
+                listener.send(route, sent)
+        # libzmq ends the process where a connection breaks in a message while its listener is closed: let them break.
+        sleep(1.0)
         listener.close()
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
     try:
-        yield listener.address
+        yield {
+            "address": listener.address,
+            "server_key": KeyStore().identity().server.public,
+            "session": bytes(16),
+        }
     finally:
         over.set()
         thread.join(10)
@@ -220,6 +254,8 @@ def asks_for_bytes_and_reads_none(attacker: Attacker) -> None:
 
 WAYS: tuple[Callable[[Attacker], None], ...] = (
     measures_a_liar,
+    floods_as_the_next_worker,
+    sends_much_as_the_next_worker,
     keeps_constants_of_nothing,
     sends_a_lora_that_is_all_head,
     sends_a_lora_of_many_patches,

@@ -323,6 +323,28 @@ def test_too_many_frames_are_cut_short_but_not_hidden(bench: Bench) -> None:
     assert counts[0] == 5 and 5 < counts[1] < 10 and counts[2] == 2
 
 
+@pytest.mark.parametrize("insecure", [False, True])
+@pytest.mark.parametrize("answer", [[bytes(8), bytes(1 << 20)], [bytes(2 << 10)] * 4, [b""] * 1000], ids=len)
+def test_the_next_worker_may_send_no_more_than_it_is_to(bench: Bench, insecure: bool, answer: list[bytes]) -> None:
+    def reply(listener: Listener, peer: Peer, frames: list[memoryview]) -> None:
+        listener.send(peer.route, answer if frames == [b"more"] else frames)
+
+    serving = bench.serve(bench.mesh(), LOOPBACK, reply, insecure=insecure)
+    good = bench.connect(bench.mesh(), serving.address)
+    replies = MessageLimits(header=4 << 10, buffers=1, buffer=4 << 10, message=4 << 10)
+    channel = bench.mesh().connect_onward(serving.address, 5, replies)
+    try:
+        assert ask(channel, [b"x", bytes(1000)]) == [b"x", bytes(1000)]
+        channel.send([b"more"])
+        with pytest.raises(PeerLost):
+            assert channel.receive(10) is None
+        with pytest.raises(PeerLost):
+            channel.send([b"x"])
+    finally:
+        channel.close()
+    assert ask(good, [b"x"]) == [b"x"]
+
+
 WORKER = """
 import sys
 from pathlib import Path
