@@ -19,10 +19,6 @@ from mesh_core.transport.zmq_refusals import HandshakeBroken, not_accepted
 from mesh_core.transport.zmq_socket import HERE, Context, Socket, Wire, close_with, milliseconds
 from mesh_core.wire.framing import Frame
 
-_LINGER_MS = 500
-"""For what was sent just before the end, such as a session's. And libzmq ends the whole process where a socket without
-any linger is closed while a connection of its breaks within a message of several parts."""
-
 _FULL = 5.0
 """Seconds that a send waits for a queue that is full."""
 
@@ -104,7 +100,7 @@ class ZmqChannel(Channel):
         if not self.socket.closed:
             self.socket.disable_monitor()
             self.monitor.close(linger=0)
-            self.socket.close(linger=_LINGER_MS)
+            self.socket.close()
 
     def _checked(self, frames: list[memoryview]) -> list[memoryview]:
         if len(frames) == 1 and frames[0].nbytes == 0:

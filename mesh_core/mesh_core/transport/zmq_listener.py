@@ -115,7 +115,7 @@ class ZmqListener(Listener):
             self._ring.close(linger=0)
         self._bell.close(linger=0)
         self._stop_listening()
-        self._socket.close(linger=0)
+        self._socket.close()
         self._when_closed()
 
     def _stop_listening(self) -> None:

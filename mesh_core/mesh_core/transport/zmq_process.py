@@ -8,7 +8,7 @@ from threading import Lock
 import zmq
 
 from mesh_core.transport.curve import ZapHandler
-from mesh_core.transport.zmq_socket import Context
+from mesh_core.transport.zmq_socket import LINGER_MS, Context
 
 
 class ZmqProcess:
@@ -32,4 +32,4 @@ class ZmqProcess:
         if self.process == os.getpid() and not self.context.closed:
             if self._zap is not None:
                 self._zap.close()
-            self.context.destroy(linger=0)
+            self.context.destroy(linger=LINGER_MS)

@@ -27,6 +27,10 @@ PIECE = 1 << 20
 _ENCRYPTION = 64
 """Bytes, rounded up, that encryption adds to a part (RFC 26: 33)."""
 
+LINGER_MS = 500
+"""For what was sent just before a socket was closed, such as the end of a session. And libzmq may end the whole process
+where a connection breaks within a message of several parts while its socket, without any linger, is being closed."""
+
 _ALIGNMENT = 64
 """Bytes; torch allocates so."""
 
@@ -71,7 +75,7 @@ class Wire:
     def socket(self, context: Context, kind: int) -> Socket:
         """A TCP socket of type ``kind``, not yet bound or connected."""
         socket: Socket = context.socket(kind)
-        socket.linger = 0
+        socket.linger = LINGER_MS
         socket.maxmsgsize = self._largest_part
         socket.rcvhwm = _REQUESTS
         if self._replies is not None:
@@ -148,7 +152,7 @@ def close_with(owner: Any, *sockets: Socket) -> None:
 
 def _close(sockets: Sequence[Socket]) -> None:
     for socket in sockets:
-        socket.close(linger=0)
+        socket.close(linger=LINGER_MS)
 
 
 def milliseconds(seconds: float) -> int:
