@@ -35,7 +35,7 @@ PUBLIC: Mapping[str, str] = {
         Address Channel Frame Frames Listener Peer Transport Trust
     """,
     "mesh_core.transport.frames": "byte_views",
-    "mesh_core.wire.limits": "GREETING HANDED_OVER LIMITS MessageLimits PROBE_BYTES REQUEST",
+    "mesh_core.wire.limits": "GREETING HANDED_OVER LIMITS MessageLimits PROBE_BYTES REQUEST SENT_BACK",
     "mesh_core.builtin": "builtin_plugins installed_plugins load_plugins",
     "mesh_core.worker.server": "Worker WorkerOptions",
     "mesh_core.testing": """

@@ -108,7 +108,7 @@ def _keys() -> Iterator[Finding]:
 
 def _cache() -> Iterator[Finding]:
     probe = cache_dir() / "doctor"
-    atomic_write(probe, b"")
+    atomic_write(probe, bytes(64 << 10))  # on a full disk an empty file can still be written
     probe.unlink()
     yield Finding(MACHINE, "cache", "ok", f"{cache_dir()} can be written")
 

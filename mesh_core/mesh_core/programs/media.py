@@ -7,11 +7,14 @@ by Pillow, videos by PyAV, which is imported when it is used.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from mesh_core.errors import ConfigError
@@ -114,17 +117,30 @@ def save(pipeline: Any, output: Any, arguments: Mapping[str, Any], file: Path) -
     Raises:
         ConfigError: it cannot be written there.
     """
-    if hasattr(output, "images"):
-        _save_picture(output.images[0], file)
-    else:
-        write_video(video_of(pipeline, output, arguments), file)
+    with _beside(file) as draft:
+        if hasattr(output, "images"):
+            _save_picture(output.images[0], draft)
+        else:
+            write_video(video_of(pipeline, output, arguments), draft)
+
+
+@contextmanager
+def _beside(file: Path) -> Iterator[Path]:
+    """A file of the same kind in the same folder, which takes the place of ``file`` once it is whole: an earlier
+    picture is lost to no full disk."""
+    draft = file.with_name(f".{file.stem[:100]}-{token_hex(4)}{file.suffix}")
+    try:
+        yield draft
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _save_picture(picture: Any, file: Path) -> None:
     try:
         picture.save(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} could not be written: {error}.", hint="another --output") from error
+        raise ConfigError(f"The picture could not be written: {error}.", hint="another --output") from error
 
 
 def video_of(pipeline: Any, output: Any, arguments: Mapping[str, Any]) -> Video:
@@ -166,7 +182,7 @@ def write_video(video: Video, file: Path) -> None:
             if video.sound is not None and sounds is not None:
                 _write_sound(av, container, sounds, video.sound)
     except (av.FFmpegError, OSError) as error:
-        raise ConfigError(f"{file} could not be written: {error}.", hint="another --output") from error
+        raise ConfigError(f"The video could not be written: {error}.", hint="another --output") from error
 
 
 def _sound_stream(container: Any, sound: Sound) -> Any:
