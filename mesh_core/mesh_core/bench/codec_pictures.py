@@ -60,7 +60,7 @@ class _Cut:
     session: None = None
     cross: Callable[[int, str, Tensor], Tensor] | None = None
 
-    def __call__(self, inputs: dict[str, Any], sequence: str = "") -> Any:
+    def __call__(self, inputs: dict[str, Any], sequence: str = "", options: object = None) -> Any:
         adapter, spec = self.checkpoint.adapter, self.checkpoint.spec
         state, conditioning = adapter.begin(spec, inputs)
         state = self.first(state, conditioning)
