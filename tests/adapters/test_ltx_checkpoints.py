@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import LTXVideoTransformer3DModel
+from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from mesh_core.builtin import installed_plugins, load_plugins
@@ -19,12 +20,25 @@ from mesh_core.model import Piece, fingerprint, read_header
 from mesh_core.model.library import recognise
 from mesh_core.testing import check_every_cut, check_reads_only_its_own, check_recognises_without_data
 from mesh_ltx import LtxAdapter
+from mesh_ltx.config import INVISIBLE
 from tests.adapters import tiny_ltx
 from tests.support import loras
 from tests.support.splitting import checkpoint_at
 
 ADAPTER = LtxAdapter()
 GENERATIONS = ["2.0", "2.3"]
+SHOWN = {
+    "in_channels", "out_channels", "attention_head_dim", "cross_attention_dim", "gated_attn", "cross_attn_mod",
+    "audio_in_channels", "audio_out_channels", "audio_attention_head_dim", "audio_cross_attention_dim",
+    "audio_gated_attn", "audio_cross_attn_mod", "num_layers", "norm_elementwise_affine", "caption_channels",
+    "attention_bias", "attention_out_bias", "use_prompt_embeddings", "ff_bias", "audio_ff_bias",
+    "use_prompt_adaln_single", "use_keyframes_abs_pos_embedding",
+}  # fmt: skip
+"""Arguments of LTX-2's class that the names and shapes of parameters show, once the numbers of heads are known."""
+
+CHECKED = {"qk_norm", "perturbed_attn"}
+"""Arguments that are no part of the identity: the class takes one value of the first, and without the second a stage
+refuses to perturb, the only thing that it changes."""
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
@@ -57,6 +71,12 @@ def test_stages_read_only_their_own_tensors(layout: str, tmp_path: Path) -> None
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     check_recognises_without_data(ADAPTER, path, scratch)
+
+
+def test_every_argument_of_the_class_is_shown_or_invisible_or_checked() -> None:
+    given = set(inspect.signature(LTX2VideoTransformer3DModel.__init__).parameters) - {"self"}
+    assert given == SHOWN | set(INVISIBLE) | CHECKED
+    assert len(given) == len(SHOWN) + len(INVISIBLE) + len(CHECKED)
 
 
 def test_what_no_weight_shows_is_part_of_the_identity(tmp_path: Path) -> None:

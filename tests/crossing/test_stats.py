@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mesh_core.crossing.stats import HopStats, RunStats, StepStats
 
 
@@ -14,6 +16,17 @@ def test_a_report_of_a_worker_is_read_with_care() -> None:
     read = HopStats.from_trace(report)
     assert (read.worker, read.compute_ms, read.queue_ms) == ("attic", 3, 1.5)
     assert read.in_raw == 0 and read.out_raw == 0
+
+
+@pytest.mark.parametrize("value", [True, -1, float("nan"), float("inf"), 1e308, 1 << 62, 10**30])
+@pytest.mark.parametrize("name", ["in_coded", "compute_ms"])
+def test_numbers_that_no_step_costs_count_as_nothing(name: str, value: float) -> None:
+    assert getattr(HopStats.from_trace({name: value}), name) == 0
+
+
+def test_large_steps_are_read_as_they_are() -> None:
+    read = HopStats.from_trace({"in_raw": (1 << 53) - 1, "busy_ms": 999_999_999.0, "queue_ms": 0})
+    assert (read.in_raw, read.busy_ms, read.queue_ms) == ((1 << 53) - 1, 999_999_999.0, 0)
 
 
 def test_overhead_is_what_is_left_after_compute_codec_and_wire() -> None:

@@ -17,11 +17,13 @@ import zmq
 
 from mesh_core.errors import ConfigError, NotAuthorised, PeerLost, TransportError, Unreachable
 from mesh_core.testing.listeners import ListenerThread, ask
+from mesh_core.transport.address import parse_place
 from mesh_core.transport.base import Address, Listener, Peer
 from mesh_core.transport.curve import new_key_pair
 from mesh_core.transport.keys import KnownWorker
 from mesh_core.transport.zeromq import ZeroMqTransport
 from mesh_core.transport.zmq_doors import DoorLimits
+from mesh_core.transport.zmq_refusals import broken_off
 from mesh_core.wire import MessageLimits
 from tests.support.net import cut_after, relayed
 from tests.support.workers import wait_until
@@ -77,6 +79,15 @@ def test_a_worker_that_was_never_joined_is_told_as_that(bench: Bench) -> None:
     with pytest.raises(Unreachable, match="was ever joined") as caught:
         bench.mesh("guest").connect(serving.address, 1)
     assert "mesh join INVITE" in caught.value.hint and "forget" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("address", "what"), [("mesh://blue:1", "handshake"), ("mesh://blue:1?insecure=yes", "connection")]
+)
+def test_how_often_it_broke_is_told_as_people_count(address: str, what: str) -> None:
+    place = parse_place(address)
+    assert f"broke 1 {what} off" in str(broken_off(place, 1, "given"))
+    assert f"broke 2 {what}s off" in str(broken_off(place, 2, "given"))
 
 
 HANDSHAKE = [(there, cut) for there in (True, False) for cut in (0, 1, 9, 10, 11, 12, 63, 64, 66, 200, 231, 263)]
@@ -249,7 +260,7 @@ def test_another_program_at_the_port_is_told_from_a_worker(bench: Bench) -> None
 def test_a_program_that_says_nothing_is_unreachable_within_the_timeout(bench: Bench) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         before = monotonic()
-        with pytest.raises(Unreachable, match="does not answer"):
+        with pytest.raises(Unreachable, match=r"does not answer within 0\.\d s"):
             bench.mesh().connect(Address(f"mesh://127.0.0.1:{silent.getsockname()[1]}"), 0.5)
         assert 0.4 < monotonic() - before < 4
 

@@ -13,8 +13,8 @@ from diffusers import Flux2Transformer2DModel
 
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import CheckpointMismatch
-from mesh_core.model import fingerprint
-from mesh_flux2.config import INVISIBLE
+from mesh_core.model import TensorInfo, fingerprint
+from mesh_flux2.config import INVISIBLE, config_from_shapes
 from tests.adapters import tiny
 from tests.support.splitting import checkpoint_at, split
 from tests.support.workers import thread_workers
@@ -68,3 +68,13 @@ def test_a_single_file_is_the_model_that_its_folder_is(folder: Path, tmp_path: P
     plugins = load_plugins()
     there, here = (checkpoint_at(p, plugins).spec for p in (folder / "plain", tmp_path / "klein.safetensors"))
     assert fingerprint.structure(there) == fingerprint.structure(here)
+
+
+def test_a_single_file_of_the_published_width_has_the_published_arguments(tmp_path: Path) -> None:
+    """No file says them: they are those that the class has by itself, which every published config.json repeats."""
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel(num_layers=1, num_single_layers=1)
+    file = tmp_path / "single.safetensors"
+    tensors = {n: TensorInfo(n, "BF16", tuple(p.shape), file, 0, 0) for n, p in model.named_parameters()}
+    found = config_from_shapes(tensors, "", False)
+    assert {name: found[name] for name in INVISIBLE} == {name: model.config[name] for name in INVISIBLE}

@@ -11,6 +11,9 @@ from typing import Any
 from mesh_core.system.tables import aligned
 from mesh_core.visible import visible
 
+_MOST_BYTES, _MOST_MS = 1 << 53, 1e9
+"""No step costs as much: whole numbers that a float holds exactly; eleven days."""
+
 
 @dataclass
 class HopStats:
@@ -36,17 +39,25 @@ class HopStats:
 
     @classmethod
     def from_trace(cls, report: Mapping[str, Any]) -> HopStats:
-        """From a worker's report; what it leaves out or has of another type counts as nothing."""
+        """From a worker's report; what it leaves out, has of another type, or cannot have cost counts as nothing."""
         known = _kinds()
-        said: dict[str, Any] = {k: v for k, v in report.items() if k in known and isinstance(v, known[k])}
+        said: dict[str, Any] = {k: v for k, v in report.items() if k in known and _can_be(v, known[k])}
         return cls(**said)
 
 
 @cache
-def _kinds() -> dict[str, tuple[type, ...]]:
-    """The types that each field of `HopStats` takes."""
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float)}
-    return {f.name: kinds[str(f.type)] for f in fields(HopStats)}
+def _kinds() -> dict[str, str]:
+    """The type of each field of `HopStats`."""
+    return {f.name: str(f.type) for f in fields(HopStats)}
+
+
+def _can_be(value: object, kind: str) -> bool:
+    """Whether a worker may say this of a step: what it sends is summed, divided and shown."""
+    if kind == "str":
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int if kind == "int" else (int, float)):
+        return False
+    return 0 <= value < (_MOST_BYTES if kind == "int" else _MOST_MS)
 
 
 @dataclass

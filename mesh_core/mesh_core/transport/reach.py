@@ -43,7 +43,7 @@ def reach(place: Place, timeout: float) -> str:
             ) from error
         except TimeoutError as error:
             raise Unreachable(
-                f"Nothing answers at {place} within {timeout:g} s.",
+                f"Nothing answers at {place} within {max(timeout, 0.1):.1f} s.",
                 hint=WAY,
             ) from error
         except OSError as error:

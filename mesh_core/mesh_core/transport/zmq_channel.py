@@ -146,7 +146,7 @@ class ZmqChannel(Channel):
                 raise not_accepted(self._place)
             raise HandshakeBroken
         raise Unreachable(
-            f"{self._place} takes connections, but does not answer within {timeout:g} s.",
+            f"{self._place} takes connections, but does not answer within {max(timeout, 0.1):.1f} s.",
             hint="restart the worker there; it is stopped, or too busy to answer",
         )
 

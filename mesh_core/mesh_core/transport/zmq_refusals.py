@@ -63,7 +63,7 @@ def another_worker(place: Place, proven: KnownWorker | None, source: KeySource) 
 
 def broken_off(place: Place, times: int, source: KeySource) -> Unreachable:
     """No handshake was finished, and it is not known why."""
-    broke = f"broke {times} {'connections' if place.insecure else 'handshakes'} off"
+    broke = f"broke {times} {'connection' if place.insecure else 'handshake'}{'s' if times > 1 else ''} off"
     if source == "guessed":
         return Unreachable(
             f"No worker at {place} was ever joined. What listens there {broke}: it does not seem to be one of this "
