@@ -55,6 +55,20 @@ def test_one_worker_computes_each_as_the_whole_model_does(folder: Path) -> None:
     assert not torch.equal(results[0], results[1])
 
 
+def test_one_worker_serves_both_at_once(folder: Path) -> None:
+    plugins, inputs = load_plugins(), tiny.inputs(guidance=False)
+    with thread_workers(folder, 1, "inproc", plugins=plugins) as workers:
+        with (
+            split(folder / "plain", ":0", workers, plugins) as plain,
+            split(folder / "other", ":0", workers, plugins) as other,
+        ):
+            for _ in range(2):
+                for name, run in (("other", other), ("plain", plain)):
+                    with torch.no_grad():
+                        whole = Flux2Transformer2DModel.from_pretrained(folder / name)(**inputs, return_dict=False)[0]
+                    assert torch.equal(run(inputs), whole), name
+
+
 def test_a_worker_with_another_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
     plugins = load_plugins()
     with thread_workers(folder / "other", 1, "inproc", plugins=plugins) as workers:
@@ -66,8 +80,9 @@ def test_a_single_file_is_the_model_that_its_folder_is(folder: Path, tmp_path: P
     model = Flux2Transformer2DModel.from_pretrained(folder / "plain")
     tiny.save_single_file(model, tmp_path / "klein.safetensors")
     plugins = load_plugins()
-    there, here = (checkpoint_at(p, plugins).spec for p in (folder / "plain", tmp_path / "klein.safetensors"))
-    assert fingerprint.structure(there) == fingerprint.structure(here)
+    there, here = (checkpoint_at(p, plugins) for p in (folder / "plain", tmp_path / "klein.safetensors"))
+    assert fingerprint.structure(there.spec) == fingerprint.structure(here.spec)
+    assert fingerprint.of_checkpoint(there.header, there.spec) == fingerprint.of_checkpoint(here.header, here.spec)
 
 
 def test_a_single_file_of_the_published_width_has_the_published_arguments(tmp_path: Path) -> None:
