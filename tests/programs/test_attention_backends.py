@@ -16,15 +16,9 @@ from mesh_core.errors import UnsupportedInput
 from mesh_core.model.attention import use_backend
 from tests.adapters import tiny
 from tests.support import pipelines
-from tests.support.split_klein import SplitKlein, run_split, split_klein
+from tests.support.split_klein import SplitKlein, run_split
 
 REGISTRY: Any = attention_dispatch._AttentionBackendRegistry
-
-
-@pytest.fixture(scope="module")
-def klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SplitKlein]:
-    with split_klein(tmp_path_factory.mktemp("models")) as klein:
-        yield klein
 
 
 @pytest.fixture(autouse=True)

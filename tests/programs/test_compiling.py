@@ -11,18 +11,7 @@ import torch
 
 import mesh_core
 from tests.support import pipelines
-from tests.support.split_klein import SplitKlein, run_split, split_klein
-
-
-@pytest.fixture(scope="module")
-def klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SplitKlein]:
-    with split_klein(tmp_path_factory.mktemp("models")) as klein:
-        yield klein
-
-
-@pytest.fixture(scope="module")
-def expected(klein: SplitKlein) -> torch.Tensor:
-    return pipelines.run(klein.whole())
+from tests.support.split_klein import SplitKlein, run_split
 
 
 @pytest.fixture(autouse=True)

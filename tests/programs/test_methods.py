@@ -30,7 +30,7 @@ import mesh_core
 from mesh_core.errors import MeshError
 from mesh_core.programs.split_model import SplitModel
 from tests.support import pipelines
-from tests.support.split_klein import SplitKlein, run_split, split_klein
+from tests.support.split_klein import SplitKlein, run_split
 
 Call = Callable[[Any], Any]
 
@@ -215,23 +215,12 @@ def test_every_method_of_a_pipeline_is_in_a_table(kind: type) -> None:
 
 
 @pytest.fixture(scope="module")
-def klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SplitKlein]:
-    with split_klein(tmp_path_factory.mktemp("models")) as klein:
-        yield klein
-
-
-@pytest.fixture(scope="module")
 def three(klein: SplitKlein) -> Iterator[tuple[Any, Any, Any]]:
     """A whole pipeline, the same split, and one that never was whole."""
     pipes = klein.whole(), klein.split(klein.whole()), klein.load()
     yield pipes
     mesh_core.unsplit(pipes[1])
     pipes[2].transformer.mesh.close()
-
-
-@pytest.fixture(scope="module")
-def expected(klein: SplitKlein) -> torch.Tensor:
-    return pipelines.run(klein.whole())
 
 
 def plain(value: Any, of: Any) -> Any:

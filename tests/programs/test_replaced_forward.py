@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -16,20 +16,9 @@ from diffusers.models.transformers.transformer_flux2 import Flux2KVAttnProcessor
 import mesh_core
 from mesh_core.errors import CheckpointUnrecognised, MeshError, UnsupportedInput
 from tests.support import pipelines
-from tests.support.split_klein import SplitKlein, run_split, split_klein
+from tests.support.split_klein import SplitKlein, run_split
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SplitKlein]:
-    with split_klein(tmp_path_factory.mktemp("models")) as klein:
-        yield klein
-
-
-@pytest.fixture(scope="module")
-def expected(klein: SplitKlein) -> torch.Tensor:
-    return pipelines.run(klein.whole())
 
 
 def same(picture: torch.Tensor, expected: torch.Tensor) -> None:

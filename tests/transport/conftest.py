@@ -7,9 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from mesh_core.testing.listeners import TransportRig
+from mesh_core.testing.listeners import ListenerThread, TransportRig
 from mesh_core.transport.keys import KeyStore
 from mesh_core.transport.zeromq import ZeroMqTransport
+
+LOOPBACK = "mesh://127.0.0.1:0"
+
+
+def port_of(serving: ListenerThread) -> int:
+    return int(serving.address.text.partition("?")[0].rpartition(":")[2])
 
 
 class Bench(TransportRig):
