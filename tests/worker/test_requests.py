@@ -57,3 +57,16 @@ def test_a_request_that_hangs_does_not_keep_a_worker_from_stopping(threads: Fair
     assert not threads.join(0.1)
     release.set()
     assert threads.join(10)
+
+
+def test_works_of_one_line_are_done_in_the_order_in_which_they_came(threads: FairThreads) -> None:
+    """A host that gave up waiting for a change of LoRAs asks again: the later request must be the one that stays."""
+    done, release = list[int](), threading.Event()
+    threads.submit("key", work(lambda: (release.wait(20), done.append(0))), line=b"session")
+    for number in range(1, 12):
+        threads.submit("key", work(lambda number=number: done.append(number)), line=b"session")
+    threads.submit("key", work(lambda: done.append(-1)), line=b"another")
+    wait_until(lambda: done == [-1], what="another line")
+    release.set()
+    wait_until(lambda: len(done) == 13, what="all of the line")
+    assert done == [-1, *range(12)]

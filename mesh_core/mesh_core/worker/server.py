@@ -67,11 +67,14 @@ class _Handler:
         answer: called with peer and message.
         threads: where it runs; None: at once, in the thread of the listener.
         buffers: whether it is given the message's buffers too.
+        in_order: what one host asks of one session is answered in the order in which it came: of two sets of LoRAs, the
+            later one must stay.
     """
 
     answer: Callable[..., Iterator[None] | None]
     threads: FairThreads | None = None
     buffers: bool = False
+    in_order: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,8 +140,8 @@ class Worker:
             wire.Ping: _Handler(self._ping),
             wire.Probe: _Handler(self._probe, buffers=True),
             wire.Catalogue: _Handler(self._catalogue, loading),
-            wire.Open: _Handler(self.opener.open, loading),
-            wire.Adjust: _Handler(self.opener.adjust, loading),
+            wire.Open: _Handler(self.opener.open, loading, in_order=True),
+            wire.Adjust: _Handler(self.opener.adjust, loading, in_order=True),
             wire.Admit: _Handler(self.sessions.admit),
             wire.Close: _Handler(self.sessions.close),
             wire.Constants: _Handler(self.steps.keep_constants, hashing, buffers=True),
@@ -198,7 +201,8 @@ class Worker:
             if handler.threads is None:
                 answer()
             else:
-                self._requests.submit(handler.threads, peer, message, answer, sum(b.nbytes for b in buffers))
+                line = getattr(message, "session", b"") if handler.in_order else b""
+                self._requests.submit(handler.threads, peer, message, answer, sum(b.nbytes for b in buffers), line)
         except Exception as error:
             log.info("refused what %s sent: %s", peer.key or "a peer", error)
             self.replies.fail(peer.route, message, error)
