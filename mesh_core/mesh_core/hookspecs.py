@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mesh_core.model.plan import Hop, WorkerInfo
     from mesh_core.model.spans import BlockSpan
     from mesh_core.model.spec import ModelSpec, Role
+    from mesh_core.model.stored import WeightFormat
     from mesh_core.transport.base import Transport
 
 PROJECT = "mesh"
@@ -49,6 +50,7 @@ __all__ = [
     "Role",
     "StepStats",
     "Transport",
+    "WeightFormat",
     "WorkerInfo",
     "hookimpl",
     "mesh_add_commands",
@@ -58,6 +60,7 @@ __all__ = [
     "mesh_register_adapters",
     "mesh_register_codecs",
     "mesh_register_transports",
+    "mesh_register_weight_formats",
     "mesh_step_failed",
     "mesh_step_finished",
     "mesh_step_started",
@@ -78,6 +81,7 @@ _HOMES = {
     "Role": "mesh_core.model.spec",
     "StepStats": "mesh_core.crossing.stats",
     "Transport": "mesh_core.transport.base",
+    "WeightFormat": "mesh_core.model.stored",
     "WorkerInfo": "mesh_core.model.plan",
 }
 
@@ -98,6 +102,11 @@ def mesh_register_codecs(register: Callable[[Codec], None]) -> None:
 @hookspec
 def mesh_register_transports(register: Callable[[Transport], None]) -> None:
     """Called once at start-up. Call ``register`` with an instance of each transport, by its address scheme."""
+
+
+@hookspec
+def mesh_register_weight_formats(register: Callable[[WeightFormat], None]) -> None:
+    """Called once at start-up. Call ``register`` with an instance of each way to store weights."""
 
 
 @hookspec

@@ -19,9 +19,11 @@ def builtin_plugins() -> Mapping[str, object]:
     from mesh_core.builtin.lora_policy import DefaultLoraPlacement
     from mesh_core.builtin.split import DefaultSplit
     from mesh_core.builtin.transports import CoreTransports
+    from mesh_core.builtin.weight_formats import CoreWeightFormats
 
     return {
         "core.transports": CoreTransports(),
+        "core.weight-formats": CoreWeightFormats(),
         "core.split": DefaultSplit(),
         "core.codec-choice": DefaultCodecChoice(),
         "core.lora-placement": DefaultLoraPlacement(),

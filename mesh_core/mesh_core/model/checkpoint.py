@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from mesh_core.model.safetensors import (
     MAX_HEADER_BYTES,
     TensorInfo,
     opened,
+    read_into,
     read_safetensors_header,
     refuse_lfs_pointer,
 )
@@ -52,12 +53,27 @@ class CheckpointHeader:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The safetensors files, sorted."""
-        return tuple(sorted({t.file for t in self.tensors.values()}))
+        """The files that hold weights, sorted."""
+        return tuple(sorted({t.file for info in self.tensors.values() for t in _in_file(info)}))
 
     def opened(self, file: Path) -> AbstractContextManager[BinaryIO]:
         """One of the files for reading, as long as it is what it was; see `mesh_core.model.safetensors.opened`."""
         return opened(file, self.stamps.get(file))
+
+    def content(self, info: TensorInfo, most: int = 1 << 16) -> bytes:
+        """The bytes of a small tensor.
+
+        Raises:
+            CheckpointCorrupt: it has more than ``most`` bytes.
+            CheckpointError: the file cannot be read, or is not the one that it was.
+        """
+        if info.nbytes > most:
+            raise CheckpointCorrupt(f"{self.path}: {info.name} has {info.nbytes} bytes; at most {most} are expected.")
+        found = bytearray(info.nbytes)
+        with self.opened(info.file) as stream:
+            stream.seek(info.offset)
+            read_into(stream, memoryview(found), info.file)
+        return bytes(found)
 
     def component(self, name: str) -> Mapping[str, Any]:
         """``config.json`` of a pipeline's component; empty where there is none. Raises as `read_json`."""
@@ -67,6 +83,10 @@ class CheckpointHeader:
         """Where a tensor lies, to read several in the order in which they lie on disk."""
         info = self.tensors[tensor]
         return str(info.file), info.offset
+
+
+def _in_file(info: TensorInfo) -> Iterable[TensorInfo]:
+    return [info] if info.stored is None else info.stored.parts.values()
 
 
 def read_header(

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 from mesh_core.errors import CheckpointError, CheckpointMismatch, CheckpointUnrecognised
 from mesh_core.model import fingerprint
 from mesh_core.model.adapter import ModelAdapter
+from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress, read_header, weights_folder
 from mesh_core.model.folders import find_checkpoints
 from mesh_core.model.spec import ModelSpec
+from mesh_core.model.stored import WeightFormat
 from mesh_core.model.variants import variants
 from mesh_core.system.logs import logger
 
@@ -27,6 +29,9 @@ class Adapters(Protocol):
 
     def adapter(self, family: str) -> ModelAdapter:
         """The one of ``family``; raises PluginError when it cannot be used."""
+
+    def weight_formats(self) -> Mapping[str, WeightFormat]:
+        """The ways to store weights that are read, by name."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def recognise(header: CheckpointHeader, adapters: Adapters) -> Checkpoint:
 def _asked(header: CheckpointHeader, adapters: Adapters) -> Checkpoint | dict[str, CheckpointUnrecognised]:
     """The checkpoint, or why the families that it resembles cannot use it."""
     reasons: dict[str, CheckpointUnrecognised] = {}
+    header = with_stored_weights(header, adapters.weight_formats().values())
     for family, adapter in adapters.adapters().items():
         try:
             spec = adapter.recognise(header)

@@ -39,16 +39,26 @@ class ParameterSpec:
 
     Attributes:
         shape: of the parameter in the model.
-        dtype: in the file, as safetensors names it (``"BF16"``, ``"F32"``, ``"F16"``).
+        dtype: in the file, as safetensors names it (``"BF16"``, ``"F32"``, ``"F16"``); of a stored weight its label,
+            see `mesh_core.model.stored.StoredTensor`.
         pieces: rows of file tensors, concatenated along dimension 0, that make the parameter.
         scope: the blocks that need the parameter. A block's own parameters: that block. Input layers: ``0:1``.
             Output layers: the last block. Shared modulation: all blocks that use it.
+        stored_bytes: that it takes where it stays as it is stored; None where it is cast to the type of the stage.
+        transient: bytes that computing with it needs for the moment, where it stays as it is stored; for numbers of two
+            bytes.
     """
 
     shape: tuple[int, ...]
     dtype: str
     pieces: tuple[Piece, ...]
     scope: BlockSpan
+    stored_bytes: int | None = None
+    transient: int = 0
+
+    def nbytes(self, itemsize: int) -> int:
+        """Bytes that it takes in the memory of a stage; ``itemsize`` is that of the type that the stage computes in."""
+        return self.elements * itemsize if self.stored_bytes is None else self.stored_bytes
 
     @property
     def elements(self) -> int:

@@ -21,7 +21,7 @@ from mesh_core.plugins.report import (
     one_line,
 )
 
-Kind = Literal["adapter", "codec", "transport"]
+Kind = Literal["adapter", "codec", "transport", "weight format"]
 
 _PIP_NAME = re.compile(r"[a-z0-9]+([-_.][a-z0-9]+)*")
 
@@ -38,6 +38,7 @@ _CONTRACTS: Mapping[Kind, _Contract] = {
     "adapter": _Contract("mesh_register_adapters", "mesh_core.model.adapter:ModelAdapter", "family"),
     "codec": _Contract("mesh_register_codecs", "mesh_codec.base:Codec", "name"),
     "transport": _Contract("mesh_register_transports", "mesh_core.transport.base:Transport", "scheme"),
+    "weight format": _Contract("mesh_register_weight_formats", "mesh_core.model.stored:WeightFormat", "name"),
 }
 
 _FAILURES: Mapping[PluginStatus, type[PluginError]] = {

@@ -23,6 +23,7 @@ from mesh_core.system.config import Settings
 if TYPE_CHECKING:
     from mesh_codec.base import Codec
     from mesh_core.model.adapter import ModelAdapter
+    from mesh_core.model.stored import WeightFormat
     from mesh_core.transport.base import Transport
 
 
@@ -76,6 +77,10 @@ class Plugins:
     def codecs(self) -> dict[str, Codec]:
         """The codecs in use, by name."""
         return self._collected().of("codec")
+
+    def weight_formats(self) -> dict[str, WeightFormat]:
+        """The ways to store weights that are read, by name."""
+        return self._collected().of("weight format")
 
     def adapter(self, family: str) -> ModelAdapter:
         """The adapter of a model family.
