@@ -14,3 +14,6 @@ class CoreWeightFormats:
     @hookimpl
     def mesh_register_weight_formats(self, register: Callable[[WeightFormat], None]) -> None:
         """All of them."""
+        from mesh_core.formats.gguf import GgufFormat
+
+        register(GgufFormat())
