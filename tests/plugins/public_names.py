@@ -21,8 +21,8 @@ PUBLIC: Mapping[str, str] = {
         mesh_step_failed mesh_step_finished mesh_step_started
     """,
     "mesh_core.model": """
-        BlockSpan CheckpointHeader Conditioning Dimensions ModelAdapter ModelSpec ParameterSpec Piece
-        Role Stage State TensorInfo WeightReader read_header
+        BlockSpan CheckpointHeader Claim Conditioning Dimensions ModelAdapter ModelSpec ParameterSpec Parts
+        Piece Role Stage State StoredTensor TensorInfo WeightFormat WeightReader read_header
     """,
     "mesh_core.model.adapting": """
         COMPUTED_TYPES PREFIXES describe_parameters diffusers_class find_naming full_config invisible_arguments

@@ -12,8 +12,18 @@ import click
 from mesh_codec.base import Codec, CodecChoice, DecodeLimits, Decoder, Encoder, Quality
 from mesh_core import hookimpl
 from mesh_core.hookspecs import Hop, Link, StepStats, WorkerInfo
-from mesh_core.model import BlockSpan, Conditioning, ModelAdapter, ModelSpec, Stage, State
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model import (
+    BlockSpan,
+    Claim,
+    Conditioning,
+    ModelAdapter,
+    ModelSpec,
+    Parts,
+    Stage,
+    State,
+    StoredTensor,
+    WeightFormat,
+)
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 
 
