@@ -20,6 +20,7 @@ from mesh_core.bench.through import ThroughModel
 from mesh_core.crossing.stats import StepStats
 from mesh_core.errors import MeshError
 from mesh_core.host.options import SessionOptions
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.spec import Conditioning
 from mesh_core.system.config import Settings
 from mesh_core.transport.base import Address
@@ -73,7 +74,9 @@ def _synthetic(told: Mapping[str, Any]) -> None:
     installed, path, whole = plugins(), Path(told["model"]), ThroughModel(1, head=True)
     states = list(drifting(told["shape"], told["steps"] + WARM_UP))
     for row in told["rows"]:
-        options = SessionOptions(torch.bfloat16, torch.device("cpu"), row["quality"], Settings(), row["codec"])
+        options = SessionOptions(
+            Numerics(torch.bfloat16), torch.device("cpu"), row["quality"], Settings(), row["codec"]
+        )
         try:
             with open_session([Address(told["address"])], path, whole, options, installed) as session:
                 for state in states:

@@ -88,10 +88,11 @@ class Bench:
         """A runner with everything on the worker, and the bytes that this host sent."""
         from mesh_core.host.options import SessionOptions
         from mesh_core.host.runner import SplitRunner, open_session, place
+        from mesh_core.model.numerics import Numerics
         from mesh_core.model.weights import WeightReader
         from mesh_core.programs.identity import identify
 
-        options = SessionOptions(self.dtype, self.device, settings=self.settings)
+        options = SessionOptions(Numerics(self.dtype), self.device, settings=self.settings)
         placement = place(self.checkpoint, ":0", [self.address], self.plugins, options, None)
         session = open_session(lambda: identify(self.checkpoint), placement, options, self.plugins, None)
         local = self.checkpoint.adapter.build_stage(
@@ -99,7 +100,7 @@ class Bench:
             placement.plan.local,
             WeightReader(self.checkpoint.header),
             device=self.device,
-            dtype=self.dtype,
+            numerics=Numerics(self.dtype),
         )
         runner = SplitRunner(self.checkpoint, placement.plan, local, session)
         channel, sent = placement.remotes[0].channel, [0]

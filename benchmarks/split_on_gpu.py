@@ -304,19 +304,24 @@ def split_row(
     from mesh_core.builtin import installed_plugins
     from mesh_core.host.options import SessionOptions
     from mesh_core.host.runner import SplitRunner, open_session, place
+    from mesh_core.model.numerics import Numerics
     from mesh_core.model.weights import WeightReader
 
     bounds = [*cuts, checkpoint.spec.blocks]
     chosen = [(w, f"{a}:{b}") for w, a, b in zip(workers, bounds, bounds[1:], strict=False)]
     codec = "raw" if quality == "lossless" else "entropy"
-    options = SessionOptions(torch.bfloat16, device, quality, codec=codec)
+    options = SessionOptions(Numerics(torch.bfloat16), device, quality, codec=codec)
     plugins = installed_plugins()
     placement = place(checkpoint, f":{cuts[0]}", chosen, plugins, options, None)
     began = perf_counter()
     session = open_session(lambda: identity, placement, options, plugins, None)
     opened = perf_counter() - began
     stage = checkpoint.adapter.build_stage(
-        checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device=device, dtype=torch.bfloat16
+        checkpoint.spec,
+        placement.plan.local,
+        WeightReader(checkpoint.header),
+        device=device,
+        numerics=Numerics(torch.bfloat16),
     )
     runner = SplitRunner(checkpoint, placement.plan, stage, session)
     generate(runner, inputs, 2, device)

@@ -187,6 +187,7 @@ def builder(checkpoint: Any, device: Any) -> Callable[[Any], Any]:
     """Makes stages of spans that share their parameters."""
     import torch
 
+    from mesh_core.model.numerics import Numerics
     from mesh_core.model.pool import ParameterPool
     from mesh_core.model.weights import WeightReader
 
@@ -194,7 +195,9 @@ def builder(checkpoint: Any, device: Any) -> Callable[[Any], Any]:
 
     def build(span: Any) -> Any:
         reader = WeightReader(checkpoint.header, pool=pool)
-        return checkpoint.adapter.build_stage(checkpoint.spec, span, reader, device=device, dtype=torch.bfloat16)
+        return checkpoint.adapter.build_stage(
+            checkpoint.spec, span, reader, device=device, numerics=Numerics(torch.bfloat16)
+        )
 
     return build
 
@@ -208,8 +211,12 @@ def measure(
     from mesh_core.builtin import installed_plugins
     from mesh_core.host.options import SessionOptions
     from mesh_core.host.runner import SplitRunner, open_session, place
+    from mesh_core.model.numerics import Numerics
 
-    options, plugins = SessionOptions(torch.bfloat16, device, cell.quality, codec=cell.codec), installed_plugins()
+    options, plugins = (
+        SessionOptions(Numerics(torch.bfloat16), device, cell.quality, codec=cell.codec),
+        installed_plugins(),
+    )
     placement = place(checkpoint, f":{cell.cut}", [worker], plugins, options, None)
     session = open_session(lambda: identity, placement, options, plugins, None)
     runner = SplitRunner(checkpoint, placement.plan, build(placement.plan.local), session)

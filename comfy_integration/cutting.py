@@ -15,6 +15,7 @@ from mesh_core.host.options import SessionOptions
 from mesh_core.host.progress import Activity
 from mesh_core.host.runner import Placement, Workers, place
 from mesh_core.host.session import Session
+from mesh_core.model.numerics import usual_numerics
 from mesh_core.model.spans import BlockSpan
 
 from .compatibility import require_supported
@@ -58,7 +59,8 @@ def _cut(patcher: Any, wanted: SplitSettings, pack: PackState, node: str) -> Any
     if wanted.local == spec.blocks:
         return _all_here(patcher, source, pack, node)
     settings, device = wanted.of_session(), torch.device(patcher.load_device)
-    options = SessionOptions(_compute_type(patcher), device, wanted.quality, settings, watch=raise_if_interrupted)
+    numerics = usual_numerics(spec, _compute_type(patcher), device, pack.plugins.weight_formats())
+    options = SessionOptions(numerics, device, wanted.quality, settings, watch=raise_if_interrupted)
     placement = _place(source, wanted, pack, options, device)
     if not placement.remotes:
         placement.close()

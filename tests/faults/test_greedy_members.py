@@ -44,6 +44,8 @@ def opening(case: Case, plugins: Plugins, **changes: object) -> wire.Open:
         "fingerprint": identity.fingerprint,
         "span": [1, spec.blocks],
         "dtype": "float32",
+        "others": {},
+        "arithmetic": {},
         "loras": [],
         "inputs": dict.fromkeys(spec.states[1], RAW),
         "outputs": dict.fromkeys(spec.states[-1], RAW),

@@ -196,6 +196,8 @@ def request(quick: Case, plugins: Plugins, **changes: object) -> wire.Open:
         "fingerprint": identity.fingerprint,
         "span": [0, checkpoint.spec.blocks],
         "dtype": "float32",
+        "others": {},
+        "arithmetic": {},
         "loras": [],
         "inputs": dict.fromkeys(states[0], raw),
         "outputs": dict.fromkeys(states[-1], raw),

@@ -15,6 +15,7 @@ from mesh_core.errors import ConfigError, PlanError, RemoteError, Unreachable
 from mesh_core.hookspecs import hookimpl
 from mesh_core.host.options import SessionOptions
 from mesh_core.host.runner import Placement, place
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.plan import Hop
 from mesh_core.model.spans import BlockSpan
 from mesh_core.plugins.registry import Plugins
@@ -23,7 +24,9 @@ from tests.adapters import tiny
 from tests.support.splitting import checkpoint_at, split
 from tests.support.workers import ThreadWorker, thread_workers
 
-OPTIONS = SessionOptions(torch.float32, torch.device("cpu"), settings=Settings(deadlines=Deadlines(connect=0.3)))
+OPTIONS = SessionOptions(
+    Numerics(torch.float32), torch.device("cpu"), settings=Settings(deadlines=Deadlines(connect=0.3))
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch import nn
 from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.adapting import describe_parameters
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ModelSpec, Piece
 from mesh_core.model.weights import WeightReader
@@ -43,7 +44,7 @@ def built(change: Callable[[nn.Module], None], header: CheckpointHeader, dtype: 
     adapter = Family(change)
     spec = adapter.recognise(header)
     assert spec is not None
-    return adapter.build_stage(spec, BlockSpan(1, 2), WeightReader(header), device=CPU, dtype=dtype)
+    return adapter.build_stage(spec, BlockSpan(1, 2), WeightReader(header), device=CPU, numerics=Numerics(dtype))
 
 
 def keeping(names: Any) -> Callable[[nn.Module], None]:

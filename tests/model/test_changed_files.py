@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from mesh_core.errors import CheckpointChanged, CheckpointError
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.pool import ParameterPool
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ModelSpec
@@ -104,7 +105,7 @@ def test_what_changed_since_its_header_was_read_is_neither_hashed_nor_loaded(fil
         fingerprint.of_checkpoint(header, spec)
     assert fingerprint.known(header, spec) is None
     with pytest.raises(CheckpointChanged) as told:
-        ADAPTER.build_stage(spec, BlockSpan(0, 2), WeightReader(header), device=CPU, dtype=torch.float32)
+        ADAPTER.build_stage(spec, BlockSpan(0, 2), WeightReader(header), device=CPU, numerics=Numerics(torch.float32))
     assert told.value.hint
 
 
@@ -124,7 +125,7 @@ def test_what_changes_while_it_is_read_is_not_used(file: Path, way: Way) -> None
     with torch.device("meta"):
         model = ADAPTER.skeleton(spec)
     with pytest.raises(CheckpointChanged):
-        reader.fill(model, spec.parameters, device=CPU, dtype=torch.float32)
+        reader.fill(model, spec.parameters, device=CPU, numerics=Numerics(torch.float32))
     held = {name: p for name, p in model.named_parameters() if not p.is_meta}
     assert len(held) == 3 and all(torch.equal(p, original[name]) for name, p in held.items())
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from mesh_core.errors import CheckpointChanged, CheckpointCorrupt
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.pool import ParameterPool
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ModelSpec, ParameterSpec, Piece
@@ -46,7 +47,7 @@ def test_exactly_the_stage_is_read_even_from_fused_tensors(
     header: CheckpointHeader, spec: ModelSpec, span: BlockSpan
 ) -> None:
     reader = WeightReader(header)
-    stage = ADAPTER.build_stage(spec, span, reader, device=CPU, dtype=torch.float32)
+    stage = ADAPTER.build_stage(spec, span, reader, device=CPU, numerics=Numerics(torch.float32))
     assert reader.bytes_read == size(spec, span)
     held = {n: p for n, p in stage.model.named_parameters() if not p.is_meta}
     assert held.keys() == spec.parameters_of(span).keys()
@@ -55,7 +56,9 @@ def test_exactly_the_stage_is_read_even_from_fused_tensors(
 
 
 def test_weights_are_cast_as_torch_casts_them(header: CheckpointHeader, spec: ModelSpec) -> None:
-    stage = ADAPTER.build_stage(spec, BlockSpan(0, 1), WeightReader(header), device=CPU, dtype=torch.bfloat16)
+    stage = ADAPTER.build_stage(
+        spec, BlockSpan(0, 1), WeightReader(header), device=CPU, numerics=Numerics(torch.bfloat16)
+    )
     name = "transformer_blocks.0.attn.to_k.weight"
     assert torch.equal(stage.model.get_parameter(name), MODEL.get_parameter(name).to(torch.bfloat16))
 
@@ -63,7 +66,7 @@ def test_weights_are_cast_as_torch_casts_them(header: CheckpointHeader, spec: Mo
 def test_progress_ends_at_the_whole(header: CheckpointHeader, spec: ModelSpec) -> None:
     seen: list[tuple[int, int]] = []
     reader = WeightReader(header, progress=lambda done, total: seen.append((done, total)))
-    ADAPTER.build_stage(spec, BlockSpan(0, 2), reader, device=CPU, dtype=torch.bfloat16)
+    ADAPTER.build_stage(spec, BlockSpan(0, 2), reader, device=CPU, numerics=Numerics(torch.bfloat16))
     whole = size(spec, BlockSpan(0, 2), 2)
     assert seen[-1] == (whole, whole) and seen == sorted(seen) and len(seen) > 10
 
@@ -73,7 +76,7 @@ def test_stages_that_overlap_share_memory_and_the_last_one_frees_it(header: Chec
 
     def stage(span: BlockSpan) -> tuple[nn.Module, int]:
         reader = WeightReader(header, model="it", pool=pool)
-        return ADAPTER.build_stage(spec, span, reader, device=CPU, dtype=torch.float32), reader.bytes_read
+        return ADAPTER.build_stage(spec, span, reader, device=CPU, numerics=Numerics(torch.float32)), reader.bytes_read
 
     first, _ = stage(BlockSpan(0, 3))
     second, read = stage(BlockSpan(2, 5))
@@ -90,7 +93,7 @@ def test_stages_that_overlap_share_memory_and_the_last_one_frees_it(header: Chec
 def test_another_model_shares_nothing(header: CheckpointHeader, spec: ModelSpec) -> None:
     pool, span = ParameterPool(), BlockSpan(0, 1)
     readers = [WeightReader(header, model=name, pool=pool) for name in ("one", "two")]
-    stages = [ADAPTER.build_stage(spec, span, r, device=CPU, dtype=torch.float32) for r in readers]
+    stages = [ADAPTER.build_stage(spec, span, r, device=CPU, numerics=Numerics(torch.float32)) for r in readers]
     assert [r.bytes_read for r in readers] == [size(spec, span)] * 2 and len(stages) == 2
 
 
@@ -102,14 +105,14 @@ def test_a_file_that_shrank_since_it_was_recognised_is_named(tmp_path: Path) -> 
     assert spec is not None
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(CheckpointChanged, match=r"m\.safetensors changed while it was in use"):
-        ADAPTER.build_stage(spec, BlockSpan(0, 5), WeightReader(header), device=CPU, dtype=torch.float32)
+        ADAPTER.build_stage(spec, BlockSpan(0, 5), WeightReader(header), device=CPU, numerics=Numerics(torch.float32))
 
 
 def test_a_parameter_of_another_shape_is_refused(header: CheckpointHeader) -> None:
     name = "double_blocks.0.img_attn.proj.weight"
     wrong = ParameterSpec(header.tensors[name].shape, "F32", (Piece(name),), BlockSpan(0, 1))
     with pytest.raises(CheckpointCorrupt, match="weight has shape"):
-        WeightReader(header).fill(nn.Linear(3, 5), {"weight": wrong}, device=CPU, dtype=torch.float32)
+        WeightReader(header).fill(nn.Linear(3, 5), {"weight": wrong}, device=CPU, numerics=Numerics(torch.float32))
 
 
 def test_pieces_that_do_not_make_the_parameter_are_refused(header: CheckpointHeader) -> None:

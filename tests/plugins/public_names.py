@@ -15,14 +15,14 @@ PUBLIC: Mapping[str, str] = {
     """,
     "mesh_core.hookspecs": """
         API_MAJOR ENTRY_POINT_GROUP BlockSpan Codec CodecChoice Crossing Hop Link LoraFacts
-        LoraPlacement ModelAdapter ModelSpec Quality Role StepStats Transport WorkerInfo hookimpl
+        LoraPlacement ModelAdapter ModelSpec Quality Role StepStats Transport WeightFormat WorkerInfo hookimpl
         mesh_add_commands mesh_choose_codec mesh_place_lora mesh_propose_split
-        mesh_register_adapters mesh_register_codecs mesh_register_transports mesh_step_failed
-        mesh_step_finished mesh_step_started
+        mesh_register_adapters mesh_register_codecs mesh_register_transports mesh_register_weight_formats
+        mesh_step_failed mesh_step_finished mesh_step_started
     """,
     "mesh_core.model": """
-        BlockSpan CheckpointHeader Conditioning Dimensions ModelAdapter ModelSpec ParameterSpec Piece
-        Role Stage State TensorInfo WeightReader read_header
+        BlockSpan CheckpointHeader Claim Conditioning Dimensions ModelAdapter ModelSpec ParameterSpec Parts
+        Piece Role Stage State StoredTensor TensorInfo WeightFormat WeightReader read_header
     """,
     "mesh_core.model.adapting": """
         COMPUTED_TYPES PREFIXES describe_parameters diffusers_class find_naming full_config invisible_arguments

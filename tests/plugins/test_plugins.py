@@ -50,7 +50,7 @@ def test_reading_what_is_installed_imports_nothing(zoo: dict[str, Any]) -> None:
 def test_a_good_plugin_works_among_failing_ones(zoo: dict[str, Any]) -> None:
     report = zoo["reports"]["good of mesh-test-good"]
     assert (report["status"], report["version"], report["detail"]) == ("loaded", "1.2.0", "")
-    assert report["provides"] == ["adapter wan", "codec wavelets", "transport pigeon"]
+    assert report["provides"] == ["adapter wan", "codec wavelets", "transport pigeon", "weight format runes"]
     assert zoo["lookups"]["adapter:wan"] == "Adapter"
     assert zoo["families"] == {"wan": "1.2.0"}
 
@@ -177,6 +177,10 @@ def test_hook_mesh_register_codecs(zoo: dict[str, Any]) -> None:
 
 def test_hook_mesh_register_transports(zoo: dict[str, Any]) -> None:
     assert "transport pigeon" in zoo["reports"]["good of mesh-test-good"]["provides"]
+
+
+def test_hook_mesh_register_weight_formats(zoo: dict[str, Any]) -> None:
+    assert "weight format runes" in zoo["reports"]["good of mesh-test-good"]["provides"]
 
 
 def test_hook_mesh_add_commands(zoo_environment: dict[str, str]) -> None:

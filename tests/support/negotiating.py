@@ -29,6 +29,7 @@ from mesh_core.host.session import Session
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import recognise
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning
 from mesh_core.plugins.registry import Plugins
@@ -112,7 +113,7 @@ def over(
     identity = ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_model(spec, whole))
     places = [address, *(w.address for w in workers[1:])] if address else [w.address for w in workers]
     hops = [(Remote(Address(a), plugins, Settings()), BlockSpan(i, i + 1)) for i, a in enumerate(places)]
-    session = Session(identity, hops, SessionOptions(dtype, torch.device("cpu"), **options), plugins)
+    session = Session(identity, hops, SessionOptions(Numerics(dtype), torch.device("cpu"), **options), plugins)
     try:
         session.open()
         yield session

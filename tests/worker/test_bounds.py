@@ -13,6 +13,7 @@ from torch import Tensor
 from mesh_codec.errors import CodecCorrupt
 from mesh_core.builtin import load_plugins
 from mesh_core.errors import Cancelled, PlanDoesNotFit, TransportTimeout, WireMalformed
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.spans import BlockSpan
 from mesh_core.worker.bounds import StepBounds
 from mesh_core.worker.stage_table import StageKey
@@ -22,7 +23,10 @@ from tests.support.splitting import checkpoint_at
 
 CPU = torch.device("cpu")
 TEXT, IMAGE, WIDTH = 7, 16, 64
-IDS = {"img_ids": torch.zeros(IMAGE, 4, dtype=torch.int64), "txt_ids": torch.zeros(TEXT, 4, dtype=torch.int64)}
+IDS = {
+    "img_ids": torch.zeros(IMAGE, 4, dtype=torch.int64),
+    "txt_ids": torch.zeros(TEXT, 4, dtype=torch.int64),
+}
 CONSTANTS = {0: {**IDS, "encoder_hidden_states": torch.zeros(1, TEXT, 48)}, 1: IDS, 3: IDS}
 STATES: dict[int, dict[str, list[int]]] = {
     0: {"hidden_states": [1, IMAGE, 16], "timestep": [1]},
@@ -115,7 +119,7 @@ def test_cancelling_reaches_into_a_block(path: Path) -> None:
 
     checkpoint = checkpoint_at(path, load_plugins())
     store = StageStore(CPU, 1 << 30, before_layer)
-    stage = store.acquire(checkpoint, StageKey("s", "f", BlockSpan(0, 5), torch.float32)).stage
+    stage = store.acquire(checkpoint, StageKey("s", "f", BlockSpan(0, 5), Numerics(torch.float32))).stage
     for block in stage.block_modules():
         block.register_forward_hook(after_block)
     inputs = tiny.inputs(guidance=False)

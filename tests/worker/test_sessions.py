@@ -75,6 +75,8 @@ class Host:
             fingerprint=fingerprint.of_checkpoint(self.checkpoint.header, spec),
             span=[cut.start, cut.stop],
             dtype="float32",
+            others={},
+            arithmetic={},
             loras=[],
             inputs=dict.fromkeys(spec.states[cut.start], RAW),
             outputs=dict.fromkeys(spec.states[cut.stop], RAW),

@@ -16,6 +16,7 @@ from mesh_core.loras.lora import Applied
 from mesh_core.loras.read import read_lora
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.sizes import span_bytes
 from mesh_core.model.spans import BlockSpan
 from mesh_core.worker.stage_table import StageKey
@@ -40,7 +41,7 @@ def checkpoint(checkpoints: list[Checkpoint]) -> Checkpoint:
 
 def key(checkpoint: Checkpoint, start: int, stop: int, dtype: torch.dtype = torch.float32) -> StageKey:
     content = fingerprint.of_checkpoint(checkpoint.header, checkpoint.spec)
-    return StageKey(fingerprint.structure(checkpoint.spec), content, BlockSpan(start, stop), dtype)
+    return StageKey(fingerprint.structure(checkpoint.spec), content, BlockSpan(start, stop), Numerics(dtype))
 
 
 def acquire(store: StageStore, checkpoint: Checkpoint, start: int, stop: int) -> Loaded:

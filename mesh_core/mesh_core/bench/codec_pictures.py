@@ -20,6 +20,7 @@ from mesh_core.bench.codec_settings import CodecSetting
 from mesh_core.errors import PlanError
 from mesh_core.host.runner import SplitRunner
 from mesh_core.model.library import recognise
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.plan import Plan, make
 from mesh_core.model.spans import BlockSpan
 from mesh_core.plugins.registry import Plugins
@@ -125,7 +126,7 @@ class Pictures:
             checkpoint.adapter.stage(spec, span, transformer) for span in (BlockSpan(0, at), BlockSpan(at, spec.blocks))
         )
         self.cut = _Cut(checkpoint, make(spec, ":", []), before, after, hidden)
-        attach(transformer, cast(SplitRunner, self.cut), torch.device("cpu"), transformer.dtype)
+        attach(transformer, cast(SplitRunner, self.cut), torch.device("cpu"), Numerics(transformer.dtype))
         self.size, self.prompts = size, PROMPTS[:prompts]
         with torch.no_grad():
             self.text, *_ = self.pipeline.encode_prompt(prompt=list(self.prompts), max_sequence_length=text_tokens)

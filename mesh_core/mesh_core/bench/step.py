@@ -26,6 +26,7 @@ from mesh_core.host.session import Session
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import recognise
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning
 from mesh_core.plugins.registry import Plugins
@@ -143,7 +144,7 @@ def loopback_session(folder: Path, *, encrypted: bool) -> Iterator[Session]:
         ]
         key = store.identity().server.public if encrypted else ""
         addresses = [Address(child.hear()["address"], key) for child in children]
-        options = SessionOptions(torch.float32, torch.device("cpu"), "lossless", Settings())
+        options = SessionOptions(Numerics(torch.float32), torch.device("cpu"), "lossless", Settings())
         yield stack.enter_context(open_session(addresses, model, ThroughModel(WORKERS), options, plugins()))
 
 

@@ -1,19 +1,22 @@
-"""The core's own ways to store weights."""
+"""The built-in ``mesh_register_weight_formats``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from mesh_core.hookspecs import hookimpl
-from mesh_core.model.stored import WeightFormat
+
+if TYPE_CHECKING:
+    from mesh_core.model.stored import WeightFormat
 
 
 class CoreWeightFormats:
-    """See `mesh_core.formats`."""
+    """See `mesh_core.formats`. Imports each format only when it is registered."""
 
     @hookimpl
     def mesh_register_weight_formats(self, register: Callable[[WeightFormat], None]) -> None:
-        """All of them."""
+        """All that the core has."""
         from mesh_core.formats.gguf import GgufFormat
 
         register(GgufFormat())

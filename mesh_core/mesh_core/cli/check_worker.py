@@ -151,6 +151,7 @@ def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings:
     from mesh_core.host.session import Session
     from mesh_core.model.checkpoint import read_header
     from mesh_core.model.library import recognise
+    from mesh_core.model.numerics import usual_numerics
     from mesh_core.model.sizes import span_bytes
     from mesh_core.model.spans import BlockSpan
     from mesh_core.programs.identity import file_dtype, identify
@@ -158,7 +159,9 @@ def _weights(text: str, remote: Remote, model: Path, plugins: Plugins, settings:
     checkpoint = recognise(read_header(model), plugins)
     spec = checkpoint.spec
     block = min((BlockSpan(i, i + 1) for i in range(spec.blocks)), key=lambda span: span_bytes(spec, span))
-    options = SessionOptions(file_dtype(checkpoint), torch.device("cpu"), settings=settings)
+    device = torch.device("cpu")
+    numerics = usual_numerics(spec, file_dtype(checkpoint), device, plugins.weight_formats())
+    options = SessionOptions(numerics, device, settings=settings)
     identity = identify(checkpoint)
     session = Session(identity, [(remote, block)], options, plugins)
     session.open()

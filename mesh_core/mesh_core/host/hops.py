@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesh_codec.base import CodecChoice, Encoded
+from mesh_codec.dtypes import from_torch
 from mesh_core import wire
 from mesh_core.crossing.stats import HopStats
 from mesh_core.crossing.streams import Payload, Streams, entry
@@ -14,6 +15,7 @@ from mesh_core.errors import MeshError
 from mesh_core.host.options import ModelIdentity
 from mesh_core.host.remote import Remote
 from mesh_core.host.routes import Route, RouteStats
+from mesh_core.model.numerics import Numerics, labels_of
 from mesh_core.model.spans import BlockSpan
 
 _MAX_REMEMBERED = 256
@@ -51,7 +53,7 @@ class RemoteHop:
     def request(
         self,
         identity: ModelIdentity,
-        dtype: str,
+        numerics: Numerics,
         inputs: Mapping[str, CodecChoice],
         outputs: Mapping[str, CodecChoice],
         following: RemoteHop | None,
@@ -63,6 +65,8 @@ class RemoteHop:
         Args:
             measure: whether it is to measure the way there.
         """
+        own = identity.spec.parameters_of(self.span)
+        stored = labels_of(own.values())
         return wire.Open(
             id=wire.next_id(),
             session=self.remote.session,
@@ -70,7 +74,9 @@ class RemoteHop:
             structure=identity.structure,
             fingerprint=identity.fingerprint,
             span=[self.span.start, self.span.stop],
-            dtype=dtype,
+            dtype=from_torch(numerics.dtype).name,
+            others={name: from_torch(dtype).name for name, dtype in numerics.others if name in own},
+            arithmetic={label: how for label, how in numerics.arithmetic if label in stored},
             loras=self.loras,
             inputs=_plain(inputs),
             outputs=_plain(outputs),

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from mesh_codec.base import DecodeLimits
-from mesh_codec.dtypes import from_torch
 from mesh_core import wire
 from mesh_core.crossing.bandwidth import read_link
 from mesh_core.crossing.streams import Streams
@@ -115,8 +114,8 @@ class Opener:
     def _open_hop(self, hop: RemoteHop, inputs: Route, outputs: Route, following: RemoteHop | None) -> None:
         remote, target = hop.remote, following.remote if following is not None else None
         measure = target is not None and not self.links.knows(remote, target)
-        dtype = from_torch(self._options.dtype).name
-        message = hop.request(self._identity, dtype, inputs.choices, outputs.choices, following, measure=measure)
+        numerics = self._options.numerics
+        message = hop.request(self._identity, numerics, inputs.choices, outputs.choices, following, measure=measure)
 
         def progress(p: wire.Progress) -> None:
             if self._report is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mesh_codec.qualities import EXACT, Quality
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.spec import ModelSpec
 from mesh_core.system.config import Settings
 
@@ -26,15 +27,20 @@ class SessionOptions:
     """How the steps of a session run.
 
     Attributes:
-        dtype: in which stages compute.
+        numerics: in which stages compute, here and at the workers.
         device: where the host wants the result.
         codec: by name, for the hidden state; None for the one that is fastest.
         watch: called at least twice a second while a worker is waited for; what it raises stops the work there too.
     """
 
-    dtype: torch.dtype
+    numerics: Numerics
     device: torch.device
     quality: Quality = EXACT
     settings: Settings = field(default_factory=Settings)
     codec: str | None = None
     watch: Callable[[], None] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the state."""
+        return self.numerics.dtype

@@ -18,7 +18,8 @@ from mesh_core.loras.lora import Applied
 from mesh_core.loras.merging import Entry, groups_of, merge
 from mesh_core.loras.patch import Patch
 from mesh_core.loras.tensors import check_finite
-from mesh_core.model.weights import assign
+from mesh_core.model.stored_weight import StoredWeight, numbers
+from mesh_core.model.weights import assign, moved
 
 
 class PatchedModel:
@@ -54,7 +55,7 @@ class PatchedModel:
         """Keep the untouched version in host memory; returns it there."""
         base = self._base[name]
         if base.device.type != "cpu":
-            base = self._base[name] = nn.Parameter(_host_copy(base.data), requires_grad=False)
+            base = self._base[name] = _host_copy(base)
         return base
 
     def apply(self, loras: Sequence[Applied], check: Callable[[], None] = lambda: None) -> int:
@@ -97,7 +98,7 @@ class PatchedModel:
         if self._restored is not None:
             base = self._restored(name, base)
         elif base.device != here.device:
-            base = nn.Parameter(base.data.to(here.device), requires_grad=False)
+            base = moved(base, here.device)
         self._assign(name, base)
         del self._base[name]
 
@@ -105,9 +106,9 @@ class PatchedModel:
         weights: dict[str, Tensor] = {}
         for name in sorted(group):
             here = self._parameter(name)
-            base = self._base.setdefault(name, here).data
+            base = self._base.setdefault(name, here)
             # One after the other: both at once would convert in host memory, and send twice the bytes.
-            weights[name] = base.to(here.device, non_blocking=True).to(torch.float32)
+            weights[name] = numbers(moved(base, here.device)).to(torch.float32)
         for applied, patch in entries:
             merge(patch, self._tensors(patch), applied, weights)
         for name, weight in weights.items():
@@ -144,7 +145,14 @@ class PatchedModel:
         return known[1]
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
+def _host_copy(parameter: nn.Parameter) -> nn.Parameter:
+    if isinstance(parameter, StoredWeight):
+        parts = {role: _page_locked(part) for role, part in parameter.parts.items()}
+        return nn.Parameter(parameter.with_parts(parts), requires_grad=False)
+    return nn.Parameter(_page_locked(parameter.data), requires_grad=False)
+
+
+def _page_locked(tensor: Tensor) -> Tensor:
     copy = tensor.to("cpu")
     try:
         # Page-locked memory is read several times faster by the device; there may not be enough of it.

@@ -14,21 +14,26 @@ if typing.TYPE_CHECKING:
     from mesh_core.model.shapes import Dimensions
     from mesh_core.model.spans import BlockSpan
     from mesh_core.model.spec import Conditioning, ModelSpec, ParameterSpec, Piece, Role, State
+    from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
     from mesh_core.model.weights import WeightReader
 
 _HOMES = {
     "BlockSpan": "spans",
     "CheckpointHeader": "checkpoint",
+    "Claim": "stored",
     "Conditioning": "spec",
     "Dimensions": "shapes",
     "ModelAdapter": "adapter",
     "ModelSpec": "spec",
     "ParameterSpec": "spec",
+    "Parts": "stored",
     "Piece": "spec",
     "Role": "spec",
     "Stage": "adapter",
     "State": "spec",
+    "StoredTensor": "stored",
     "TensorInfo": "safetensors",
+    "WeightFormat": "stored",
     "WeightReader": "weights",
     "read_header": "checkpoint",
 }
@@ -36,16 +41,20 @@ _HOMES = {
 __all__ = [
     "BlockSpan",
     "CheckpointHeader",
+    "Claim",
     "Conditioning",
     "Dimensions",
     "ModelAdapter",
     "ModelSpec",
     "ParameterSpec",
+    "Parts",
     "Piece",
     "Role",
     "Stage",
     "State",
+    "StoredTensor",
     "TensorInfo",
+    "WeightFormat",
     "WeightReader",
     "read_header",
 ]

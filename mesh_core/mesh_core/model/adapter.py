@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mesh_core.model.attention import use_backend
 from mesh_core.model.carried import refuse_kept_in_float32, refuse_other_tensors
 from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.shapes import Dimensions
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec, Piece, State
@@ -139,7 +140,7 @@ class ModelAdapter(ABC):
         weights: WeightReader,
         *,
         device: torch.device | str,
-        dtype: torch.dtype,
+        numerics: Numerics,
     ) -> Stage:
         """A stage of ``span`` with its weights read from ``weights`` and nothing else read.
 
@@ -149,8 +150,8 @@ class ModelAdapter(ABC):
         with torch.device("meta"):
             model = self.skeleton(spec).eval().requires_grad_(False)
         refuse_other_tensors(model)
-        refuse_kept_in_float32(model, dtype)
-        weights.fill(model, spec.parameters_of(span), device=torch.device(device), dtype=dtype)
+        refuse_kept_in_float32(model, numerics.dtype)
+        weights.fill(model, spec.parameters_of(span), device=torch.device(device), numerics=numerics)
         return self.stage(spec, span, model).eval()
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:

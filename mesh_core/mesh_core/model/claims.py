@@ -40,7 +40,7 @@ def with_stored_weights(header: CheckpointHeader, formats: Iterable[WeightFormat
         for tensor in _taken(claim):
             if owners.setdefault(tensor, name) != name:
                 raise CheckpointUnrecognised(
-                    f"{header.path}: {tensor} could be stored as {owners[tensor]} or as {name}; these give other numbers.",
+                    f"{header.path}: {tensor} could be stored as {owners[tensor]} or as {name}, with other numbers.",
                     hint=_HINT,
                 )
     for kind, notes, known in (

@@ -22,13 +22,13 @@ def facts(checkpoint: Checkpoint, memory: int | None = None, *, with_fingerprint
     sizes = dict.fromkeys((BlockSpan(i, i + 1) for i in range(spec.blocks)), 0)
     for parameter in spec.parameters.values():
         if parameter.scope in sizes:
-            sizes[parameter.scope] += parameter.elements * size
+            sizes[parameter.scope] += parameter.nbytes(size)
     found: dict[str, Any] = {
         "path": str(checkpoint.header.path),
         "family": spec.family,
         "variant": spec.variant,
         "dtypes": list(spec.dtypes),
-        "bytes": sum(p.elements for p in spec.parameters.values()) * size,
+        "bytes": sum(p.nbytes(size) for p in spec.parameters.values()),
         "stage_bytes": span_bytes(spec, BlockSpan(0, spec.blocks), size),
         "blocks": [{"kind": k, "bytes": b} for k, b in zip(spec.block_kinds, sizes.values(), strict=True)],
     }

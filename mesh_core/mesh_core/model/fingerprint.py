@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
@@ -20,6 +21,8 @@ from mesh_codec.memory import bytes_of
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.safetensors import read_into
 from mesh_core.model.spec import ModelSpec, ParameterSpec
+from mesh_core.model.stored_weight import StoredWeight
+from mesh_core.model.weights import WeightReader
 from mesh_core.system.forks import hash_threads
 from mesh_core.system.remembered import Remembered
 
@@ -77,13 +80,19 @@ def of_values(spec: ModelSpec, value: Callable[[str], Tensor]) -> str:
     def parts() -> Iterable[tuple[str, str, tuple[int, ...], bytes]]:
         for name in sorted(spec.parameters):
             tensor = value(name)
-            yield name, from_torch(tensor.dtype).safetensors, spec.parameters[name].shape, of_tensor(tensor)
+            label = tensor.label if isinstance(tensor, StoredWeight) else from_torch(tensor.dtype).safetensors
+            yield name, label, spec.parameters[name].shape, of_tensor(tensor)
 
     return _combine(parts())
 
 
 def of_tensor(tensor: Tensor) -> bytes:
-    """BLAKE3 of a tensor's bytes in row-major order (32 bytes)."""
+    """BLAKE3 of a tensor's bytes in row-major order (32 bytes); of a stored weight, that of its parts by role."""
+    if isinstance(tensor, StoredWeight):
+        digest = blake3()
+        for role, part in sorted(tensor.parts.items()):
+            digest.update(_label(role, from_torch(part.dtype).safetensors, tuple(part.shape)) + of_tensor(part))
+        return digest.digest()
     return blake3(bytes_of(tensor.detach().to("cpu").contiguous()), max_threads=hash_threads()).digest()
 
 
@@ -105,7 +114,14 @@ def _hash_files(
     infos = header.tensors
     total = sum(t.nbytes for t in infos.values())
     done = 0
+    reader = WeightReader(header)
     for name, spec in sorted(parameters.items(), key=lambda item: header.place(item[1].pieces[0].tensor)):
+        if "/" in spec.dtype:
+            yield name, spec, of_tensor(reader.read_stored(spec, torch.bfloat16))
+            done += sum(infos[piece.tensor].nbytes for piece in spec.pieces)
+            if progress is not None:
+                progress(min(done, total), total)
+            continue
         digest = blake3(max_threads=hash_threads())
         for piece in spec.pieces:
             info = infos[piece.tensor]

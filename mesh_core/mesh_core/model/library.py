@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from mesh_core.errors import CheckpointError, CheckpointMismatch, CheckpointUnrecognised
 from mesh_core.model import fingerprint
 from mesh_core.model.adapter import ModelAdapter
-from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress, read_header, weights_folder
+from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.folders import find_checkpoints
 from mesh_core.model.spec import ModelSpec
 from mesh_core.model.stored import WeightFormat

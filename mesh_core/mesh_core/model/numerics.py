@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+
+from mesh_core.errors import CheckpointUnrecognised
+from mesh_core.model.spec import ModelSpec, ParameterSpec
+from mesh_core.model.stored import WeightFormat, format_of
 
 
 @dataclass(frozen=True)
@@ -14,8 +18,9 @@ class Numerics:
 
     Attributes:
         dtype: of the state, and of every parameter that `others` does not have.
-        others: parameters, or persistent buffers, that are held in another type, sorted by name.
-        arithmetic: by label of a stored weight (`StoredTensor.label`), how it is computed with, sorted.
+        others: parameters that are held in another type, sorted by name.
+        arithmetic: by label of a stored weight (`mesh_core.model.stored.StoredTensor.label`), how it is computed with,
+            sorted.
     """
 
     dtype: torch.dtype
@@ -30,10 +35,42 @@ class Numerics:
         """The type that a parameter is held in; for a stored weight, that of its numbers."""
         return self._types.get(parameter, self.dtype)
 
-    def arithmetic_of(self, label: str) -> str:
-        """How weights with that label are computed with.
+    def arithmetic_of(self, spec: ParameterSpec) -> str:
+        """How a parameter that stays as it is stored is computed with; "" for others.
 
         Raises:
-            KeyError: nothing was chosen for them.
+            KeyError: nothing was chosen for its label.
         """
-        return dict(self.arithmetic)[label]
+        return "" if spec.stored_bytes is None else dict(self.arithmetic)[spec.dtype]
+
+    def nbytes(self, name: str, spec: ParameterSpec) -> int:
+        """Bytes that a parameter takes in the memory of a stage."""
+        return spec.nbytes(self.dtype_of(name).itemsize)
+
+
+def usual_numerics(
+    model: ModelSpec, dtype: torch.dtype, device: torch.device, formats: Mapping[str, WeightFormat]
+) -> Numerics:
+    """What a stage computes in where nobody asks for anything else: the formats' default arithmetic on ``device``.
+
+    Raises:
+        CheckpointUnrecognised: this machine cannot compute with weights of some kind.
+    """
+    labels = labels_of(model.parameters.values())
+    return Numerics(dtype, (), tuple((label, _first(label, dtype, device, formats)) for label in labels))
+
+
+def labels_of(parameters: Iterable[ParameterSpec]) -> list[str]:
+    """The labels of those that are stored in a format and not as their numbers, sorted."""
+    return sorted({p.dtype for p in parameters if "/" in p.dtype})
+
+
+def _first(label: str, dtype: torch.dtype, device: torch.device, formats: Mapping[str, WeightFormat]) -> str:
+    found, kind = format_of(label, formats)
+    possible = found.arithmetics(kind, dtype, device)
+    if not possible:
+        raise CheckpointUnrecognised(
+            f"Weights stored as {label} cannot be computed with in {dtype} on {device}.",
+            hint="dtype=torch.bfloat16, another device, or unquantised weights",
+        )
+    return possible[0]

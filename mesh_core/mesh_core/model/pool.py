@@ -8,8 +8,9 @@ import weakref
 import torch
 from torch import nn
 
-PoolKey = tuple[str, str, torch.device, torch.dtype]
-"""Fingerprint of the model, name of the parameter, and where and as what it is held."""
+PoolKey = tuple[str, str, torch.device, torch.dtype, str]
+"""Fingerprint of the model, name of the parameter, where and as what it is held, and how it is computed with where it
+stays as it is stored."""
 
 
 class ParameterPool:

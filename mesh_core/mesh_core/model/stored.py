@@ -1,7 +1,8 @@
 """How weights are stored that are not stored as their numbers: quantised ones, with scales beside their codes.
 
-The unit is the tensor of a checkpoint. A `WeightFormat` says which tensors of a file belong together (codes, scales, and
-markers that only name the format), brings them into one layout whatever file they come from, and makes numbers of them.
+The unit is the tensor of a checkpoint. A `WeightFormat` says which tensors of a file belong together (codes, scales,
+and markers that only name the format), brings them into one layout whatever file they come from, and makes numbers of
+them.
 Adapters see such tensors by their logical names and shapes, and know nothing of formats; see
 `mesh_core.model.claims`.
 """
@@ -136,7 +137,7 @@ class WeightFormat(ABC):
         bias: Tensor | None,
         arithmetic: str,
     ) -> Tensor:
-        """``x`` [..., shape[1]] times the weight, [..., shape[0]] in the type of ``x``. The default dequantises first."""
+        """``x`` [..., shape[1]] times the weight, [..., shape[0]] in the type of ``x``. Dequantised first."""
         return linear(x, self.dequantise(parts, kind, shape, x.dtype, arithmetic), bias)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -147,10 +148,16 @@ class WeightFormat(ABC):
         return rows * columns * dtype.itemsize
 
 
-def refuse_arithmetic(format: WeightFormat, kind: str, wanted: str, here: Sequence[str]) -> CheckpointUnrecognised:
-    """The error for a way of computing that this machine does not have."""
-    return CheckpointUnrecognised(
-        f"The host computes {format.name}/{kind} weights as {wanted!r}, which is not possible here; possible are "
-        f"{', '.join(here) or 'none'}.",
-        hint="the same version of ComfyUI-Mesh and the same kind of GPU on all machines, or unquantised weights",
-    )
+def format_of(label: str, formats: Mapping[str, WeightFormat]) -> tuple[WeightFormat, str]:
+    """The format and the kind that a label names, see `StoredTensor.label`.
+
+    Raises:
+        CheckpointUnrecognised: the format is not installed here.
+    """
+    name, _, kind = label.partition("/")
+    if name not in formats:
+        raise CheckpointUnrecognised(
+            f"Weights stored as {label[:80]!r} are not read here; formats: {', '.join(sorted(formats)) or 'none'}.",
+            hint="the same packages as on the machine that has them",
+        )
+    return formats[name], kind

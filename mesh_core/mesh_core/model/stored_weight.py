@@ -73,7 +73,7 @@ class StoredWeight(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredWeight:
         made = memo[id(self)] = self.with_parts({role: part.clone() for role, part in self.parts.items()})
-        made._is_param = getattr(self, "_is_param", False)  # type: ignore[attr-defined]
+        made._is_param = getattr(self, "_is_param", False)
         return made
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -88,7 +88,7 @@ class StoredWeight(Tensor):
         parts = {name.removeprefix("_part_"): part for name, part in inner.items()}
         return StoredWeight(format, kind, tuple(outer_size), dtype, parts, arithmetic)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"StoredWeight({self.label}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
@@ -99,13 +99,13 @@ class StoredWeight(Tensor):
             x, weight, bias = _linear_arguments(*args, **(kwargs or {}))
             if isinstance(weight, StoredWeight) and not isinstance(x, StoredWeight):
                 shape = tuple(weight.shape)
-                return weight.format.linear(x, weight.parts, weight.kind, shape, _numbers(bias), weight.arithmetic)
+                return weight.format.linear(x, weight.parts, weight.kind, shape, numbers(bias), weight.arithmetic)
         # Not the inherited one, which would call every result a stored weight.
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -113,21 +113,24 @@ class StoredWeight(Tensor):
             return args[0].with_parts(args[0].parts)
         if func is torch.ops.aten._to_copy.default and set(kwargs) <= {"device", "dtype", "non_blocking"}:
             return _moved(args[0], **kwargs)
-        return func(*tree_map(_numbers, args), **tree_map(_numbers, kwargs))
+        return func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
 
 
-def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
 
 
-def _numbers(value: Any) -> Any:
+def numbers(value: Any) -> Any:
+    """A stored weight as its numbers; anything else as it is."""
     return value.dense() if isinstance(value, StoredWeight) else value
 
 
 def _moved(
     weight: StoredWeight, device: Any = None, dtype: torch.dtype | None = None, non_blocking: bool = False
 ) -> StoredWeight:
-    """It stays stored: in another type, its numbers are made in that type. `nn.Module.to` needs a tensor of its kind."""
+    """It stays stored, also in another type, in which its numbers are made then, as `nn.Module.to` needs."""
     target = device if device is not None else weight.device
     parts = {role: part.to(target, non_blocking=non_blocking, copy=True) for role, part in weight.parts.items()}
     return weight.with_parts(parts, dtype)

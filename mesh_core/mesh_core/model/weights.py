@@ -6,7 +6,7 @@ another device or dtype), so the peak of host memory is the stage plus one param
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from mesh_codec.dtypes import from_safetensors
 from mesh_codec.memory import bytes_of
 from mesh_core.errors import CheckpointCorrupt
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
-from mesh_core.model.pool import ParameterPool
-from mesh_core.model.safetensors import read_into
-from mesh_core.model.spec import ParameterSpec
+from mesh_core.model.numerics import Numerics
+from mesh_core.model.pool import ParameterPool, PoolKey
+from mesh_core.model.safetensors import TensorInfo, read_into
+from mesh_core.model.spec import ParameterSpec, Piece
+from mesh_core.model.stored_weight import StoredWeight
 
 
 class WeightReader:
@@ -47,7 +49,12 @@ class WeightReader:
         self._progress = progress
 
     def fill(
-        self, model: nn.Module, parameters: Mapping[str, ParameterSpec], *, device: torch.device, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, ParameterSpec],
+        *,
+        device: torch.device,
+        numerics: Numerics,
     ) -> None:
         """Give ``model`` the ``parameters``, read in the order in which they lie on disk.
 
@@ -55,15 +62,14 @@ class WeightReader:
             CheckpointError: a tensor is missing, has another shape, or the file is not the one that it was.
         """
         ordered = sorted(parameters.items(), key=lambda item: self.header.place(item[1].pieces[0].tensor))
-        total = sum(p.elements for p in parameters.values()) * dtype.itemsize
+        total = sum(numerics.nbytes(name, p) for name, p in parameters.items())
         done = 0
         for name, spec in ordered:
-            key = (self.model, name, device, dtype)
+            key = pool_key(self.model, name, spec, device, numerics)
             parameter = self._pool.get(key) if self.model else None
             if parameter is None:
-                kept = self._pool.get((self.model, name, torch.device("cpu"), dtype)) if self.model else None
-                data = self.read(spec) if kept is None else kept.data
-                parameter = nn.Parameter(data.to(device, dtype), requires_grad=False)
+                kept = self._pool.get((*key[:2], torch.device("cpu"), *key[3:])) if self.model else None
+                parameter = self._on(device, name, spec, numerics) if kept is None else moved(kept, device)
                 if self.model:
                     self._pool.put(key, parameter)
             assign(model, name, parameter)
@@ -71,25 +77,97 @@ class WeightReader:
             if self._progress is not None:
                 self._progress(done, total)
 
+    def _on(self, device: torch.device, name: str, spec: ParameterSpec, numerics: Numerics) -> nn.Parameter:
+        dtype = numerics.dtype_of(name)
+        if "/" not in spec.dtype:
+            data = self.read(spec).to(device, dtype)
+        else:
+            stored = self.read_stored(spec, dtype, numerics.arithmetic_of(spec)).on(device)
+            data = stored if spec.stored_bytes is not None else stored.dense()
+        return nn.Parameter(data, requires_grad=False)
+
     def read(self, spec: ParameterSpec) -> Tensor:
-        """One parameter in the file's dtype, on the CPU. Raises CheckpointError."""
-        tensor = torch.empty(spec.shape, dtype=from_safetensors(spec.dtype).torch)
-        rows = spec.shape[0] if spec.shape else 1
-        row_bytes = tensor.nbytes // rows if rows else 0
-        target = bytes_of(tensor)
-        filled = 0
+        """One parameter, which is stored as its numbers, in the file's dtype, on the CPU. Raises CheckpointError."""
+        infos = [self.header.tensors[piece.tensor] for piece in spec.pieces]
+        rows = [_rows(piece, info) for piece, info in zip(spec.pieces, infos, strict=True)]
+        return self._rows(infos, rows, spec.shape)
+
+    def read_stored(self, spec: ParameterSpec, dtype: torch.dtype, arithmetic: str = "") -> StoredWeight:
+        """One parameter, which is stored in a format, on the CPU.
+
+        Args:
+            dtype: of its numbers.
+            arithmetic: how they are made and computed with; "" for the format's default.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds what cannot be.
+        """
+        pieces, stored = [], None
         for piece in spec.pieces:
-            info = self.header.tensors[piece.tensor]
-            stop = piece.stop if piece.stop is not None else (info.shape[0] if info.shape else 1)
-            size = (stop - piece.start) * row_bytes
+            stored = self.header.tensors[piece.tensor].stored
+            assert stored is not None, piece.tensor
+            start, stop = _rows(piece, self.header.tensors[piece.tensor])
+            parts = {
+                role: self._rows([info], [(start, stop)] if role in stored.format.rows_in_file else [_all(info)])
+                for role, info in stored.parts.items()
+            }
+            pieces.append(stored.format.in_memory(stored, parts, start, stop))
+        assert stored is not None, spec
+        format, kind = stored.format, stored.kind
+        joined = pieces[0] if len(pieces) == 1 else format.join(pieces)
+        arithmetic = arithmetic or format.arithmetics(kind, dtype, torch.device("cpu"))[0]
+        return StoredWeight(format, kind, spec.shape, dtype, joined, arithmetic)
+
+    def _rows(
+        self, infos: Sequence[TensorInfo], rows: Sequence[tuple[int, int]], shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Rows of tensors in the file, one below the other; all of one type and width."""
+        first = infos[0]
+        count = sum(stop - start for start, stop in rows)
+        made = torch.empty(shape or (count, *first.shape[1:])[: max(len(first.shape), 0)], dtype=_type_of(first))
+        target, filled = bytes_of(made), 0
+        for info, (start, stop) in zip(infos, rows, strict=True):
+            row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
+            size = (stop - start) * row_bytes
+            if filled + size > len(target):
+                break
             with self.header.opened(info.file) as stream:
-                stream.seek(info.offset + piece.start * row_bytes)
+                stream.seek(info.offset + start * row_bytes)
                 read_into(stream, target[filled : filled + size], info.file)
             filled += size
-        if filled != tensor.nbytes:
-            raise CheckpointCorrupt(f"The pieces of a parameter hold {filled} bytes instead of {tensor.nbytes}.")
+        if filled != made.nbytes:
+            raise CheckpointCorrupt(f"The pieces of a parameter hold {filled} bytes instead of {made.nbytes}.")
         self.bytes_read += filled
-        return tensor
+        return made
+
+
+def _rows(piece: Piece, info: TensorInfo) -> tuple[int, int]:
+    return piece.start, piece.stop if piece.stop is not None else _all(info)[1]
+
+
+def _all(info: TensorInfo) -> tuple[int, int]:
+    return 0, info.shape[0] if info.shape else 1
+
+
+def _type_of(info: TensorInfo) -> torch.dtype:
+    # Scales that are exponents alone have no type in the table: their bytes are what counts.
+    return torch.uint8 if info.dtype == "F8_E8M0" else from_safetensors(info.dtype).torch
+
+
+def moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """The parameter on ``device``; itself if it is there."""
+    data = parameter.on(device) if isinstance(parameter, StoredWeight) else parameter.data.to(device)
+    return parameter if parameter.device == device else nn.Parameter(data, requires_grad=False)
+
+
+def pool_key(model: str, name: str, spec: ParameterSpec, device: torch.device, numerics: Numerics) -> PoolKey:
+    """Under which stages share a parameter of a model, before it is there."""
+    return model, name, device, numerics.dtype_of(name), numerics.arithmetic_of(spec)
+
+
+def key_of(model: str, name: str, parameter: nn.Parameter) -> PoolKey:
+    """Under which stages share a parameter."""
+    return model, name, parameter.device, parameter.dtype, getattr(parameter, "arithmetic", "")
 
 
 def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

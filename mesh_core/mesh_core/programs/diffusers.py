@@ -23,6 +23,7 @@ from mesh_core.host.runner import Placement, SplitRunner, Workers, open_session,
 from mesh_core.host.session import Session
 from mesh_core.model.adapter import Stage
 from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.numerics import usual_numerics
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
@@ -142,7 +143,9 @@ def load_pipeline(
     arguments = pipeline_arguments(checkpoint.header, named, inspect.signature(load_pipeline).parameters)
     loading = _Loading(dtype_choice(dtype, torch_dtype) or file_dtype(checkpoint), arguments)
     target = checked_device(str(device)) if device is not None else default_device()
-    options = SessionOptions(dtype_of_transformer(loading.dtype), target, quality, settings, codec)
+    dtype = dtype_of_transformer(loading.dtype)
+    numerics = usual_numerics(checkpoint.spec, dtype, target, plugins.weight_formats())
+    options = SessionOptions(numerics, target, quality, settings, codec)
     wish = _Wish(checkpoint, local, workers, options, plugins, report)
     return _load(wish, wish.chosen(loras), loading)
 
@@ -154,7 +157,7 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
     try:
         stage = _read_stage(wish, placement.plan.local)
         look_loaded(stage.model, checkpoint, options.dtype)
-        attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.dtype)
+        attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.numerics)
         pipeline = pipeline_around(stage.model, checkpoint.header, loading.dtype, loading.arguments)
         pipeline = pipeline.to(options.device)
         guard(pipeline)
@@ -169,7 +172,7 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
 def _read_stage(wish: _Wish, span: BlockSpan) -> Stage:
     weights = WeightReader(wish.checkpoint.header, progress=_local_progress(wish.report))
     adapter, options = wish.checkpoint.adapter, wish.options
-    return adapter.build_stage(wish.checkpoint.spec, span, weights, device=options.device, dtype=options.dtype)
+    return adapter.build_stage(wish.checkpoint.spec, span, weights, device=options.device, numerics=options.numerics)
 
 
 def split(
@@ -199,7 +202,9 @@ def split(
     taken = take_off(pipeline) if old is None else UnloadedLoras()
     try:
         checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
-        options = SessionOptions(model.dtype, _running_device(model), quality, settings, codec)
+        device = _running_device(model)
+        numerics = usual_numerics(checkpoint.spec, model.dtype, device, plugins.weight_formats())
+        options = SessionOptions(numerics, device, quality, settings, codec)
         wish = _Wish(checkpoint, local, workers, options, plugins, report)
         wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint, model)
         if loras is not None:
@@ -211,7 +216,7 @@ def split(
         raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
     runner = SplitRunner(checkpoint, placement.plan, stage, session)
-    attach(model, runner, torch.device(model.device), options.dtype, wanted)
+    attach(model, runner, torch.device(model.device), options.numerics, wanted)
     unwrap(pipeline)
     guard(pipeline)
     runner.set_loras(wanted.in_use())
@@ -235,7 +240,7 @@ def _prepared(
             session.set_loras(loras)
         if old is not None:
             old.restore_local()
-        hold_only(model, wish.checkpoint, placement.plan.local, torch.device(model.device), wish.options.dtype)
+        hold_only(model, wish.checkpoint, placement.plan.local, torch.device(model.device), wish.options.numerics)
     except BaseException:
         if session is not None:
             session.close()
@@ -275,10 +280,10 @@ def unsplit(pipeline: Any) -> Any:
     """
     model = _transformer_of(pipeline)
     if isinstance(model, SplitModel):
-        runner, device, dtype, loras = model.mesh, model.device, model.dtype, model._mesh_loras
+        runner, device, numerics, loras = model.mesh, model.device, model._mesh_numerics, model._mesh_loras
         whole = BlockSpan(0, runner.checkpoint.spec.blocks)
         runner.restore_local()
-        hold_only(model, checkpoint_of(runner), whole, device, dtype)
+        hold_only(model, checkpoint_of(runner), whole, device, numerics)
         runner.close()
         detach(model)
         wrap_again(pipeline)

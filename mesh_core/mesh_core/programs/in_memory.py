@@ -14,9 +14,10 @@ from mesh_codec.errors import CodecUnsupported
 from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spans import BlockSpan
-from mesh_core.model.weights import WeightReader, assign
+from mesh_core.model.weights import WeightReader, assign, moved
 from mesh_core.plugins.registry import Plugins
 
 _MEMORY = Path("(weights in memory)")
@@ -77,11 +78,11 @@ def checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
 
 
 def hold_only(
-    model: nn.Module, checkpoint: Checkpoint, span: BlockSpan, device: torch.device, dtype: torch.dtype
+    model: nn.Module, checkpoint: Checkpoint, span: BlockSpan, device: torch.device, numerics: Numerics
 ) -> None:
     """Have the parameters of ``span`` on the device, and the others off it.
 
-    What was never read is read now, in ``dtype``. The others are dropped if they lie in files, else moved to the CPU.
+    What was never read is read now. The others are dropped if they lie in files, else moved to the CPU.
 
     Raises:
         CheckpointError: what is missing cannot be read.
@@ -91,14 +92,14 @@ def hold_only(
     missing = {name: spec for name, spec in wanted.items() if parameters[name].is_meta}
     header = checkpoint.header
     if missing:
-        WeightReader(header).fill(model, missing, device=device, dtype=dtype)
+        WeightReader(header).fill(model, missing, device=device, numerics=numerics)
     for name, parameter in parameters.items():
         if name in wanted and not parameter.is_meta:
-            parameter.data = parameter.data.to(device)
+            assign(model, name, moved(parameter, device))
         elif name not in wanted and header.stamps:
             assign(model, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         elif name not in wanted:
-            parameter.data = parameter.data.to("cpu")
+            assign(model, name, moved(parameter, torch.device("cpu")))
 
 
 def look_loaded(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

@@ -88,8 +88,8 @@ class ModelCalls(nn.Module):
         with torch.device("meta"):
             whole = checkpoint.adapter.skeleton(checkpoint.spec).requires_grad_(False)
         wanted = {name: checkpoint.spec.parameters[name] for name in names}
-        dtype = cast(Any, self).dtype
-        WeightReader(checkpoint.header).fill(whole, wanted, device=torch.device("cpu"), dtype=dtype)
+        numerics = cast(Any, self)._mesh_numerics
+        WeightReader(checkpoint.header).fill(whole, wanted, device=torch.device("cpu"), numerics=numerics)
         return {name: parameter for name, parameter in whole.named_parameters() if name in names}
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

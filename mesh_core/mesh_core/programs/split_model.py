@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mesh_core.errors import UnsupportedInput
 from mesh_core.host.runner import SplitRunner
 from mesh_core.model.attention import OPTION, attention_layers, backend_in_use
+from mesh_core.model.numerics import Numerics
 from mesh_core.programs.foreign_parts import mark, unmark
 from mesh_core.programs.model_calls import ModelCalls
 from mesh_core.programs.peft import PeftLoras
@@ -31,7 +32,8 @@ class SplitModel(LoraCalls, ModelCalls):
     """Mixed into a transformer's class by `attach`. ``mesh`` runs the plan."""
 
     mesh: SplitRunner
-    _mesh_place: tuple[torch.device, torch.dtype]
+    _mesh_device: torch.device
+    _mesh_numerics: Numerics
     _mesh_sequence: str
     _mesh_attention: list[nn.Module]
 
@@ -63,12 +65,12 @@ class SplitModel(LoraCalls, ModelCalls):
     @property
     def device(self) -> torch.device:
         """Where the local blocks are, and where the pipeline is to put the inputs."""
-        return self._mesh_place[0]
+        return self._mesh_device
 
     @property
     def dtype(self) -> torch.dtype:
         """In which all machines compute."""
-        return self._mesh_place[1]
+        return self._mesh_numerics.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = fn(torch.empty(0, device=self.device, dtype=self.dtype))
@@ -76,7 +78,7 @@ class SplitModel(LoraCalls, ModelCalls):
         local = {id(p) for name, p in self.named_parameters() if name in self._local_names()}
         others = {id(p) for p in self.parameters()} - local
         cast(Any, super())._apply(lambda t: t if t.is_meta or id(t) in others else fn(t), recurse)
-        self._mesh_place = (moved.device, moved.dtype)
+        self._mesh_device = moved.device
         if self.mesh.session is not None:
             self.mesh.session.options = replace(self.mesh.session.options, device=moved.device)
         return self
@@ -107,7 +109,7 @@ def attach(
     model: nn.Module,
     runner: SplitRunner,
     device: torch.device,
-    dtype: torch.dtype,
+    numerics: Numerics,
     loras: PeftLoras | None = None,
 ) -> None:
     """Make ``model`` run ``runner``; also when it is split already."""
@@ -116,7 +118,7 @@ def attach(
     model.__class__ = cast(Any, SplitKind(own.__name__, (SplitModel, own), {"__module__": own.__module__}))
     split = cast(SplitModel, model)
     split.mesh = runner
-    split._mesh_place = (device, dtype)
+    split._mesh_device, split._mesh_numerics = device, numerics
     split._mesh_sequence = ""
     # Compiled as one graph it would be the whole model's; blocks that run here can be compiled.
     vars(split).setdefault("_mesh_compiled", split._compiled_call_impl)
@@ -133,7 +135,7 @@ def detach(model: nn.Module) -> None:
     model.__class__ = own
     redirect_forward(model, SplitModel.forward, own.forward)
     model._compiled_call_impl = vars(model).pop("_mesh_compiled")
-    for name in ("mesh", "_mesh_place", "_mesh_sequence", "_mesh_attention", "_mesh_loras"):
+    for name in ("mesh", "_mesh_device", "_mesh_numerics", "_mesh_sequence", "_mesh_attention", "_mesh_loras"):
         model.__dict__.pop(name, None)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mesh_core.model.adapter import ModelAdapter, Stage
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.shapes import foretell, resolve
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec
@@ -45,7 +46,7 @@ def check_every_cut(
 
     @cache
     def stage_of(span: BlockSpan) -> Stage:
-        return adapter.build_stage(spec, span, WeightReader(header), device=device, dtype=dtype)
+        return adapter.build_stage(spec, span, WeightReader(header), device=device, numerics=Numerics(dtype))
 
     compositions = [(k,) for k in range(spec.blocks + 1)] + [tuple(range(1, spec.blocks))]
     for given in inputs:
@@ -100,7 +101,7 @@ def check_reads_only_its_own(adapter: ModelAdapter, header: CheckpointHeader) ->
     for start in range(spec.blocks):
         span = BlockSpan(start, start + 1)
         reader = WeightReader(header)
-        stage = adapter.build_stage(spec, span, reader, device="cpu", dtype=dtype)
+        stage = adapter.build_stage(spec, span, reader, device="cpu", numerics=Numerics(dtype))
         own = spec.parameters_of(span)
         held = {name for name, p in stage.model.named_parameters() if not p.is_meta}
         assert held == set(own), f"stage {span} holds {sorted(held ^ set(own))} more or less than the spec says"

@@ -86,6 +86,9 @@ class Open(Message, frozen=True):
     """Host to worker: hold this span ready. Answered by any number of `Progress`, then `Opened` or `Failed`.
 
     An open session that is opened again changes its span; only the difference is loaded.
+
+    ``dtype`` is that of the state and of all parameters but ``others``, of which the type is said there by name.
+    ``arithmetic``: how weights are computed with that are not stored as their numbers, by how they are stored.
     """
 
     session: SessionId
@@ -94,6 +97,8 @@ class Open(Message, frozen=True):
     fingerprint: str
     span: SpanEnds
     dtype: str
+    others: dict[Label, str]
+    arithmetic: dict[Label, Label]
     loras: list[LoraUse]
     inputs: CodecsByTensor
     outputs: CodecsByTensor

@@ -9,10 +9,13 @@ import torch
 
 from mesh_codec.base import CodecChoice, DecodeLimits
 from mesh_codec.dtypes import from_name
+from mesh_core import wire
 from mesh_core.crossing.streams import Streams
-from mesh_core.errors import PlanError, WireMalformed
+from mesh_core.errors import CheckpointUnrecognised, PlanError, WireMalformed
 from mesh_core.model.library import Checkpoint
+from mesh_core.model.numerics import Numerics, labels_of
 from mesh_core.model.spans import BlockSpan
+from mesh_core.model.stored import WeightFormat, format_of
 from mesh_core.plugins.registry import Plugins
 
 
@@ -30,7 +33,43 @@ def span_of(checkpoint: Checkpoint, bounds: Sequence[int], *, may_be_empty: bool
     return span
 
 
-def dtype_of(name: str) -> torch.dtype:
+def numerics_of(
+    message: wire.Open,
+    checkpoint: Checkpoint,
+    span: BlockSpan,
+    formats: Mapping[str, WeightFormat],
+    device: torch.device,
+) -> Numerics:
+    """In what a host asks a stage to compute.
+
+    Raises:
+        PlanError: a type that holds whole numbers.
+        CodecUnsupported: a type that does not exist.
+        WireMalformed: a parameter that the stage does not have, or stored weights without a word of how.
+        CheckpointUnrecognised: a way of computing that this machine does not have.
+    """
+    parameters, dtype = checkpoint.spec.parameters_of(span), _dtype_of(message.dtype)
+    for name in message.others:
+        if name not in parameters:
+            raise WireMalformed(f"{name[:80]!r} is no parameter of blocks {span} of {checkpoint.name}.")
+    others = tuple(sorted((name, _dtype_of(other)) for name, other in message.others.items()))
+    labels = labels_of(parameters.values())
+    for label in labels:
+        wanted = message.arithmetic.get(label)
+        if wanted is None:
+            raise WireMalformed(f"Nothing was said of how to compute with {label} weights.")
+        found, kind = format_of(label, formats)
+        possible = found.arithmetics(kind, dtype, device)
+        if wanted not in possible:
+            raise CheckpointUnrecognised(
+                f"The host computes with {label} weights as {wanted[:80]!r}, which cannot be done here; possible: "
+                f"{', '.join(possible) or 'none'}.",
+                hint="the same versions and the same kind of GPU on all machines, or unquantised weights",
+            )
+    return Numerics(dtype, others, tuple((label, message.arithmetic[label]) for label in labels))
+
+
+def _dtype_of(name: str) -> torch.dtype:
     """The type that a stage computes in.
 
     Raises:

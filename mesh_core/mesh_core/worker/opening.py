@@ -17,7 +17,7 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.transport.base import Peer
 from mesh_core.wire import phases
-from mesh_core.worker.agreement import check_crossing, dtype_of, span_of, streams_of
+from mesh_core.worker.agreement import check_crossing, numerics_of, span_of, streams_of
 from mesh_core.worker.bounds import StepBounds, decode_limits
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
@@ -67,7 +67,8 @@ class SessionOpener:
         checkpoint = self.library.find(
             message.family, message.structure, message.fingerprint, progress.phase(phases.CHECKING)
         )
-        span, dtype = span_of(checkpoint, message.span), dtype_of(message.dtype)
+        span = span_of(checkpoint, message.span)
+        numerics = numerics_of(message, checkpoint, span, self.plugins.weight_formats(), device)
         check_crossing(checkpoint, span.start, memory.inputs)
         check_crossing(checkpoint, span.stop, memory.outputs)
         continues = before is not None and before.memory.alike(memory)
@@ -75,14 +76,14 @@ class SessionOpener:
             # Only the connection was lost: the next step is predicted from what was there before.
             memory = before.memory
         loras = self.loras.resolve(message.loras, checkpoint, span)
-        key = StageKey(message.structure, message.fingerprint, span, dtype, set_key(loras))
+        key = StageKey(message.structure, message.fingerprint, span, numerics, set_key(loras))
         loaded = self._acquire(checkpoint, key, progress.phase(phases.LOADING), loras)
         try:
             onward, link = self._follow(message.next, measure=message.options.get("measure") is True)
         except BaseException:
             self.stages.release(loaded)
             raise
-        bounds = StepBounds(checkpoint, span, dtype, device, step_memory)
+        bounds = StepBounds(checkpoint, span, numerics.dtype, device, step_memory)
         session = WorkerSession(message.session, peer.key, peer.route, loaded, checkpoint, memory, bounds, onward)
         self.loras.keep(session, loras)
         self.sessions.put(session)

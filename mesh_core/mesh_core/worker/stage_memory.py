@@ -16,8 +16,9 @@ from mesh_core.loras.apply import PatchedModel
 from mesh_core.model.adapter import Stage
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.pool import ParameterPool
-from mesh_core.model.sizes import span_bytes
+from mesh_core.model.sizes import transient
 from mesh_core.model.spec import ModelSpec
+from mesh_core.model.weights import key_of, moved, pool_key
 from mesh_core.system.config import in_bytes
 from mesh_core.worker.stage_table import StageKey, StageTable
 
@@ -58,11 +59,12 @@ class StageMemory:
         Raises:
             PlanDoesNotFit: the stage is larger than the budget, or than what stages in use leave of it.
         """
-        size = key.dtype.itemsize
+        parameters, numerics = spec.parameters_of(key.span), key.numerics
         # On a GPU, what patched weights were made from moves to host memory when there is no room.
         twice = patched if self.device.type == "cpu" else ()
-        extra = sum(p.elements * size for name, p in spec.parameters_of(key.span).items() if name in twice)
-        needed = span_bytes(spec, key.span, size) + extra
+        extra = transient(parameters)
+        extra += sum(p.elements * numerics.dtype_of(name).itemsize for name, p in parameters.items() if name in twice)
+        needed = sum(numerics.nbytes(name, p) for name, p in parameters.items()) + extra
         if needed > self.budget:
             raise PlanDoesNotFit(
                 f"Blocks {key.span} need {in_bytes(needed)}, this worker offers {in_bytes(self.budget)}.",
@@ -95,38 +97,37 @@ class StageMemory:
 
     def patchable(self, checkpoint: Checkpoint, key: StageKey, stage: Stage) -> PatchedModel:
         """The stage's parameters as LoRAs change them, each counted, and shared again once it is untouched."""
-        model = key.fingerprint
+        model, parameters = key.fingerprint, checkpoint.spec.parameters_of(key.span)
 
         def merged(patched: PatchedModel, name: str, parameter: nn.Parameter) -> None:
-            self.pool.put((model, f"{name} merged {next(self._merges)}", self.device, key.dtype), parameter)
+            self.pool.put(key_of(model, f"{name} merged {next(self._merges)}", parameter), parameter)
             if self.device.type != "cpu" and self.nbytes > self.budget:
-                self.pool.put((model, name, _CPU, key.dtype), patched.park(name))
+                parked = patched.park(name)
+                self.pool.put(key_of(model, name, parked), parked)
 
         def restored(name: str, base: nn.Parameter) -> nn.Parameter:
-            place = (model, name, self.device, key.dtype)
-            shared = self.pool.get(place)
-            if shared is None:
-                shared = nn.Parameter(base.data.to(self.device), requires_grad=False)
-                self.pool.put(place, shared)
+            here = self.pool.get(pool_key(model, name, parameters[name], self.device, key.numerics))
+            shared = moved(base, self.device) if here is None else here
+            self.pool.put(key_of(model, name, shared), shared)
             return shared
 
-        parameters = checkpoint.spec.parameters_of(key.span)
         return PatchedModel(stage.model, parameters, merged=merged, restored=restored)
 
     def _missing(self, spec: ModelSpec, key: StageKey, has: Collection[str]) -> int:
         """Bytes that the stage needs and nobody holds."""
         return sum(
-            p.elements * key.dtype.itemsize
+            key.numerics.nbytes(name, p)
             for name, p in spec.parameters_of(key.span).items()
-            if name not in has and self.pool.get((key.fingerprint, name, self.device, key.dtype)) is None
+            if name not in has and self.pool.get(pool_key(key.fingerprint, name, p, self.device, key.numerics)) is None
         )
 
     def _park(self) -> bool:
         """Move untouched versions of patched weights to host memory; whether there were any on a device."""
-        moved = False
+        any_moved = False
         for key, entry in self._table.items():
             for name, base in list(entry.patched.base.items()):
                 if base.device.type != "cpu":
-                    self.pool.put((key.fingerprint, name, _CPU, key.dtype), entry.patched.park(name))
-                    moved = True
-        return moved
+                    parked = entry.patched.park(name)
+                    self.pool.put(key_of(key.fingerprint, name, parked), parked)
+                    any_moved = True
+        return any_moved

@@ -6,11 +6,10 @@ import threading
 from dataclasses import dataclass, field
 from time import monotonic
 
-import torch
-
 from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.lora import Applied
 from mesh_core.model.adapter import Stage
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.spans import BlockSpan
 
 
@@ -20,13 +19,14 @@ class StageKey:
 
     Attributes:
         structure, fingerprint: see `mesh_core.model.fingerprint`.
+        numerics: in which it computes.
         loras: see `mesh_core.loras.lora.set_key`.
     """
 
     structure: str
     fingerprint: str
     span: BlockSpan
-    dtype: torch.dtype
+    numerics: Numerics
     loras: tuple[tuple[str, float, float], ...] = ()
 
 

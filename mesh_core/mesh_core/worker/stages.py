@@ -82,7 +82,7 @@ class StageStore:
             self.memory.make_room(checkpoint.spec, key, _patched(loras))
             reader = WeightReader(checkpoint.header, model=key.fingerprint, pool=self.memory.pool, progress=progress)
             stage = checkpoint.adapter.build_stage(
-                checkpoint.spec, key.span, reader, device=self.memory.device, dtype=key.dtype
+                checkpoint.spec, key.span, reader, device=self.memory.device, numerics=key.numerics
             )
             self._watch(stage)
             entry = StageEntry(stage, self.memory.patchable(checkpoint, key, stage), users={token})

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import nn
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
 from mesh_core.model.carried import refuse_other_tensors
 from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.claims import refuse_companions
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ParameterSpec, Piece
+from mesh_core.model.stored import StoredTensor
 
 COMPUTED_TYPES = ("BF16", "F16", "F32")
 """The types of weights that stages compute with, as safetensors names them."""
@@ -68,10 +71,11 @@ def describe_parameters(
         if missing:
             raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.")
         dtypes = {info.dtype for info in infos if info is not None}
-        if not dtypes <= set(COMPUTED_TYPES):
+        stored = [info.stored for info in infos if info is not None and info.stored is not None]
+        if len(dtypes) > 1 or not (stored or dtypes <= set(COMPUTED_TYPES)):
             raise CheckpointUnrecognised(
-                f"{header.path} stores {parts[0].tensor} as {min(dtypes)}; this version computes with "
-                f"{', '.join(COMPUTED_TYPES)} only.",
+                f"{header.path} stores {parts[0].tensor} as {' and '.join(sorted(dtypes))}; numbers are read as "
+                f"{', '.join(COMPUTED_TYPES)}, and other types in the formats of docs/reference/weights.md.",
                 hint="a bfloat16 copy of the model, on all machines",
             )
         for piece, info in zip(parts, infos, strict=True):
@@ -79,7 +83,23 @@ def describe_parameters(
             if info is None or info.shape[1:] != shape[1:] or rows > info.shape[0]:
                 raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
         found[name] = ParameterSpec(shape, dtypes.pop(), parts, scope(name))
+        if stored and _is_matrix(model, name):
+            found[name] = _as_stored(found[name], stored)
+    refuse_companions(header, {piece.tensor for p in found.values() for piece in p.pieces})
     return found
+
+
+def _is_matrix(model: nn.Module, parameter: str) -> bool:
+    """Whether it is what a linear layer multiplies with: stages keep it as it is stored. Others are few bytes."""
+    owner, _, leaf = parameter.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(owner), nn.Linear)
+
+
+def _as_stored(spec: ParameterSpec, stored: Sequence[StoredTensor]) -> ParameterSpec:
+    rows = [(s.shape[0] if p.stop is None else p.stop) - p.start for p, s in zip(spec.pieces, stored, strict=True)]
+    nbytes = sum(s.format.nbytes(s, count) for s, count in zip(stored, rows, strict=True))
+    transient = stored[0].format.transient(stored[0].kind, spec.shape, torch.bfloat16)
+    return replace(spec, stored_bytes=nbytes, transient=transient)
 
 
 def invisible_arguments(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,18 @@ import click
 from mesh_codec.base import Codec, CodecChoice, DecodeLimits, Decoder, Encoder, Quality
 from mesh_core import hookimpl
 from mesh_core.hookspecs import Hop, Link, StepStats, WorkerInfo
-from mesh_core.model import BlockSpan, Conditioning, ModelAdapter, ModelSpec, Stage, State
+from mesh_core.model import (
+    BlockSpan,
+    Claim,
+    Conditioning,
+    ModelAdapter,
+    ModelSpec,
+    Parts,
+    Stage,
+    State,
+    StoredTensor,
+    WeightFormat,
+)
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 
 
@@ -64,6 +75,25 @@ class Pigeons(Transport):
         return []
 
 
+class Runes(WeightFormat):
+    name = "runes"
+
+    def claim(self, header: Any) -> Claim:
+        return Claim()
+
+    def in_memory(self, stored: StoredTensor, parts: Parts, start: int, stop: int) -> Any:
+        raise NotImplementedError
+
+    def nbytes(self, stored: StoredTensor, rows: int) -> int:
+        raise NotImplementedError
+
+    def arithmetics(self, kind: str, dtype: Any, device: Any) -> tuple[str, ...]:
+        return ()
+
+    def dequantise(self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: Any, arithmetic: str) -> Any:
+        raise NotImplementedError
+
+
 def note(text: str) -> None:
     with Path(os.environ["MESH_TEST_CALLS"]).open("a", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -82,6 +112,11 @@ def mesh_register_codecs(register: Callable[[Codec], None]) -> None:
 @hookimpl
 def mesh_register_transports(register: Callable[[Transport], None]) -> None:
     register(Pigeons())
+
+
+@hookimpl
+def mesh_register_weight_formats(register: Callable[[WeightFormat], None]) -> None:
+    register(Runes())
 
 
 @hookimpl
