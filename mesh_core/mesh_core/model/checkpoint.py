@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+from mesh_core.model.gguf import read_gguf_header
+from mesh_core.model.gguf_values import MAGIC
 from mesh_core.model.safetensors import (
     MAX_HEADER_BYTES,
+    FileHeader,
     TensorInfo,
     opened,
     read_into,
@@ -36,7 +39,7 @@ class CheckpointHeader:
     Attributes:
         path: the file or folder that the user named.
         tensors: by the name in the file.
-        metadata: the safetensors metadata, of all shards together.
+        metadata: of the files, all shards together: texts by name.
         config: ``config.json`` of a diffusers model folder, else empty.
         pipeline: ``model_index.json`` of a diffusers pipeline folder, else empty.
         folder: of that pipeline: `path`, or where a single file's other components are; None without a pipeline.
@@ -94,14 +97,14 @@ def _in_file(info: TensorInfo) -> Iterable[TensorInfo]:
 def read_header(
     path: str | os.PathLike[str], most: int = MAX_HEADER_BYTES, variant: str | None = None
 ) -> CheckpointHeader:
-    """The header of a .safetensors file, a diffusers model folder, or the transformer of a pipeline folder.
+    """The header of a .safetensors or GGUF file, a diffusers model folder, or the transformer of a pipeline folder.
 
     Args:
         most: bytes of the header of one file that are parsed.
         variant: of a folder's weights, ``fp16`` for example; "" for the plain ones, None for these, or the only ones.
 
     Raises:
-        CheckpointUnrecognised: nothing there, not that variant, or not safetensors.
+        CheckpointUnrecognised: nothing there, not that variant, or neither safetensors nor GGUF.
         CheckpointCorrupt: truncated or damaged; names the file and the reason.
         CheckpointChanged: being written to.
     """
@@ -110,7 +113,7 @@ def read_header(
         return _of_files(path, [path], most)
     if not path.is_dir():
         raise CheckpointUnrecognised(
-            f"There is no checkpoint at {path}.", hint="a .safetensors file, or a folder saved by diffusers"
+            f"There is no checkpoint at {path}.", hint="a .safetensors or .gguf file, or a folder saved by diffusers"
         )
     folder = weights_folder(path)
     files = _weight_files(folder, variant)
@@ -174,12 +177,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_file_header(file: Path, most: int) -> FileHeader:
+    """By content: people rename files."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    return read_gguf_header(file, most) if start == MAGIC else read_safetensors_header(file, most)
+
+
 def _of_files(path: Path, files: list[Path], most: int, **parts: Any) -> CheckpointHeader:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     stamps: dict[Path, FileStamp] = {}
     for file in files:
-        found = read_safetensors_header(file, most)
+        found = _read_file_header(file, most)
         metadata |= found.metadata
         stamps[file] = found.stamp
         doubles = tensors.keys() & found.tensors.keys()
