@@ -42,6 +42,7 @@ class CheckpointHeader:
         metadata: of the files, all shards together: texts by name.
         config: ``config.json`` of a diffusers model folder, else empty.
         pipeline: ``model_index.json`` of a diffusers pipeline folder, else empty.
+        folder: of that pipeline: `path`, or where a single file's other components are; None without a pipeline.
         variant: that was asked for, of a folder that holds several; None for the plain weights.
         stamps: of each file, from when its header was read.
     """
@@ -53,6 +54,7 @@ class CheckpointHeader:
     pipeline: Mapping[str, Any] = field(default_factory=dict)
     stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
     variant: str | None = None
+    folder: Path | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -80,7 +82,7 @@ class CheckpointHeader:
 
     def component(self, name: str) -> Mapping[str, Any]:
         """``config.json`` of a pipeline's component; empty where there is none. Raises as `read_json`."""
-        return read_json(self.path / name / "config.json") if self.pipeline else {}
+        return read_json(self.folder / name / "config.json") if self.folder is not None else {}
 
     def place(self, tensor: str) -> tuple[str, int]:
         """Where a tensor lies, to read several in the order in which they lie on disk."""
@@ -116,7 +118,9 @@ def read_header(
     folder = weights_folder(path)
     files = _weight_files(folder, variant)
     config, pipeline = read_json(folder / "config.json"), read_json(path / "model_index.json")
-    return _of_files(path, files, most, config=config, pipeline=pipeline, variant=variant)
+    return _of_files(
+        path, files, most, config=config, pipeline=pipeline, variant=variant, folder=path if pipeline else None
+    )
 
 
 def weights_folder(path: Path) -> Path:
