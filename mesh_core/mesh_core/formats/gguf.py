@@ -130,9 +130,7 @@ class GgufFormat(WeightFormat):
                 hint="a file that keeps this tensor in F16, BF16 or F32",
             )
         rows = info.shape[0]
-        codes = TensorInfo(
-            info.name, "U8", (rows, _row_bytes(kind, info.shape)), info.file, info.offset, info.nbytes
-        )
+        codes = TensorInfo(info.name, "U8", (rows, _row_bytes(kind, info.shape)), info.file, info.offset, info.nbytes)
         if prod(codes.shape) != info.nbytes:
             raise CheckpointCorrupt(f"{header.path}: {info.name} does not have the size that its shape asks for.")
         return StoredTensor(self, kind, info.shape, {"codes": codes})
