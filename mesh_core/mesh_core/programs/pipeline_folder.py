@@ -100,7 +100,8 @@ def refuse_another_model(checkpoint: Checkpoint) -> None:
     named = header.pipeline.get("transformer")
     listed = {**header.component("transformer"), **({"_class_name": named[1]} if isinstance(named, list) else {})}
     for name, value in {"_class_name": kind, **checkpoint.spec.config}.items():
-        if name in listed and alike(listed[name]) != alike(value):
+        # None stands for what follows from other arguments.
+        if None not in (value, listed.get(name)) and alike(listed[name]) != alike(value):
             raise CheckpointUnrecognised(
                 f"{header.path} is another model than the one in {folder}: {name} is {value!r}, there it is "
                 f"{listed[name]!r}.",
