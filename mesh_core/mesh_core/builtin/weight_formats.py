@@ -18,5 +18,9 @@ class CoreWeightFormats:
     def mesh_register_weight_formats(self, register: Callable[[WeightFormat], None]) -> None:
         """All that the core has."""
         from mesh_core.formats.gguf import GgufFormat
+        from mesh_core.formats.int8 import Int8
+        from mesh_core.formats.mxfp8 import Mxfp8
+        from mesh_core.formats.nvfp4 import Nvfp4
 
-        register(GgufFormat())
+        for format in (GgufFormat(), Int8(), Mxfp8(), Nvfp4()):
+            register(format)
