@@ -28,6 +28,17 @@ SUFFIX = ".comfy_quant"
 _MATMUL: Mapping[str, type] = {"full_precision_matrix_mult": bool}
 """Inputs of such a layer are never quantised, whatever the card can do."""
 
+COMPANIONS = (
+    "scaled_fp8",
+    "comfy_quant",
+    "weight_scale",
+    "weight_scale_2",
+    "scale_weight",
+    "input_scale",
+    "scale_input",
+)
+"""Last parts of the names of tensors that say how a weight beside them is stored, in layouts that the core reads."""
+
 CONFIG = "quantization_config"
 """Of ``config.json``."""
 
