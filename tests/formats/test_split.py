@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.quantise import nvfp4
 from benchmarks.quantise.kinds import WRITERS
 from benchmarks.quantise.original import original
 from mesh_core.builtin import load_plugins
@@ -104,3 +107,16 @@ def test_flux2_and_ltx_too(kind: str, tmp_path: Path, plugins: Plugins) -> None:
         written = WRITERS[kind](tensors, tmp_path / f"{file.stem}-{kind}", checkpoint.header.metadata)
         found = check(written, inputs, plugins, range(checkpoint.spec.blocks))
         assert any(p.stored_bytes for p in found.spec.parameters.values())
+
+
+def test_a_folder_in_nvfp4_as_diffusers_reads_it(folder: Path, plugins: Plugins) -> None:
+    source, target = TRAINED / "transformer", folder / "nvfp4"
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    which = [name for name, t in tensors.items() if "blocks." in name and name.endswith(".weight") and t.dim() == 2]
+    target.mkdir()
+    save_file(nvfp4.quantise_for_diffusers(tensors, which), target / file.name)
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | nvfp4.CONFIG))
+    found = check(target, klein_inputs(), plugins, cuts=(0, 5))
+    assert sum(p.dtype == "nvfp4/E2M1" for p in found.spec.parameters.values()) == len(which)
