@@ -20,18 +20,25 @@ def _gguf(kind: str, tensors: Mapping[str, Tensor], path: Path, metadata: Mappin
     return write_gguf(path.with_suffix(".gguf"), tensors, kind, metadata=metadata)
 
 
-def _comfy(kind: str, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
-    """As ComfyUI writes it: matrices of whole blocks, named in the header."""
+def _safetensors(kind: str, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
+    """Matrices of whole blocks, in one of ComfyUI's formats or Black Forest Labs'; of a plain cast, everything."""
+    import torch
     from safetensors.torch import save_file
 
-    from benchmarks.quantise import int8, mxfp8, nvfp4
+    from benchmarks.quantise import fp8, int8, mxfp8, nvfp4
 
     which = [
         name
         for name, tensor in tensors.items()
         if name.endswith(".weight") and tensor.dim() == 2 and not any(size % 64 for size in tensor.shape)
     ]
+    cast = partial(fp8.fp8_cast, dtype=torch.float8_e5m2 if kind == "fp8-e5m2" else torch.float8_e4m3fn)
     made, notes = {
+        "fp8": lambda tensors, _: (cast(tensors, tensors), {}),
+        "fp8-e5m2": lambda tensors, _: (cast(tensors, tensors), {}),
+        "fp8-scaled": partial(fp8.fp8_scaled, marking="metadata"),
+        "fp8-scaled-old": partial(fp8.fp8_scaled, marking="old", full_precision=True),
+        "fp8-rows": fp8.fp8_rows,
         "nvfp4": nvfp4.quantise,
         "mxfp8": mxfp8.quantise,
         "int8": int8.quantise,
@@ -43,5 +50,18 @@ def _comfy(kind: str, tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
     return file
 
 
+SAFETENSORS_KINDS = (
+    "fp8",
+    "fp8-e5m2",
+    "fp8-scaled",
+    "fp8-scaled-old",
+    "fp8-rows",
+    "nvfp4",
+    "mxfp8",
+    "int8",
+    "int8-rows",
+    "int8-convrot",
+)
+
 WRITERS: dict[str, Writer] = {kind: partial(_gguf, kind) for kind in GGUF_KINDS}
-WRITERS |= {kind: partial(_comfy, kind) for kind in ("nvfp4", "mxfp8", "int8", "int8-rows", "int8-convrot")}
+WRITERS |= {kind: partial(_safetensors, kind) for kind in SAFETENSORS_KINDS}
