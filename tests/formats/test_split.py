@@ -64,7 +64,20 @@ def check(file: Path, inputs: Mapping[str, Any], plugins: Plugins, cuts: Sequenc
     return checkpoint_at(file, plugins)
 
 
-ALIKE = {"Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"}
+ALIKE = {
+    "Q6_K",
+    "Q5_K",
+    "Q5_1",
+    "Q5_0",
+    "Q4_1",
+    "Q4_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q3_K",
+    "Q2_K",
+    "fp8-e5m2",
+    "fp8-scaled-old",
+}
 """Kinds whose rows are cut as those of others of their format are: at some blocks only."""
 
 
