@@ -15,8 +15,7 @@ from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.companions import SCALAR
 from mesh_core.formats.float8 import E4M3, E4M3_MAX, checked_codes, checked_scales
 from mesh_core.formats.markers import bfl_config, marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat, refuse_arithmetic
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat, refuse_arithmetic
 
 DEQUANT = "diffusers/fp8r-dequant"
 """In float32, rounded once."""
@@ -40,7 +39,7 @@ class Fp8RowFormat(WeightFormat):
 
     rows_in_file = frozenset({"codes", "scale"})
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Weights of more than one row that no marker names; of one row, it could be a scale of the whole weight."""
         tensors: dict[str, StoredTensor] = {}
         markers: set[str] = set()

@@ -16,8 +16,7 @@ from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
 from mesh_core.formats.companions import SCALAR, companion
 from mesh_core.formats.float8 import E4M3, E5M2, TYPES
 from mesh_core.formats.markers import marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, StoredTensor, WeightFormat
 
 FULL = "F8_E4M3-full"
 """The kind whose inputs are never quantised."""
@@ -36,7 +35,7 @@ _HINT = "the same model with the markers that ComfyUI writes today, or a bfloat1
 class _Found:
     """What has been claimed so far."""
 
-    def __init__(self, format: WeightFormat, header: CheckpointHeader) -> None:
+    def __init__(self, format: WeightFormat, header: Header) -> None:
         self.format = format
         self.header = header
         self.tensors: dict[str, StoredTensor] = {}
@@ -73,7 +72,7 @@ class _Found:
         self.tensors[weight.name] = StoredTensor(self.format, kind, weight.shape, parts)
 
 
-def claim(format: WeightFormat, header: CheckpointHeader) -> Claim:
+def claim(format: WeightFormat, header: Header) -> Claim:
     """What `Fp8ScaledFormat` takes; of the markers' note all, since formats that the core does not have are refused.
 
     Raises:
@@ -105,11 +104,11 @@ def claim(format: WeightFormat, header: CheckpointHeader) -> Claim:
     return Claim(found.tensors, frozenset(found.markers), marked.metadata)
 
 
-def _layers_with(header: CheckpointHeader, leaf: str) -> Iterable[str]:
+def _layers_with(header: Header, leaf: str) -> Iterable[str]:
     return [name.removesuffix(f".{leaf}") for name in header.tensors if name.endswith(f".{leaf}")]
 
 
-def _old_markers(header: CheckpointHeader) -> dict[str, str]:
+def _old_markers(header: Header) -> dict[str, str]:
     """Their prefixes by name."""
     found = {name: name.removesuffix(_OLD_MARKER) for name in header.tensors if name.rpartition(".")[2] == _OLD_MARKER}
     for name in found:
@@ -121,7 +120,7 @@ def _old_markers(header: CheckpointHeader) -> dict[str, str]:
     return found
 
 
-def _unmarked(header: CheckpointHeader, name: str) -> CheckpointUnrecognised:
+def _unmarked(header: Header, name: str) -> CheckpointUnrecognised:
     return CheckpointUnrecognised(
         f"{header.path} has {name} and no marker that names its format: ComfyUI would compute without this scale.",
         hint=_HINT,

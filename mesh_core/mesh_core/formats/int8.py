@@ -18,8 +18,7 @@ from mesh_core.errors import CheckpointCorrupt
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.companions import SCALAR, claim_layers, companion, matrix, row_scales
 from mesh_core.formats.markers import Option, marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat
 
 KITCHEN = "kitchen/int8-dequant"
 """comfy-kitchen's: in float32, rounded once."""
@@ -41,7 +40,7 @@ class Int8Format(WeightFormat):
 
     name = "int8"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Layers that a marker of ComfyUI calls int8_tensorwise, whether they have one scale or one per row."""
         marked = marked_layers(header)
         layers = {layer: self._stored(header, layer, said.options) for layer, said in marked.of(_MARKER).items()}
@@ -75,7 +74,7 @@ class Int8Format(WeightFormat):
         """The numbers; of rotated ones, twice in float32 besides."""
         return shape[0] * shape[1] * (dtype.itemsize if kind == "I8" else 8 + dtype.itemsize)
 
-    def _stored(self, header: CheckpointHeader, layer: str, options: Mapping[str, Option]) -> StoredTensor:
+    def _stored(self, header: Header, layer: str, options: Mapping[str, Option]) -> StoredTensor:
         codes = matrix(header, f"{layer}.weight", "I8", 1)
         rows, columns = codes.shape
         one, by_rows = SCALAR, ((rows, 1), (rows,))

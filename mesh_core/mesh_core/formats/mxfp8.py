@@ -16,8 +16,7 @@ from mesh_core.formats.blocks import check_block_scales, from_tiles, tiled_shape
 from mesh_core.formats.companions import claim_layers, companion, matrix
 from mesh_core.formats.float8 import E4M3, checked_codes
 from mesh_core.formats.markers import marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat
 
 KITCHEN = "kitchen/mxfp8-dequant"
 """comfy-kitchen's: in float32, rounded once."""
@@ -33,7 +32,7 @@ class Mxfp8Format(WeightFormat):
 
     name = "mxfp8"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Layers that a marker of ComfyUI calls mxfp8."""
         marked = marked_layers(header)
         return claim_layers(header, marked, {layer: self._stored(header, layer) for layer in marked.of(self.name)})
@@ -70,7 +69,7 @@ class Mxfp8Format(WeightFormat):
         count = shape[0] * shape[1]
         return count * dtype.itemsize + count // _BLOCK * 8
 
-    def _stored(self, header: CheckpointHeader, layer: str) -> StoredTensor:
+    def _stored(self, header: Header, layer: str) -> StoredTensor:
         codes = matrix(header, f"{layer}.weight", E4M3, _BLOCK)
         rows, columns = codes.shape
         shape = tiled_shape(rows, columns // _BLOCK)
