@@ -7,6 +7,7 @@ another device or dtype), so the peak of host memory is the stage plus one param
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from mesh_core.model.pool import ParameterPool, PoolKey
 from mesh_core.model.safetensors import TensorInfo, read_into
 from mesh_core.model.spec import ParameterSpec, Piece
 from mesh_core.model.stored_weight import StoredWeight
+from mesh_core.model.tensors import stored_place
+
+_Held = TypeVar("_Held", bound=Tensor)
 
 
 class WeightReader:
@@ -78,7 +82,7 @@ class WeightReader:
                 self._progress(done, total)
 
     def _on(self, device: torch.device, name: str, spec: ParameterSpec, numerics: Numerics) -> nn.Parameter:
-        dtype = numerics.dtype_of(name)
+        dtype = numerics.dtype_of(name, spec)
         if "/" not in spec.dtype:
             data = self.read(spec).to(device, dtype)
         else:
@@ -154,15 +158,17 @@ def _type_of(info: TensorInfo) -> torch.dtype:
     return torch.uint8 if info.dtype == "F8_E8M0" else from_safetensors(info.dtype).torch
 
 
-def moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """The parameter on ``device``; itself if it is there."""
+def moved(parameter: _Held, device: torch.device) -> _Held:
+    """The parameter or buffer on ``device``; itself if it is there."""
+    if parameter.device == device:
+        return parameter
     data = parameter.on(device) if isinstance(parameter, StoredWeight) else parameter.data.to(device)
-    return parameter if parameter.device == device else nn.Parameter(data, requires_grad=False)
+    return cast(_Held, nn.Parameter(data, requires_grad=False) if isinstance(parameter, nn.Parameter) else data)
 
 
 def pool_key(model: str, name: str, spec: ParameterSpec, device: torch.device, numerics: Numerics) -> PoolKey:
     """Under which stages share a parameter of a model, before it is there."""
-    return model, name, device, numerics.dtype_of(name), numerics.arithmetic_of(spec)
+    return model, name, device, numerics.dtype_of(name, spec), numerics.arithmetic_of(spec)
 
 
 def key_of(model: str, name: str, parameter: nn.Parameter) -> PoolKey:
@@ -170,15 +176,14 @@ def key_of(model: str, name: str, parameter: nn.Parameter) -> PoolKey:
     return model, name, parameter.device, parameter.dtype, getattr(parameter, "arithmetic", "")
 
 
-def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put ``parameter`` in the place of the model's parameter ``name``, on whatever device that is.
+def assign(model: nn.Module, name: str, parameter: Tensor) -> None:
+    """Put ``parameter`` in the place of the model's parameter or persistent buffer ``name``, on whatever device it is.
 
     Raises:
         CheckpointCorrupt: another shape.
     """
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    placeholder = owner._parameters[leaf]
+    place, leaf = stored_place(model, name)
+    placeholder = place[leaf]
     if placeholder is None or placeholder.shape != parameter.shape:
         raise CheckpointCorrupt(f"{name} has shape {tuple(parameter.shape)}, the model needs another.")
-    owner._parameters[leaf] = parameter
+    place[leaf] = parameter

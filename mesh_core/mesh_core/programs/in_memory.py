@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,12 @@ from mesh_codec.dtypes import from_torch
 from mesh_codec.errors import CodecUnsupported
 from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.constructing import hashes
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.numerics import Numerics
 from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spans import BlockSpan
+from mesh_core.model.tensors import computed_tensors, emptied, stored_tensors, types_beside
 from mesh_core.model.weights import WeightReader, assign, moved
 from mesh_core.plugins.registry import Plugins
 
@@ -59,9 +62,10 @@ def checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
             more than its class has.
     """
     config = {**model.config, "_class_name": type(model).__name__}  # type: ignore[dict-item]
-    parameters = dict(model.named_parameters())
+    parameters = stored_tensors(model)
     checkpoint = recognise(header_in_memory(parameters, _MEMORY, config), plugins)
     known = {piece.tensor for p in checkpoint.spec.parameters.values() for piece in p.pieces}
+    known |= _computed_by_class(checkpoint)
     for name in (*parameters, *(name for name, _ in model.named_buffers())):
         if name not in known:
             raise CheckpointUnrecognised(
@@ -69,12 +73,37 @@ def checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
                 "compute without it.",
                 hint="the model as it was loaded, or all of it on this machine",
             )
-        if parameters[name].is_meta:
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
             raise CheckpointUnrecognised(
                 f"{name} holds no data: it was moved away, as enable_sequential_cpu_offload() does.",
                 hint="split() before anything is offloaded",
             )
     return checkpoint
+
+
+def numerics_in_memory(numerics: Numerics, model: nn.Module, checkpoint: Checkpoint) -> Numerics:
+    """``numerics`` with the types that a model in memory holds its parameters in, and the tensors beside them.
+
+    Raises:
+        CheckpointUnrecognised: it lacks a tensor that its class computes.
+    """
+    held, names = computed_tensors(model), _computed_by_class(checkpoint)
+    # More than these is what a model that ran keeps of its inputs.
+    for name in sorted(names):
+        if name not in held or held[name].is_meta:
+            raise CheckpointUnrecognised(
+                f"{name}, which a {type(model).__name__} computes when it is made, is not in memory: a part of it was "
+                "replaced.",
+                hint="the model as it was loaded, or all of it on this machine",
+            )
+    computed = tuple(sorted(hashes({name: held[name] for name in names}).items()))
+    return replace(numerics, others=types_beside(stored_tensors(model), numerics.dtype), computed=computed)
+
+
+def _computed_by_class(checkpoint: Checkpoint) -> set[str]:
+    with torch.device("meta"):
+        return set(computed_tensors(checkpoint.adapter.skeleton(checkpoint.spec)))
 
 
 def hold_only(
@@ -88,7 +117,7 @@ def hold_only(
         CheckpointError: what is missing cannot be read.
     """
     wanted = checkpoint.spec.parameters_of(span)
-    parameters = dict(model.named_parameters())
+    parameters = stored_tensors(model)
     missing = {name: spec for name, spec in wanted.items() if parameters[name].is_meta}
     header = checkpoint.header
     if missing:
@@ -97,16 +126,16 @@ def hold_only(
         if name in wanted and not parameter.is_meta:
             assign(model, name, moved(parameter, device))
         elif name not in wanted and header.stamps:
-            assign(model, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+            assign(model, name, emptied(parameter))
         elif name not in wanted:
             assign(model, name, moved(parameter, torch.device("cpu")))
 
 
-def look_loaded(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Have a model of which a part was read answer as if diffusers had loaded all of it in ``dtype``."""
-    for name, parameter in list(model.named_parameters()):
+def look_loaded(model: nn.Module, checkpoint: Checkpoint, numerics: Numerics) -> None:
+    """Have a model of which a part was read answer as if diffusers had loaded all of it in these types."""
+    for name, parameter in stored_tensors(model).items():
         if parameter.is_meta:
-            assign(model, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))
+            assign(model, name, emptied(parameter, numerics.dtype_of(name, checkpoint.spec.parameters[name])))
     header = checkpoint.header
     known = {key: header.config[key] for key in ("_class_name", "_diffusers_version") if key in header.config}
     cast(Any, model).register_to_config(**known, _name_or_path=str(header.path / "transformer"))

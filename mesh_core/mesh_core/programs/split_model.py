@@ -19,6 +19,7 @@ from mesh_core.errors import UnsupportedInput
 from mesh_core.host.runner import SplitRunner
 from mesh_core.model.attention import OPTION, attention_layers, backend_in_use
 from mesh_core.model.numerics import Numerics
+from mesh_core.model.tensors import stored_tensors
 from mesh_core.programs.foreign_parts import mark, unmark
 from mesh_core.programs.model_calls import ModelCalls
 from mesh_core.programs.peft import PeftLoras
@@ -75,8 +76,12 @@ class SplitModel(LoraCalls, ModelCalls):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = fn(torch.empty(0, device=self.device, dtype=self.dtype))
         self.refuse_type(moved.dtype)
-        local = {id(p) for name, p in self.named_parameters() if name in self._local_names()}
-        others = {id(p) for p in self.parameters()} - local
+        held, local = stored_tensors(self), self._local_names()
+        # Others may be of other types, and `to(dtype)` would cast those.
+        for dtype in {t.dtype for t in (*held.values(), *self.buffers())}:
+            if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+                raise self._refusal_of(moved.dtype, "all of it")
+        others = {id(tensor) for name, tensor in held.items() if name not in local}
         cast(Any, super())._apply(lambda t: t if t.is_meta or id(t) in others else fn(t), recurse)
         self._mesh_device = moved.device
         if self.mesh.session is not None:
@@ -86,10 +91,13 @@ class SplitModel(LoraCalls, ModelCalls):
     def refuse_type(self, dtype: torch.dtype) -> None:
         """Refuse to compute in another type than workers do: UnsupportedInput."""
         if dtype != self.dtype:
-            raise UnsupportedInput(
-                f"A split model computes in {self.dtype} on all machines; it cannot become {dtype} here alone.",
-                hint=f"load_pipeline(..., dtype={dtype}), or from_pipe(..., dtype={self.dtype})",
-            )
+            raise self._refusal_of(dtype)
+
+    def _refusal_of(self, dtype: torch.dtype, part: str = "it") -> UnsupportedInput:
+        return UnsupportedInput(
+            f"A split model computes in {self.dtype} on all machines; {part} cannot become {dtype} here alone.",
+            hint=f"load_pipeline(..., dtype={dtype}), or from_pipe(..., dtype={self.dtype})",
+        )
 
     def _local_names(self) -> set[str]:
         return set(self.mesh.checkpoint.spec.parameters_of(self.mesh.plan.local))

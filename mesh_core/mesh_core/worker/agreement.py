@@ -66,7 +66,9 @@ def numerics_of(
                 f"{', '.join(possible) or 'none'}.",
                 hint="the same versions and the same kind of GPU on all machines, or unquantised weights",
             )
-    return Numerics(dtype, others, tuple((label, message.arithmetic[label]) for label in labels))
+    arithmetic = tuple((label, message.arithmetic[label]) for label in labels)
+    computed = None if message.computed is None else tuple(sorted(message.computed.items()))
+    return Numerics(dtype, others, arithmetic, computed)
 
 
 def _dtype_of(name: str) -> torch.dtype:
