@@ -80,7 +80,10 @@ class SplitModel(LoraCalls, ModelCalls):
         # Others may be of other types, and `to(dtype)` would cast those.
         for dtype in {t.dtype for t in (*held.values(), *self.buffers())}:
             if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
-                raise self._refusal_of(moved.dtype, "all of it")
+                raise UnsupportedInput(
+                    f"This model holds {dtype} beside {self.dtype} on all machines; that cannot be cast here alone.",
+                    hint="to(device) without a type; type(pipe)(**pipe.components) for another pipeline; or unsplit()",
+                )
         others = {id(tensor) for name, tensor in held.items() if name not in local}
         cast(Any, super())._apply(lambda t: t if t.is_meta or id(t) in others else fn(t), recurse)
         self._mesh_device = moved.device
@@ -91,13 +94,10 @@ class SplitModel(LoraCalls, ModelCalls):
     def refuse_type(self, dtype: torch.dtype) -> None:
         """Refuse to compute in another type than workers do: UnsupportedInput."""
         if dtype != self.dtype:
-            raise self._refusal_of(dtype)
-
-    def _refusal_of(self, dtype: torch.dtype, part: str = "it") -> UnsupportedInput:
-        return UnsupportedInput(
-            f"A split model computes in {self.dtype} on all machines; {part} cannot become {dtype} here alone.",
-            hint=f"load_pipeline(..., dtype={dtype}), or from_pipe(..., dtype={self.dtype})",
-        )
+            raise UnsupportedInput(
+                f"A split model computes in {self.dtype} on all machines; it cannot become {dtype} here alone.",
+                hint=f"load_pipeline(..., dtype={dtype}), or from_pipe(..., dtype={self.dtype})",
+            )
 
     def _local_names(self) -> set[str]:
         return set(self.mesh.checkpoint.spec.parameters_of(self.mesh.plan.local))
