@@ -17,14 +17,17 @@ from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.constructing import hashes
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.numerics import Numerics
-from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spans import BlockSpan
+from mesh_core.model.stored import TensorInfo
+from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.tensors import computed_tensors, emptied, stored_tensors, types_beside
 from mesh_core.model.weights import WeightReader, assign, moved
 from mesh_core.plugins.registry import Plugins
 
 _MEMORY = Path("(weights in memory)")
 """Stands for the file of a model that diffusers loaded."""
+
+_COMPUTED_IN = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def header_in_memory(
@@ -86,7 +89,8 @@ def numerics_in_memory(numerics: Numerics, model: nn.Module, checkpoint: Checkpo
     """``numerics`` with the types that a model in memory holds its parameters in, and the tensors beside them.
 
     Raises:
-        CheckpointUnrecognised: it lacks a tensor that its class computes.
+        CheckpointUnrecognised: it lacks a tensor that its class computes, or has parameters in other types than models
+            compute in.
     """
     held, names = computed_tensors(model), _computed_by_class(checkpoint)
     # More than these is what a model that ran keeps of its inputs.
@@ -98,7 +102,14 @@ def numerics_in_memory(numerics: Numerics, model: nn.Module, checkpoint: Checkpo
                 hint="the model as it was loaded, or all of it on this machine",
             )
     computed = tuple(sorted(hashes({name: held[name] for name in names}).items()))
-    return replace(numerics, others=types_beside(stored_tensors(model), numerics.dtype), computed=computed)
+    others = types_beside(stored_tensors(model), numerics.dtype)
+    for name, dtype in others:
+        if dtype not in _COMPUTED_IN:
+            raise CheckpointUnrecognised(
+                f"{name} is {dtype} in memory; workers compute in float32, float16 and bfloat16.",
+                hint="the transformer in such a type, for example pipe.transformer.to(torch.bfloat16)",
+            )
+    return replace(numerics, others=others, computed=computed)
 
 
 def _computed_by_class(checkpoint: Checkpoint) -> set[str]:
@@ -124,11 +135,18 @@ def hold_only(
         WeightReader(header).fill(model, missing, device=device, numerics=numerics)
     for name, parameter in parameters.items():
         if name in wanted and not parameter.is_meta:
-            assign(model, name, moved(parameter, device))
+            _move(model, name, parameter, device)
         elif name not in wanted and header.stamps:
             assign(model, name, emptied(parameter))
         elif name not in wanted:
-            assign(model, name, moved(parameter, torch.device("cpu")))
+            _move(model, name, parameter, torch.device("cpu"))
+
+
+def _move(model: nn.Module, name: str, parameter: Tensor, device: torch.device) -> None:
+    if isinstance(parameter, StoredWeight):
+        assign(model, name, moved(parameter, device))
+    else:
+        parameter.data = parameter.data.to(device)
 
 
 def look_loaded(model: nn.Module, checkpoint: Checkpoint, numerics: Numerics) -> None:
@@ -138,4 +156,5 @@ def look_loaded(model: nn.Module, checkpoint: Checkpoint, numerics: Numerics) ->
             assign(model, name, emptied(parameter, numerics.dtype_of(name, checkpoint.spec.parameters[name])))
     header = checkpoint.header
     known = {key: header.config[key] for key in ("_class_name", "_diffusers_version") if key in header.config}
-    cast(Any, model).register_to_config(**known, _name_or_path=str(header.path / "transformer"))
+    source = header.path / "transformer" if header.folder == header.path else header.path
+    cast(Any, model).register_to_config(**known, _name_or_path=str(source))

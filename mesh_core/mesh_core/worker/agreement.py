@@ -11,11 +11,11 @@ from mesh_codec.base import CodecChoice, DecodeLimits
 from mesh_codec.dtypes import from_name
 from mesh_core import wire
 from mesh_core.crossing.streams import Streams
-from mesh_core.errors import CheckpointUnrecognised, PlanError, WireMalformed
+from mesh_core.errors import PlanError, WireMalformed
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.numerics import Numerics, labels_of
 from mesh_core.model.spans import BlockSpan
-from mesh_core.model.stored import WeightFormat, format_of
+from mesh_core.model.stored import WeightFormat, format_of, refuse_arithmetic
 from mesh_core.plugins.registry import Plugins
 
 
@@ -61,11 +61,7 @@ def numerics_of(
         found, kind = format_of(label, formats)
         possible = found.arithmetics(kind, dtype, device)
         if wanted not in possible:
-            raise CheckpointUnrecognised(
-                f"The host computes with {label} weights as {wanted[:80]!r}, which cannot be done here; possible: "
-                f"{', '.join(possible) or 'none'}.",
-                hint="the same versions and the same kind of GPU on all machines, or unquantised weights",
-            )
+            raise refuse_arithmetic(found, kind, wanted, possible)
     arithmetic = tuple((label, message.arithmetic[label]) for label in labels)
     computed = None if message.computed is None else tuple(sorted(message.computed.items()))
     return Numerics(dtype, others, arithmetic, computed)
