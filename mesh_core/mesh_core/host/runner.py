@@ -89,7 +89,8 @@ class SplitRunner:
             )
         if self._patched is None:
             parameters = self.checkpoint.spec.parameters_of(self.plan.local)
-            self._patched = PatchedModel(self.local.model, parameters)
+            beside = self.session is None or self.session.options.numerics.loras_beside
+            self._patched = PatchedModel(self.local.model, parameters, beside=beside)
         try:
             if self.session is not None:
                 self.session.set_loras(loras)

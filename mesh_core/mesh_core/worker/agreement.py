@@ -13,7 +13,7 @@ from mesh_core import wire
 from mesh_core.crossing.streams import Streams
 from mesh_core.errors import CheckpointUnrecognised, PlanError, WireMalformed
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.numerics import Numerics, labels_of
+from mesh_core.model.numerics import LORA, LORA_ARITHMETICS, Numerics, labels_of, with_loras
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.stored import WeightFormat, format_of
 from mesh_core.plugins.registry import Plugins
@@ -53,20 +53,27 @@ def numerics_of(
         if name not in parameters:
             raise WireMalformed(f"{name[:80]!r} is no parameter of blocks {span} of {checkpoint.name}.")
     others = tuple(sorted((name, _dtype_of(other)) for name, other in message.others.items()))
-    labels = labels_of(parameters.values())
-    for label in labels:
-        wanted = message.arithmetic.get(label)
-        if wanted is None:
-            raise WireMalformed(f"Nothing was said of how to compute with {label} weights.")
+    agreed: dict[str, str] = {}
+    for label in labels_of(parameters.values()):
         found, kind = format_of(label, formats)
-        possible = found.arithmetics(kind, dtype, device)
-        if wanted not in possible:
-            raise CheckpointUnrecognised(
-                f"The host computes with {label} weights as {wanted[:80]!r}, which cannot be done here; possible: "
-                f"{', '.join(possible) or 'none'}.",
-                hint="the same versions and the same kind of GPU on all machines, or unquantised weights",
-            )
-    return Numerics(dtype, others, tuple((label, message.arithmetic[label]) for label in labels))
+        agreed[label] = _agreed(f"{label} weights", message, label, found.arithmetics(kind, dtype, device))
+    if not agreed:
+        return Numerics(dtype, others)
+    loras = _agreed("LoRAs on quantised weights", message, LORA, LORA_ARITHMETICS)
+    return Numerics(dtype, others, with_loras(agreed, loras))
+
+
+def _agreed(what: str, message: wire.Open, name: str, possible: Sequence[str]) -> str:
+    wanted = message.arithmetic.get(name)
+    if wanted is None:
+        raise WireMalformed(f"Nothing was said of how to compute with {what}.")
+    if wanted not in possible:
+        raise CheckpointUnrecognised(
+            f"The host computes with {what} as {wanted[:80]!r}, which cannot be done here; possible: "
+            f"{', '.join(possible) or 'none'}.",
+            hint="the same versions and the same kind of GPU on all machines, or unquantised weights",
+        )
+    return wanted
 
 
 def _dtype_of(name: str) -> torch.dtype:

@@ -1,0 +1,125 @@
+"""What LoRAs do to weights that stay as they are stored: beside them, or on the numbers that they have for the moment.
+
+Neither changes what is stored, so another strength is another number and nothing else, and nothing is left of a LoRA
+that is taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from mesh_core.loras.merging import Entry, merge
+from mesh_core.loras.work import Group
+from mesh_core.model.stored_weight import Change, StoredWeight, numbers
+
+Loaded = tuple[Entry, Mapping[str, Tensor]]
+"""A patch, and its tensors by role in their own types."""
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Rows ``start:stop`` of a weight change by ``scaling * up[first : first + stop - start] @ down``."""
+
+    start: int
+    stop: int
+    first: int
+    up: Tensor
+    down: Tensor
+    scaling: float
+
+    def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``up`` [rows, rank] and ``down`` [rank, columns] where and, if they are of 8 bits, as ``like`` is."""
+        up = self.up[self.first : self.first + self.stop - self.start].flatten(1)
+        up, down = (t.to(like.device) for t in (up, self.down.flatten(1)))
+        up, down = (t if t.is_floating_point() and t.itemsize > 1 else t.to(like.dtype) for t in (up, down))
+        return up, down
+
+
+class Beside:
+    """Products of two small matrices, added to what the layer gives: PEFT's arithmetic, types and order."""
+
+    def __init__(self, products: Sequence[_Product]) -> None:
+        self._products = tuple(products)
+
+    def linear(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
+        """See `Change.linear`."""
+        result = weight.linear(x, bias)
+        dtype = result.dtype
+        for product in self._products:
+            up, down = product.factors(result)
+            x = x.to(down.dtype)
+            change = linear(linear(x, down).to(up.dtype), up) * product.scaling
+            if change.shape == result.shape:
+                result = result + change
+            else:
+                result = result.to(torch.promote_types(result.dtype, change.dtype))
+                result[..., product.start : product.stop] += change
+        return result.to(dtype)
+
+    def numbers(self, weight: StoredWeight) -> Tensor:
+        """See `Change.numbers`."""
+        made = weight.dense().to(torch.float32)
+        for product in self._products:
+            up, down = (t.to(torch.float32) for t in product.factors(made))
+            made[product.start : product.stop] += torch.mm(up, down) * product.scaling
+        return made.to(weight.dtype)
+
+
+class OnNumbers:
+    """Patches merged into the numbers in float32, which are rounded once, whenever they are needed.
+
+    Args:
+        name: of the weight.
+        group: the parameters that it is changed with.
+        bases: those, untouched, by name.
+    """
+
+    def __init__(
+        self, name: str, group: frozenset[str], bases: Mapping[str, Tensor], patches: Sequence[Loaded]
+    ) -> None:
+        self._name, self._others = name, group - {name}
+        self._bases, self._patches = bases, tuple(patches)
+
+    def linear(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
+        """See `Change.linear`."""
+        return linear(x, self.numbers(weight).to(x.dtype), bias)
+
+    def numbers(self, weight: StoredWeight) -> Tensor:
+        """See `Change.numbers`."""
+        weights = {self._name: weight.dense().to(torch.float32)}
+        for other in self._others:
+            weights[other] = numbers(self._bases[other]).to(weight.device, torch.float32)
+        for (applied, patch), tensors in self._patches:
+            merge(patch, tensors, applied, weights)
+        return weights[self._name].to(weight.dtype)
+
+
+def change_of(
+    name: str, group: Group, bases: Mapping[str, Tensor], loaded: Sequence[Loaded], *, beside: bool
+) -> Change:
+    """What the patches of a group do to one of its parameters.
+
+    Args:
+        bases: the untouched parameters of the group by name; looked up when they are needed.
+        loaded: all of the group's patches.
+        beside: whether products are computed beside the weight.
+    """
+    if not (beside and group.is_beside(name)):
+        return OnNumbers(name, group.parameters, bases, loaded)
+    return Beside([product for entry in loaded for product in _products(name, *entry)])
+
+
+def _products(name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> list[_Product]:
+    applied, patch = entry
+    up, down, found, first = tensors["up"], tensors["down"], [], 0
+    scaling = applied.strength if patch.alpha is None else applied.strength * patch.alpha / down.shape[0]
+    for rows in patch.target:
+        if rows.parameter == name:
+            found.append(_Product(rows.start, rows.stop, first, up, down, scaling))
+        first += len(rows)
+    return found

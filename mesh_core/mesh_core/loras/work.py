@@ -1,0 +1,85 @@
+"""What a set of LoRAs asks of the parameters of a model: which are changed together, and which of them beside."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mesh_core.errors import LoraError
+from mesh_core.loras.bounds import MOST_PATCHES_AT_ONCE
+from mesh_core.loras.lora import Applied
+from mesh_core.loras.merging import Entry, groups_of
+from mesh_core.loras.patch import Patch
+from mesh_core.loras.tensors import Source
+from mesh_core.model.spec import ParameterSpec
+
+_COPIES = 5
+"""Of the numbers of a group, in float32, that merging holds at once at most: with DoRA by columns."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are changed together.
+
+    Attributes:
+        entries: all patches of one of them, in order.
+    """
+
+    parameters: frozenset[str]
+    entries: tuple[Entry, ...]
+
+    def of(self, name: str) -> list[Entry]:
+        """The patches of one parameter."""
+        return [entry for entry in self.entries if name in entry[1].parameters]
+
+    def is_beside(self, name: str) -> bool:
+        """Whether one parameter's changes are products of two small matrices alone, which leave it as it is."""
+        return all(_is_product(*entry) for entry in self.of(name))
+
+
+def work_of(loras: Sequence[Applied], held: frozenset[str]) -> list[Group]:
+    """What ``loras`` do to the parameters ``held``.
+
+    Raises:
+        LoraError: they join weights of several machines, or there are more patches of one weight than anybody means.
+    """
+    entries = [(a, p) for a in loras for p in a.lora.patches if p.parameters & held]
+    groups = groups_of([p for _, p in entries], held)
+    work: dict[frozenset[str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        work[groups[next(iter(entry[1].parameters))]].append(entry)
+    for group, members in work.items():
+        if len(members) > MOST_PATCHES_AT_ONCE:
+            raise LoraError(
+                f"{len(members)} patches of {min(group)} at once; at most {MOST_PATCHES_AT_ONCE} are accepted.",
+                hint="fewer LoRAs at once",
+            )
+    return [Group(group, tuple(members)) for group, members in work.items()]
+
+
+def sources_beside(work: Sequence[Group], stored: Collection[str]) -> Iterator[Source]:
+    """The tensors that are held on the device because they change parameters which are ``stored``."""
+    for group in work:
+        if group.parameters & frozenset(stored):
+            for _, patch in group.entries:
+                yield from patch.tensors.values()
+
+
+def transient_of(work: Sequence[Group], parameters: Mapping[str, ParameterSpec], *, beside: bool) -> int:
+    """Bytes that computing with changed parameters needs for the moment, of those that stay as they are stored.
+
+    Args:
+        beside: whether products are computed beside them.
+    """
+    most = 0
+    for group in work:
+        stored = [name for name in group.parameters if parameters[name].stored_bytes is not None]
+        if any(not (beside and group.is_beside(name)) for name in stored):
+            most = max(most, _COPIES * 4 * sum(parameters[name].elements for name in group.parameters))
+    return most
+
+
+def _is_product(applied: Applied, patch: Patch) -> bool:
+    plain = patch.algorithm == "lora" and patch.tensors.keys() == {"up", "down"}
+    return plain and patch.narrow is None and applied.strength_model == 1.0
