@@ -143,7 +143,7 @@ class CheckpointError(MeshError):
 class CheckpointUnrecognised(CheckpointError):
     """Raised where there is no checkpoint, or none that an installed adapter computes with."""
 
-    remedy = "a .safetensors file or a folder saved by diffusers, of a family that mesh plugins lists"
+    remedy = "a .safetensors or .gguf file or a folder saved by diffusers, of a family that mesh plugins lists"
 
 
 class CheckpointMismatch(CheckpointError):

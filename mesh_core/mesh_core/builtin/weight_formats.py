@@ -17,3 +17,6 @@ class CoreWeightFormats:
     @hookimpl
     def mesh_register_weight_formats(self, register: Callable[[WeightFormat], None]) -> None:
         """All that the core has."""
+        from mesh_core.formats.gguf import GgufFormat
+
+        register(GgufFormat())

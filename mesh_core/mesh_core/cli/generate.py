@@ -74,6 +74,12 @@ _CALL = ("num_inference_steps", "guidance_scale", "width", "height", "num_frames
     help="In which all machines compute; left out: as the file.",
 )
 @click.option("--variant", default=None, help="Of the weights in MODEL, for example fp16; left out: the plain ones.")
+@click.option(
+    "--components",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder of the pipeline that MODEL, a transformer in a single file, belongs to.",
+)
 @click.option("--stats", "stats_file", type=click.Path(path_type=Path), default=None, help="Write all stats as JSON.")
 def generate(
     model: Path,
@@ -86,7 +92,10 @@ def generate(
     loras: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Make a picture from PROMPT with the pipeline in the folder MODEL, or a video with sound if it makes these."""
+    """Make a picture from PROMPT with the pipeline in the folder MODEL, or a video with sound if it makes these.
+
+    MODEL may be a transformer in a single file, .safetensors or .gguf, with --components.
+    """
     from mesh_core.cli.progress import LoadingLine
     from mesh_core.programs.generate import generate as make
     from mesh_core.programs.media import writable

@@ -20,7 +20,7 @@ from mesh_core.system.terminal import say_json, say_lines
 def inspect(path: Path, memory: str, with_fingerprint: bool, as_json: bool) -> None:
     """Show what a checkpoint is, its blocks and where to cut it.
 
-    PATH is a folder saved by diffusers, or a .safetensors file.
+    PATH is a folder saved by diffusers, or a .safetensors or .gguf file.
     """
     from mesh_core.builtin import installed_plugins
     from mesh_core.model.checkpoint import read_header

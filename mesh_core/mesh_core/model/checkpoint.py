@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+from mesh_core.model.gguf import read_gguf_header
+from mesh_core.model.gguf_values import MAGIC
 from mesh_core.model.safetensors import (
     MAX_HEADER_BYTES,
+    FileHeader,
     TensorInfo,
     opened,
     read_into,
@@ -36,9 +39,10 @@ class CheckpointHeader:
     Attributes:
         path: the file or folder that the user named.
         tensors: by the name in the file.
-        metadata: the safetensors metadata, of all shards together.
+        metadata: of the files, all shards together: texts by name.
         config: ``config.json`` of a diffusers model folder, else empty.
         pipeline: ``model_index.json`` of a diffusers pipeline folder, else empty.
+        folder: of that pipeline: `path`, or where a single file's other components are; None without a pipeline.
         variant: that was asked for, of a folder that holds several; None for the plain weights.
         stamps: of each file, from when its header was read.
     """
@@ -50,6 +54,7 @@ class CheckpointHeader:
     pipeline: Mapping[str, Any] = field(default_factory=dict)
     stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
     variant: str | None = None
+    folder: Path | None = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -77,7 +82,7 @@ class CheckpointHeader:
 
     def component(self, name: str) -> Mapping[str, Any]:
         """``config.json`` of a pipeline's component; empty where there is none. Raises as `read_json`."""
-        return read_json(self.path / name / "config.json") if self.pipeline else {}
+        return read_json(self.folder / name / "config.json") if self.folder is not None else {}
 
     def place(self, tensor: str) -> tuple[str, int]:
         """Where a tensor lies, to read several in the order in which they lie on disk."""
@@ -92,14 +97,14 @@ def _in_file(info: TensorInfo) -> Iterable[TensorInfo]:
 def read_header(
     path: str | os.PathLike[str], most: int = MAX_HEADER_BYTES, variant: str | None = None
 ) -> CheckpointHeader:
-    """The header of a .safetensors file, a diffusers model folder, or the transformer of a pipeline folder.
+    """The header of a .safetensors or GGUF file, a diffusers model folder, or the transformer of a pipeline folder.
 
     Args:
         most: bytes of the header of one file that are parsed.
         variant: of a folder's weights, ``fp16`` for example; "" for the plain ones, None for these, or the only ones.
 
     Raises:
-        CheckpointUnrecognised: nothing there, not that variant, or not safetensors.
+        CheckpointUnrecognised: nothing there, not that variant, or neither safetensors nor GGUF.
         CheckpointCorrupt: truncated or damaged; names the file and the reason.
         CheckpointChanged: being written to.
     """
@@ -108,12 +113,14 @@ def read_header(
         return _of_files(path, [path], most)
     if not path.is_dir():
         raise CheckpointUnrecognised(
-            f"There is no checkpoint at {path}.", hint="a .safetensors file, or a folder saved by diffusers"
+            f"There is no checkpoint at {path}.", hint="a .safetensors or .gguf file, or a folder saved by diffusers"
         )
     folder = weights_folder(path)
     files = _weight_files(folder, variant)
     config, pipeline = read_json(folder / "config.json"), read_json(path / "model_index.json")
-    return _of_files(path, files, most, config=config, pipeline=pipeline, variant=variant)
+    return _of_files(
+        path, files, most, config=config, pipeline=pipeline, variant=variant, folder=path if pipeline else None
+    )
 
 
 def weights_folder(path: Path) -> Path:
@@ -170,12 +177,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_file_header(file: Path, most: int) -> FileHeader:
+    """By content: people rename files."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(len(MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}.") from error
+    return read_gguf_header(file, most) if start == MAGIC else read_safetensors_header(file, most)
+
+
 def _of_files(path: Path, files: list[Path], most: int, **parts: Any) -> CheckpointHeader:
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     stamps: dict[Path, FileStamp] = {}
     for file in files:
-        found = read_safetensors_header(file, most)
+        found = _read_file_header(file, most)
         metadata |= found.metadata
         stamps[file] = found.stamp
         doubles = tensors.keys() & found.tensors.keys()

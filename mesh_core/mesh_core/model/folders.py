@@ -13,7 +13,9 @@ log = logger(__name__)
 MAX_DEPTH = 4
 """How deep below the folder that the user named files are looked for."""
 
-_OTHER_FORMATS = (".gguf", ".ckpt", ".pt", ".pth")
+_GGUF = ".gguf"
+
+_OTHER_FORMATS = (".ckpt", ".pt", ".pth")
 """Weights of formats that are not read: whoever names their folder may expect them, so that they are told."""
 
 
@@ -57,7 +59,7 @@ def find_checkpoints(root: str | os.PathLike[str]) -> Iterator[Path]:
     """Files and folders under ``root`` (itself included) that `read_header` may understand, in sorted order.
 
     Weights of other formats are given too; `read_header` says what they are. Pipeline and model folders are given
-    once, as folders. Links are followed, each real folder once.
+    once, as folders, and GGUF files in them besides. Links are followed, each real folder once.
     """
     root = Path(root)
     if root.is_file():
@@ -65,11 +67,14 @@ def find_checkpoints(root: str | os.PathLike[str]) -> Iterator[Path]:
         return
     for folder, entries, folders in walk(root, links=True):
         names, weights = {entry.name for entry in entries}, safetensors_among(entries)
+        suffixes: tuple[str, ...] = (_GGUF,)
         if "model_index.json" in names or ("config.json" in names and weights):
             folders.clear()
             yield folder
+            weights = []
         else:
-            yield from (e for e in entries if e in weights or (e.suffix.lower() in _OTHER_FORMATS and e.is_file()))
+            suffixes += _OTHER_FORMATS
+        yield from (e for e in entries if e in weights or (e.suffix.lower() in suffixes and e.is_file()))
 
 
 def _inside(entry: Path, home: Path) -> bool:

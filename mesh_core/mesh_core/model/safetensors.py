@@ -119,7 +119,7 @@ def refuse_lfs_pointer(file: Path, start: bytes) -> None:
 
 def _another_format(file: Path, start: bytes) -> CheckpointUnrecognised:
     if start[:4] == b"GGUF":
-        message, hint = "is a GGUF file; quantised GGUF is not read yet", "the .safetensors file of the same model"
+        message, hint = "is a GGUF file, which only holds models", "the .safetensors file of the same content"
     else:
         refuse_lfs_pointer(file, start)
         message, hint = "is not a safetensors file, or its start is damaged", ""

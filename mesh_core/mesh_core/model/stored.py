@@ -161,3 +161,12 @@ def format_of(label: str, formats: Mapping[str, WeightFormat]) -> tuple[WeightFo
             hint="the same packages as on the machine that has them",
         )
     return formats[name], kind
+
+
+def refuse_arithmetic(format: WeightFormat, kind: str, wanted: str, here: Sequence[str]) -> CheckpointUnrecognised:
+    """The error for a way of computing that this machine does not have."""
+    return CheckpointUnrecognised(
+        f"The host computes with {format.name}/{kind} weights as {wanted[:80]!r}, which cannot be done here; possible: "
+        f"{', '.join(here) or 'none'}.",
+        hint="the same versions and the same kind of GPU on all machines, or unquantised weights",
+    )

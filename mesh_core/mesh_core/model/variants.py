@@ -48,7 +48,7 @@ def files_of(folder: Path, variant: str | None) -> list[Path]:
     found = _weights(folder)
     if not found:
         raise CheckpointUnrecognised(
-            f"{folder} holds no .safetensors file.", hint="a .safetensors file, or a folder saved by diffusers"
+            f"{folder} holds no .safetensors file.", hint="a .safetensors or .gguf file, or a folder saved by diffusers"
         )
     if variant is None:
         variant = "" if "" in found or len(found) > 1 else next(iter(found))

@@ -44,7 +44,12 @@ from mesh_core.programs.pipeline_arguments import (
     dtype_of_transformer,
 )
 from mesh_core.programs.pipeline_calls import guard, unwrap, wrap_again
-from mesh_core.programs.pipeline_folder import pipeline_arguments, pipeline_around, pipeline_header
+from mesh_core.programs.pipeline_folder import (
+    pipeline_arguments,
+    pipeline_around,
+    pipeline_header,
+    refuse_another_model,
+)
 from mesh_core.programs.replaced_parts import offloading_hook, refuse_replaced_forward, refuse_replaced_parts
 from mesh_core.programs.same_weights import checkpoint_of, refuse_several_types
 from mesh_core.programs.split_model import SplitModel, attach, detach, model_of
@@ -111,15 +116,17 @@ def load_pipeline(
     dtype: DtypeChoice | None = None,
     torch_dtype: DtypeChoice | None = None,
     variant: str | None = None,
+    components: str | Path | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
     report: ProgressReport | None = None,
     **others: Any,
 ) -> Any:
-    """A diffusers pipeline from a folder, with only the local blocks of its transformer read on this machine.
+    """A diffusers pipeline, with only the local blocks of its transformer read on this machine.
 
     Args:
-        path: a folder that diffusers saved (with ``model_index.json``).
+        path: a folder that diffusers saved (with ``model_index.json``), or a transformer in a single file
+            (.safetensors or .gguf, quantised or not) with the folder of the rest in ``components``.
         local: the host's span, for example ``":12"``, ``":0"`` (nothing) or ``":"`` (everything); None to have the
             cut proposed from what the machines have free.
         workers: addresses in execution order; ``(address, span)`` to say what one runs.
@@ -130,6 +137,7 @@ def load_pipeline(
         dtype: in which the pipeline computes, here and on the workers; by default that of the transformer's file.
         torch_dtype: the same, as diffusers called it.
         variant: of the weights, for example ``"fp16"``.
+        components: the folder of the pipeline that a single file belongs to.
         report: called with an `Activity` while stages load.
         others: as ``DiffusionPipeline.from_pretrained`` takes them, see `mesh_core.programs.pipeline_arguments`.
 
@@ -138,7 +146,8 @@ def load_pipeline(
         CheckpointError, PlanError, TransportError, PluginError: see their hints.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
-    checkpoint = recognise(pipeline_header(path, variant, others), plugins)
+    checkpoint = recognise(pipeline_header(path, variant, others, components), plugins)
+    refuse_another_model(checkpoint)
     named = {**others, "variant": variant} if variant else others
     arguments = pipeline_arguments(checkpoint.header, named, inspect.signature(load_pipeline).parameters)
     loading = _Loading(dtype_choice(dtype, torch_dtype) or file_dtype(checkpoint), arguments)

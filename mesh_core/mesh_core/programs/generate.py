@@ -19,7 +19,7 @@ from mesh_core.programs.pipeline_folder import check_call
 def generate(
     model: Path, prompt: str, wanted: Mapping[str, Any], *, seed: int, output: Path | None, **split: Any
 ) -> tuple[Path, RunStats]:
-    """Load the pipeline in the folder ``model``, call it once, and write what it made.
+    """Load the pipeline ``model``, call it once, and write what it made.
 
     Args:
         wanted: arguments of the pipeline's call that the user set; the others are as the model's authors recommend.
@@ -36,7 +36,8 @@ def generate(
     """
     if (codec := split.get("codec")) is not None:
         (split.get("plugins") or installed_plugins()).codec(codec)
-    file = media.checked_output(output, check_call(model, wanted, variant=split.get("variant")))
+    kind = check_call(model, wanted, variant=split.get("variant"), components=split.get("components"))
+    file = media.checked_output(output, kind)
     pipeline = load_pipeline(model, **split)
     try:
         checkpoint = pipeline.transformer.mesh.checkpoint

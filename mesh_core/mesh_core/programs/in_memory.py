@@ -17,6 +17,7 @@ from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.numerics import Numerics
 from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spans import BlockSpan
+from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.weights import WeightReader, assign, moved
 from mesh_core.plugins.registry import Plugins
 
@@ -95,11 +96,18 @@ def hold_only(
         WeightReader(header).fill(model, missing, device=device, numerics=numerics)
     for name, parameter in parameters.items():
         if name in wanted and not parameter.is_meta:
-            assign(model, name, moved(parameter, device))
+            _move(model, name, parameter, device)
         elif name not in wanted and header.stamps:
             assign(model, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
         elif name not in wanted:
-            assign(model, name, moved(parameter, torch.device("cpu")))
+            _move(model, name, parameter, torch.device("cpu"))
+
+
+def _move(model: nn.Module, name: str, parameter: nn.Parameter, device: torch.device) -> None:
+    if isinstance(parameter, StoredWeight):
+        assign(model, name, moved(parameter, device))
+    else:
+        parameter.data = parameter.data.to(device)
 
 
 def look_loaded(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
@@ -109,4 +117,5 @@ def look_loaded(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype) ->
             assign(model, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))
     header = checkpoint.header
     known = {key: header.config[key] for key in ("_class_name", "_diffusers_version") if key in header.config}
-    cast(Any, model).register_to_config(**known, _name_or_path=str(header.path / "transformer"))
+    source = header.path / "transformer" if header.folder == header.path else header.path
+    cast(Any, model).register_to_config(**known, _name_or_path=str(source))

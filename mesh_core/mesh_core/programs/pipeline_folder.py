@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from packaging.version import Version
 
 from mesh_core.builtin import installed_plugins
 from mesh_core.errors import CheckpointUnrecognised, ConfigError
+from mesh_core.model.adapting.parameters import alike
 from mesh_core.model.checkpoint import CheckpointHeader, read_header, read_json, weights_folder
-from mesh_core.model.library import recognise
+from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.safetensors import refuse_lfs_pointer
 from mesh_core.model.variants import variants
 from mesh_core.plugins.registry import Plugins
@@ -22,17 +25,25 @@ from mesh_core.programs.pipeline_arguments import Dtypes, accepted
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def pipeline_header(path: str | Path, variant: str | None = None, given: Collection[str] = ()) -> CheckpointHeader:
-    """The header of the transformer in a pipeline's folder.
+def pipeline_header(
+    path: str | Path,
+    variant: str | None = None,
+    given: Collection[str] = (),
+    components: str | Path | None = None,
+) -> CheckpointHeader:
+    """The header of the transformer in a pipeline's folder, or of one in a single file for that pipeline.
 
     Args:
         variant: of the weights; as in diffusers, components that do not have it are taken as they are if others do.
         given: components that the user has in memory.
+        components: the folder of the pipeline, where ``path`` is a single file.
 
     Raises:
-        ConfigError: a single file, or a folder that holds no ``model_index.json``.
+        ConfigError: a single file without ``components``, or a folder that holds no ``model_index.json``.
         CheckpointError: see `read_header`; no component has the variant, or one is a pointer of Git LFS.
     """
+    if components is not None:
+        return _file_for(Path(path), Path(components), variant, given)
     folder = Path(path)
     if not folder.exists() and _HUB_NAME.fullmatch(str(path)):
         raise CheckpointUnrecognised(
@@ -47,8 +58,7 @@ def pipeline_header(path: str | Path, variant: str | None = None, given: Collect
     if not header.pipeline and Path(path).is_file():
         raise ConfigError(
             f"{path} is a single file, which holds a transformer alone; text encoders and VAE are needed here too.",
-            hint="the folder of a whole pipeline, saved by diffusers; a single file can be served, inspected, and in a "
-            "script be loaded into a pipeline for split()",
+            hint="components=FOLDER (--components FOLDER), the folder of a whole pipeline saved by diffusers",
         )
     if not header.pipeline:
         raise ConfigError(
@@ -58,6 +68,45 @@ def pipeline_header(path: str | Path, variant: str | None = None, given: Collect
     for part in _parts(folder, ("transformer", *given)):
         _refuse_pointers(part, variant or "")
     return header
+
+
+def _file_for(file: Path, folder: Path, variant: str | None, given: Collection[str]) -> CheckpointHeader:
+    if file.is_dir():
+        raise ConfigError(
+            f"{file} is a folder; components= is for a transformer in a single file.", hint="the folder alone"
+        )
+    pipeline = read_json(folder / "model_index.json")
+    if not pipeline:
+        raise ConfigError(
+            f"{folder} is not a pipeline folder: it has no model_index.json.",
+            hint="the folder that holds vae/ and text_encoder/",
+        )
+    for part in _parts(folder, ("transformer", *given)):
+        _refuse_pointers(part, variant or "")
+    return replace(read_header(file), pipeline=pipeline, folder=folder)
+
+
+def refuse_another_model(checkpoint: Checkpoint) -> None:
+    """Refuse a single file whose model is not that of the pipeline that it is to be a part of.
+
+    Raises:
+        CheckpointUnrecognised: names the first difference, as far as the folder says what its transformer is.
+    """
+    header, folder = checkpoint.header, checkpoint.header.folder
+    if folder is None or folder == header.path:
+        return
+    with torch.device("meta"):
+        kind = type(checkpoint.adapter.skeleton(checkpoint.spec)).__name__
+    named = header.pipeline.get("transformer")
+    listed = {**header.component("transformer"), **({"_class_name": named[1]} if isinstance(named, list) else {})}
+    for name, value in {"_class_name": kind, **checkpoint.spec.config}.items():
+        # None stands for what follows from other arguments.
+        if None not in (value, listed.get(name)) and alike(listed[name]) != alike(value):
+            raise CheckpointUnrecognised(
+                f"{header.path} is another model than the one in {folder}: {name} is {value!r}, there it is "
+                f"{listed[name]!r}.",
+                hint="the folder of the pipeline that the file was made for",
+            )
 
 
 def _parts(folder: Path, left_out: Collection[str] = ()) -> Iterator[list[Path]]:
@@ -83,7 +132,11 @@ def _refuse_pointers(files: Sequence[Path], variant: str) -> None:
 
 
 def check_call(
-    path: str | Path, arguments: Mapping[str, Any], plugins: Plugins | None = None, variant: str | None = None
+    path: str | Path,
+    arguments: Mapping[str, Any],
+    plugins: Plugins | None = None,
+    variant: str | None = None,
+    components: str | Path | None = None,
 ) -> type[Any]:
     """Refuse what the pipeline in the folder ``path`` cannot make, before any weight is read; returns its class.
 
@@ -94,8 +147,9 @@ def check_call(
         ConfigError: an argument that the model does not accept, or a pipeline that diffusers does not have.
         CheckpointError: its transformer is none of an installed family.
     """
-    header = pipeline_header(path, variant)
+    header = pipeline_header(path, variant, components=components)
     checkpoint = recognise(header, plugins or installed_plugins())
+    refuse_another_model(checkpoint)
     checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
     found = _class_of(header)
     known = inspect.signature(found.__call__).parameters
@@ -136,7 +190,7 @@ def pipeline_around(model: Any, header: CheckpointHeader, dtype: Dtypes, argumen
     kind = diffusers.DiffusionPipeline if _custom(header, arguments) else _class_of(header)
     # Renamed in diffusers 0.42.
     typed = {"dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype": dtype}
-    pipeline = kind.from_pretrained(str(header.path), transformer=model, **typed, **arguments)
+    pipeline = kind.from_pretrained(str(header.folder), transformer=model, **typed, **arguments)
     if getattr(pipeline, "transformer", None) is not model:
         raise ConfigError(
             f"{type(pipeline).__name__} does not use the transformer that it is given, so it would not be split.",

@@ -16,7 +16,10 @@ from mesh_core.errors import CheckpointChanged, CheckpointUnrecognised
 from mesh_core.host.runner import SplitRunner
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
+from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.library import Checkpoint
+from mesh_core.model.spec import ParameterSpec
+from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.weights import WeightReader
 
 
@@ -31,7 +34,7 @@ def first_difference(checkpoint: Checkpoint, held: Mapping[str, Tensor], names: 
     reader, parameters = WeightReader(checkpoint.header), checkpoint.spec.parameters
     for name in sorted(names, key=lambda n: checkpoint.header.place(parameters[n].pieces[0].tensor)):
         here = held[name]
-        if not here.is_meta and not _same_bits(reader.read(parameters[name]).to(here.dtype), here.detach()):
+        if not here.is_meta and not _same(reader, parameters[name], here.detach()):
             return name
     return None
 
@@ -69,6 +72,8 @@ def as_it_is_now(checkpoint: Checkpoint, known: str | None) -> Checkpoint:
     header = read_header(checkpoint.header.path, variant=checkpoint.header.variant)
     if header.stamps == checkpoint.header.stamps:
         return checkpoint
+    formats = {t.stored.format for t in checkpoint.header.tensors.values() if t.stored is not None}
+    header = with_stored_weights(header, formats)
     spec = checkpoint.adapter.recognise(header)
     same = spec is not None and fingerprint.structure(spec) == fingerprint.structure(checkpoint.spec)
     if spec is None or not same or (known is not None and fingerprint.of_checkpoint(header, spec) != known):
@@ -85,6 +90,17 @@ def checkpoint_of(runner: SplitRunner) -> Checkpoint:
         return runner.checkpoint
     known = runner.session.identity.fingerprint if runner.session is not None else None
     return as_it_is_now(runner.checkpoint, known)
+
+
+def _same(reader: WeightReader, spec: ParameterSpec, here: Tensor) -> bool:
+    """Stored weights are the same where their parts are."""
+    if "/" not in spec.dtype:
+        return not isinstance(here, StoredWeight) and _same_bits(reader.read(spec).to(here.dtype), here)
+    there = reader.read_stored(spec, here.dtype)
+    if not isinstance(here, StoredWeight):
+        return _same_bits(there.dense(), here)
+    same_parts = here.label == there.label and here.parts.keys() == there.parts.keys()
+    return same_parts and all(_same_bits(part, here.parts[role]) for role, part in there.parts.items())
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

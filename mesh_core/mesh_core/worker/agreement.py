@@ -15,7 +15,7 @@ from mesh_core.errors import CheckpointUnrecognised, PlanError, WireMalformed
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.numerics import LORA, LORA_ARITHMETICS, Numerics, labels_of, with_loras
 from mesh_core.model.spans import BlockSpan
-from mesh_core.model.stored import WeightFormat, format_of
+from mesh_core.model.stored import WeightFormat, format_of, refuse_arithmetic
 from mesh_core.plugins.registry import Plugins
 
 
@@ -56,24 +56,25 @@ def numerics_of(
     agreed: dict[str, str] = {}
     for label in labels_of(parameters.values()):
         found, kind = format_of(label, formats)
-        agreed[label] = _agreed(f"{label} weights", message, label, found.arithmetics(kind, dtype, device))
+        agreed[label] = wanted = _said(message, label)
+        possible = found.arithmetics(kind, dtype, device)
+        if wanted not in possible:
+            raise refuse_arithmetic(found, kind, wanted, possible)
     if not agreed:
         return Numerics(dtype, others)
-    loras = _agreed("LoRAs on quantised weights", message, LORA, LORA_ARITHMETICS)
+    loras = _said(message, LORA)
+    if loras not in LORA_ARITHMETICS:
+        raise CheckpointUnrecognised(
+            f"The host computes LoRAs on quantised weights as {loras[:80]!r}; possible: {', '.join(LORA_ARITHMETICS)}.",
+            hint="the same version of comfyui-mesh on all machines",
+        )
     return Numerics(dtype, others, with_loras(agreed, loras))
 
 
-def _agreed(what: str, message: wire.Open, name: str, possible: Sequence[str]) -> str:
-    wanted = message.arithmetic.get(name)
-    if wanted is None:
-        raise WireMalformed(f"Nothing was said of how to compute with {what}.")
-    if wanted not in possible:
-        raise CheckpointUnrecognised(
-            f"The host computes with {what} as {wanted[:80]!r}, which cannot be done here; possible: "
-            f"{', '.join(possible) or 'none'}.",
-            hint="the same versions and the same kind of GPU on all machines, or unquantised weights",
-        )
-    return wanted
+def _said(message: wire.Open, label: str) -> str:
+    if label not in message.arithmetic:
+        raise WireMalformed(f"Nothing was said of how to compute with {label} weights.")
+    return message.arithmetic[label]
 
 
 def _dtype_of(name: str) -> torch.dtype:

@@ -105,10 +105,11 @@ def _as_stored(spec: ParameterSpec, stored: Sequence[StoredTensor]) -> Parameter
 def invisible_arguments(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The arguments of a model class that `ModelSpec.invisible` is to have, equal for equal meaning: files write 1000
     and 1000.0, lists and tuples."""
-    return {name: _alike(config[name]) for name in names}
+    return {name: alike(config[name]) for name in names}
 
 
-def _alike(value: Any) -> Any:
+def alike(value: Any) -> Any:
+    """``value`` such that equal meanings are equal: lists for tuples, floats for whole numbers."""
     if isinstance(value, (list, tuple)):
-        return [_alike(item) for item in value]
+        return [alike(item) for item in value]
     return float(value) if isinstance(value, (int, float)) else value
