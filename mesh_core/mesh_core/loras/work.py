@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from mesh_core.errors import LoraError
+from mesh_core.loras.algorithms import ALGORITHMS
 from mesh_core.loras.bounds import MOST_PATCHES_AT_ONCE
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.merging import Entry, groups_of
 from mesh_core.loras.patch import Patch
 from mesh_core.loras.tensors import Source
 from mesh_core.model.spec import ParameterSpec
-
-_COPIES = 5
-"""Of the numbers of a group, in float32, that merging holds at once at most: with DoRA by columns."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,19 @@ def transient_of(work: Sequence[Group], parameters: Mapping[str, ParameterSpec],
     for group in work:
         stored = [name for name in group.parameters if parameters[name].stored_bytes is not None]
         if any(not (beside and group.is_beside(name)) for name in stored):
-            most = max(most, _COPIES * 4 * sum(parameters[name].elements for name in group.parameters))
+            most = max(most, *(_while_merging(entry, group, parameters) for entry in group.entries))
     return most
+
+
+def _while_merging(entry: Entry, group: Group, parameters: Mapping[str, ParameterSpec]) -> int:
+    """Bytes that merging one patch holds at most: float32 numbers of the whole group, and of what it changes more."""
+    applied, patch = entry
+    algorithm = ALGORITHMS[patch.algorithm]
+    copies = algorithm.most_copies(patch.tensors) - 1
+    copies += (applied.strength_model != 1.0) + (len(patch.target) > 1) + (patch.narrow is not None)
+    held = sum(parameters[name].elements for name in group.parameters)
+    held += copies * sum(parameters[name].elements for name in patch.parameters)
+    return 4 * (held + algorithm.most_of_tensors * sum(prod(source.shape) for source in patch.tensors.values()))
 
 
 def _is_product(applied: Applied, patch: Patch) -> bool:
