@@ -50,7 +50,7 @@ def split(
     stage = checkpoint.adapter.build_stage(
         checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device="cpu", numerics=options.numerics
     )
-    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
     try:
         yield runner
     finally:

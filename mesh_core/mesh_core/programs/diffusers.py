@@ -166,7 +166,8 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
     try:
         stage = _read_stage(wish, placement.plan.local)
         look_loaded(stage.model, checkpoint, options.dtype)
-        attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.numerics)
+        runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
+        attach(stage.model, runner, options.device, options.numerics)
         pipeline = pipeline_around(stage.model, checkpoint.header, loading.dtype, loading.arguments)
         pipeline = pipeline.to(options.device)
         guard(pipeline)
@@ -224,7 +225,7 @@ def split(
         put_back(pipeline, taken)
         raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
-    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
     attach(model, runner, torch.device(model.device), options.numerics, wanted)
     unwrap(pipeline)
     guard(pipeline)
