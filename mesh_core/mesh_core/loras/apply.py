@@ -17,12 +17,15 @@ from mesh_core.loras.device_tensors import hold_on
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.merging import merge
 from mesh_core.loras.patch import Patch
-from mesh_core.loras.stored_changes import change_of
+from mesh_core.loras.stored_changes import Loaded, OnNumbers, beside
 from mesh_core.loras.tensors import check_finite
 from mesh_core.loras.work import Group, work_of
 from mesh_core.model.pool import ParameterPool
-from mesh_core.model.stored_weight import StoredWeight, numbers
+from mesh_core.model.stored_weight import Change, StoredWeight, numbers
 from mesh_core.model.weights import assign, moved
+
+_Key = tuple[int, torch.device | None, torch.dtype | None]
+"""Which patch, where its tensors are held, None for nowhere in particular, and in which type, None for their own."""
 
 
 class PatchedModel:
@@ -51,7 +54,8 @@ class PatchedModel:
         self._merged, self._restored = merged, restored
         self._beside, self._pool = beside, pool or ParameterPool()
         self._base: dict[str, nn.Parameter] = {}
-        self._loaded: dict[tuple[int, torch.device | None], tuple[Patch, dict[str, Tensor]]] = {}
+        self._loaded: dict[_Key, tuple[Patch, dict[str, Tensor]]] = {}
+        self._used: set[_Key] = set()
         self._owners: dict[str, tuple[nn.Module, str]] = {}
 
     @property
@@ -89,6 +93,7 @@ class PatchedModel:
                 are more patches of one weight than anybody means.
         """
         work = work_of(loras, self.parameters)
+        self._used.clear()
         patched = {name for group in work for name in group.parameters}
         for name in self._base.keys() - patched:
             check()
@@ -97,8 +102,7 @@ class PatchedModel:
             for group in work:
                 check()
                 self._change(group)
-        used = {id(p) for group in work for _, p in group.entries}
-        self._loaded = {key: kept for key, kept in self._loaded.items() if key[0] in used}
+        self._loaded = {key: kept for key, kept in self._loaded.items() if key in self._used}
         return len(patched)
 
     def _restore(self, name: str) -> None:
@@ -117,24 +121,38 @@ class PatchedModel:
             if isinstance(base, StoredWeight):
                 self._base[name] = moved(base, parameter.device)
         stored = [name for name in here if isinstance(self._base[name], StoredWeight)]
-        # What is merged is used once; what is computed with at every step has to be where that is done.
-        device = here[stored[0]].device if stored else None
-        loaded = [(entry, self._tensors(entry[1], device)) for entry in group.entries]
-        if len(stored) < len(here):
-            weights: dict[str, Tensor] = {}
-            for name, parameter in here.items():
-                # One after the other: both at once would convert in host memory, and send twice the bytes.
-                weights[name] = numbers(moved(self._base[name], parameter.device)).to(torch.float32)
-            for (applied, patch), held in loaded:
-                merge(patch, held, applied, weights)
-            for name in here.keys() - set(stored):
-                made = nn.Parameter(weights[name].to(here[name].dtype), requires_grad=False)
-                self._assign(name, made)
-                self._merged(self, name, made)
-        for name in stored:
-            change = change_of(name, group, self._base, loaded, beside=self._beside)
-            changed = cast(StoredWeight, self._base[name]).changed_by(change)
-            self._assign(name, nn.Parameter(changed, requires_grad=False))
+        products = [name for name in stored if self._beside and group.is_beside(name)]
+        for name in products:
+            weight = self._base[name]
+            loaded = [(e, self._tensors(e[1], weight.device, weight.dtype)) for e in group.of(name)]
+            self._change_stored(name, beside(name, loaded))
+        if len(products) == len(here):
+            return
+        # What is merged now is used once; what is merged at every step has to be where that is done.
+        merged = [name for name in stored if name not in products]
+        device = here[merged[0]].device if merged else None
+        loaded = [(e, self._tensors(e[1], device)) for e in group.entries]
+        for name in merged:
+            self._change_stored(name, OnNumbers(name, group.parameters, self._base, loaded))
+        plain = [name for name in here if name not in stored]
+        if plain:
+            self._merge(here, plain, loaded)
+
+    def _change_stored(self, name: str, change: Change) -> None:
+        changed = cast(StoredWeight, self._base[name]).changed_by(change)
+        self._assign(name, nn.Parameter(changed, requires_grad=False))
+
+    def _merge(self, here: Mapping[str, nn.Parameter], plain: Sequence[str], loaded: Sequence[Loaded]) -> None:
+        weights: dict[str, Tensor] = {}
+        for name, parameter in here.items():
+            # One after the other: both at once would convert in host memory, and send twice the bytes.
+            weights[name] = numbers(moved(self._base[name], parameter.device)).to(torch.float32)
+        for (applied, patch), tensors in loaded:
+            merge(patch, tensors, applied, weights)
+        for name in plain:
+            made = nn.Parameter(weights[name].to(here[name].dtype), requires_grad=False)
+            self._assign(name, made)
+            self._merged(self, name, made)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         """The module that has the parameter, and its name there."""
@@ -154,18 +172,23 @@ class PatchedModel:
         owner, leaf = self._owner(name)
         assign(owner, leaf, parameter)
 
-    def _tensors(self, patch: Patch, device: torch.device | None) -> Mapping[str, Tensor]:
-        known = self._loaded.get((id(patch), device))
+    def _tensors(
+        self, patch: Patch, device: torch.device | None, dtype: torch.dtype | None = None
+    ) -> Mapping[str, Tensor]:
+        """Of a patch by role: held on ``device``; as they are loaded if it is None."""
+        key = id(patch), device, dtype
+        self._used.add(key)
+        known = self._loaded.get(key)
         if known is None:
             tensors: dict[str, Tensor] = {}
             for role, source in patch.tensors.items():
                 what = f"The LoRA tensor {role} for {patch.target[0].parameter}"
                 if device is not None:
-                    tensors[role] = hold_on(device, source, self._pool, what)
+                    tensors[role] = hold_on(device, (source, dtype), self._pool, what)
                 else:
                     tensors[role] = source.load()
                     check_finite(tensors[role], what)
-            known = self._loaded[id(patch), device] = (patch, tensors)
+            known = self._loaded[key] = (patch, tensors)
         return known[1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import nn
 
@@ -9,24 +11,34 @@ from mesh_codec.dtypes import from_safetensors
 from mesh_core.loras.tensors import Source, check_finite
 from mesh_core.model.pool import ParameterPool, PoolKey
 
+Held = tuple[Source, torch.dtype | None]
+"""A LoRA's tensor, and in which type it is held; None for its own."""
 
-def key_on(device: torch.device, source: Source) -> PoolKey:
+
+def key_on(device: torch.device, held: Held) -> PoolKey:
     """Under which a LoRA's tensor is shared. May have to read its file, once."""
-    name = f"{source.digest()} {list(source.shape)}"
-    return "lora", name, device, from_safetensors(source.dtype).torch, ""
+    source, dtype = held
+    name = f"{source.digest()} {source.dtype} {list(source.shape)}"
+    return "lora", name, device, dtype or from_safetensors(source.dtype).torch, ""
 
 
-def hold_on(device: torch.device, source: Source, pool: ParameterPool, what: str) -> nn.Parameter:
-    """The tensor in its own type on ``device``: that in ``pool``, which has it from then on.
+def bytes_of(held: Held) -> int:
+    """What it takes."""
+    source, dtype = held
+    return source.nbytes if dtype is None else prod(source.shape) * dtype.itemsize
+
+
+def hold_on(device: torch.device, held: Held, pool: ParameterPool, what: str) -> nn.Parameter:
+    """The tensor on ``device``: that in ``pool``, which has it from then on.
 
     Raises:
         LoraError: the file changed, or ``what`` holds values that are not finite.
     """
-    key = key_on(device, source)
-    held = pool.get(key)
-    if held is None:
-        tensor = source.load()
+    key = key_on(device, held)
+    found = pool.get(key)
+    if found is None:
+        tensor = held[0].load()
         check_finite(tensor, what)
-        held = nn.Parameter(tensor.to(device), requires_grad=False)
-        pool.put(key, held)
-    return held
+        found = nn.Parameter(tensor.to(device).to(key[3]), requires_grad=False)
+        pool.put(key, found)
+    return found

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mesh_core.loras.merging import Entry, merge
-from mesh_core.loras.work import Group
-from mesh_core.model.stored_weight import Change, StoredWeight, numbers
+from mesh_core.model.stored_weight import StoredWeight, numbers
 
 Loaded = tuple[Entry, Mapping[str, Tensor]]
-"""A patch, and its tensors by role in their own types."""
+"""A patch, and its tensors by role."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,10 @@ class _Product:
     down: Tensor
     scaling: float
 
-    def factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """``up`` [rows, rank] and ``down`` [rank, columns] where and, if they are of 8 bits, as ``like`` is."""
-        up = self.up[self.first : self.first + self.stop - self.start].flatten(1)
-        up, down = (t.to(like.device) for t in (up, self.down.flatten(1)))
-        up, down = (t if t.is_floating_point() and t.itemsize > 1 else t.to(like.dtype) for t in (up, down))
-        return up, down
+    def factors(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``up`` [rows, rank] and ``down`` [rank, columns]."""
+        up = self.up[self.first : self.first + self.stop - self.start]
+        return up.flatten(1).to(device), self.down.flatten(1).to(device)
 
 
 class Beside:
@@ -51,9 +48,9 @@ class Beside:
         result = weight.linear(x, bias)
         dtype = result.dtype
         for product in self._products:
-            up, down = product.factors(result)
+            up, down = product.factors(x.device)
             x = x.to(down.dtype)
-            change = linear(linear(x, down).to(up.dtype), up) * product.scaling
+            change = linear(linear(x, down), up) * product.scaling
             if change.shape == result.shape:
                 result = result + change
             else:
@@ -65,7 +62,7 @@ class Beside:
         """See `Change.numbers`."""
         made = weight.dense().to(torch.float32)
         for product in self._products:
-            up, down = (t.to(torch.float32) for t in product.factors(made))
+            up, down = (t.to(torch.float32) for t in product.factors(made.device))
             made[product.start : product.stop] += torch.mm(up, down) * product.scaling
         return made.to(weight.dtype)
 
@@ -76,7 +73,8 @@ class OnNumbers:
     Args:
         name: of the weight.
         group: the parameters that it is changed with.
-        bases: those, untouched, by name.
+        bases: those, untouched, by name; looked up when they are needed.
+        patches: all of the group's, with tensors in their own types.
     """
 
     def __init__(
@@ -99,18 +97,12 @@ class OnNumbers:
         return weights[self._name].to(weight.dtype)
 
 
-def change_of(
-    name: str, group: Group, bases: Mapping[str, Tensor], loaded: Sequence[Loaded], *, beside: bool
-) -> Change:
-    """What the patches of a group do to one of its parameters.
+def beside(name: str, loaded: Sequence[Loaded]) -> Beside:
+    """What patches of a parameter that are all products do to it.
 
     Args:
-        bases: the untouched parameters of the group by name; looked up when they are needed.
-        loaded: all of the group's patches.
-        beside: whether products are computed beside the weight.
+        loaded: with tensors in the type of the parameter's numbers.
     """
-    if not (beside and group.is_beside(name)):
-        return OnNumbers(name, group.parameters, bases, loaded)
     return Beside([product for entry in loaded for product in _products(name, *entry)])
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+
+import torch
 
 from mesh_core.errors import LoraError
 from mesh_core.loras.algorithms import ALGORITHMS
 from mesh_core.loras.bounds import MOST_PATCHES_AT_ONCE
+from mesh_core.loras.device_tensors import Held
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.merging import Entry, groups_of
 from mesh_core.loras.patch import Patch
-from mesh_core.loras.tensors import Source
 from mesh_core.model.spec import ParameterSpec
 
 
@@ -57,12 +59,20 @@ def work_of(loras: Sequence[Applied], held: frozenset[str]) -> list[Group]:
     return [Group(group, tuple(members)) for group, members in work.items()]
 
 
-def sources_beside(work: Sequence[Group], stored: Collection[str]) -> Iterator[Source]:
-    """The tensors that are held on the device because they change parameters which are ``stored``."""
+def held_beside(work: Sequence[Group], stored: Mapping[str, torch.dtype], *, beside: bool) -> Iterator[Held]:
+    """The tensors that are held on the device because they change parameters which are stored.
+
+    Args:
+        stored: those parameters, with the type of their numbers, which products of theirs are computed in as in PEFT.
+        beside: whether products are computed beside them.
+    """
     for group in work:
-        if group.parameters & frozenset(stored):
-            for _, patch in group.entries:
-                yield from patch.tensors.values()
+        names = group.parameters & stored.keys()
+        merged = [name for name in names if not (beside and group.is_beside(name))]
+        if merged:
+            yield from ((source, None) for _, patch in group.entries for source in patch.tensors.values())
+        for name in names.difference(merged):
+            yield from ((source, stored[name]) for _, patch in group.of(name) for source in patch.tensors.values())
 
 
 def transient_of(work: Sequence[Group], parameters: Mapping[str, ParameterSpec], *, beside: bool) -> int:

@@ -13,12 +13,12 @@ from torch import nn
 
 from mesh_core.errors import PlanDoesNotFit
 from mesh_core.loras.apply import PatchedModel
-from mesh_core.loras.device_tensors import key_on
+from mesh_core.loras.device_tensors import Held, bytes_of, key_on
 from mesh_core.loras.lora import Applied
-from mesh_core.loras.tensors import Source
-from mesh_core.loras.work import Group, sources_beside, transient_of, work_of
+from mesh_core.loras.work import Group, held_beside, transient_of, work_of
 from mesh_core.model.adapter import Stage
 from mesh_core.model.library import Checkpoint
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.pool import ParameterPool, PoolKey
 from mesh_core.model.sizes import transient
 from mesh_core.model.spec import ModelSpec, ParameterSpec
@@ -67,14 +67,14 @@ class StageMemory:
         """
         parameters, numerics = spec.parameters_of(key.span), key.numerics
         work = work_of(loras, frozenset(parameters))
-        beside = self._beside(work, parameters)
+        beside = self._beside(work, parameters, numerics)
         extra = max(transient(parameters), transient_of(work, parameters, beside=numerics.loras_beside))
         if self.device.type == "cpu":
             # On a GPU, what weights were merged from moves to host memory when there is no room.
             twice = {name for group in work for name in group.parameters if name not in has}
             extra += sum(numerics.nbytes(n, parameters[n]) for n in twice if parameters[n].stored_bytes is None)
         needed = sum(numerics.nbytes(name, p) for name, p in parameters.items()) + extra
-        needed += sum(source.nbytes for source in beside.values())
+        needed += sum(bytes_of(held) for held in beside.values())
         if needed > self.budget:
             raise PlanDoesNotFit(
                 f"Blocks {key.span} need {in_bytes(needed)}, this worker offers {in_bytes(self.budget)}.",
@@ -124,14 +124,17 @@ class StageMemory:
         beside = key.numerics.loras_beside
         return PatchedModel(stage.model, parameters, beside=beside, pool=self.pool, merged=merged, restored=restored)
 
-    def _beside(self, work: Sequence[Group], parameters: Mapping[str, ParameterSpec]) -> dict[PoolKey, Source]:
+    def _beside(
+        self, work: Sequence[Group], parameters: Mapping[str, ParameterSpec], numerics: Numerics
+    ) -> dict[PoolKey, Held]:
         """The tensors of LoRAs that have to be here, by what they are shared under."""
-        stored = [name for name, p in parameters.items() if p.stored_bytes is not None]
-        return {key_on(self.device, source): source for source in sources_beside(work, stored)}
+        stored = {n: numerics.dtype_of(n) for n, p in parameters.items() if p.stored_bytes is not None}
+        wanted = held_beside(work, stored, beside=numerics.loras_beside)
+        return {key_on(self.device, held): held for held in wanted}
 
-    def _missing(self, spec: ModelSpec, key: StageKey, has: Collection[str], beside: Mapping[PoolKey, Source]) -> int:
+    def _missing(self, spec: ModelSpec, key: StageKey, has: Collection[str], beside: Mapping[PoolKey, Held]) -> int:
         """Bytes that the stage needs and nobody holds."""
-        loras = sum(source.nbytes for shared, source in beside.items() if self.pool.get(shared) is None)
+        loras = sum(bytes_of(held) for shared, held in beside.items() if self.pool.get(shared) is None)
         return loras + sum(
             key.numerics.nbytes(name, p)
             for name, p in spec.parameters_of(key.span).items()
