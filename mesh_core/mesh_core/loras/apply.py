@@ -17,7 +17,7 @@ from mesh_core.loras.device_tensors import hold_on
 from mesh_core.loras.lora import Applied
 from mesh_core.loras.merging import merge
 from mesh_core.loras.patch import Patch
-from mesh_core.loras.stored_changes import Loaded, OnNumbers, beside
+from mesh_core.loras.stored_changes import OnNumbers, WithTensors, beside
 from mesh_core.loras.tensors import check_finite
 from mesh_core.loras.work import Group, work_of
 from mesh_core.model.pool import ParameterPool
@@ -142,7 +142,7 @@ class PatchedModel:
         changed = cast(StoredWeight, self._base[name]).changed_by(change)
         self._assign(name, nn.Parameter(changed, requires_grad=False))
 
-    def _merge(self, here: Mapping[str, nn.Parameter], plain: Sequence[str], loaded: Sequence[Loaded]) -> None:
+    def _merge(self, here: Mapping[str, nn.Parameter], plain: Sequence[str], loaded: Sequence[WithTensors]) -> None:
         weights: dict[str, Tensor] = {}
         for name, parameter in here.items():
             # One after the other: both at once would convert in host memory, and send twice the bytes.

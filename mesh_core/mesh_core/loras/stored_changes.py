@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from mesh_core.loras.merging import Entry, merge
 from mesh_core.model.stored_weight import StoredWeight, numbers
 
-Loaded = tuple[Entry, Mapping[str, Tensor]]
+WithTensors = tuple[Entry, Mapping[str, Tensor]]
 """A patch, and its tensors by role."""
 
 
@@ -78,7 +78,7 @@ class OnNumbers:
     """
 
     def __init__(
-        self, name: str, group: frozenset[str], bases: Mapping[str, Tensor], patches: Sequence[Loaded]
+        self, name: str, group: frozenset[str], bases: Mapping[str, Tensor], patches: Sequence[WithTensors]
     ) -> None:
         self._name, self._others = name, group - {name}
         self._bases, self._patches = bases, tuple(patches)
@@ -97,7 +97,7 @@ class OnNumbers:
         return weights[self._name].to(weight.dtype)
 
 
-def beside(name: str, loaded: Sequence[Loaded]) -> Beside:
+def beside(name: str, loaded: Sequence[WithTensors]) -> Beside:
     """What patches of a parameter that are all products do to it.
 
     Args:
