@@ -12,6 +12,7 @@ from torch import Tensor
 from mesh_core.errors import CheckpointCorrupt
 from mesh_core.formats import float8
 from mesh_core.formats.arithmetic import in_type, way_and_type
+from mesh_core.formats.companions import SCALAR
 from mesh_core.formats.float8 import E4M3, E4M3_MAX, checked_codes, checked_scales
 from mesh_core.formats.markers import bfl_config, marked_layers
 from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat, refuse_arithmetic
@@ -60,7 +61,7 @@ class Fp8RowFormat(WeightFormat):
                 )
             tensors[weight.name] = StoredTensor(self, E4M3, weight.shape, {"codes": weight, "scale": scale})
             inputs = header.tensors.get(f"{layer}.input_scale")
-            if inputs is not None and inputs.dtype == "F32" and inputs.shape in ((), (1,)):
+            if inputs is not None and inputs.dtype == "F32" and inputs.shape in SCALAR:
                 # diffusers leaves it aside.
                 markers.add(inputs.name)
         return Claim(tensors, frozenset(markers), config=bfl_config(header)) if tensors else Claim()

@@ -142,7 +142,10 @@ def marked_layers(header: Header) -> Marked:
         tensors[layer] = name
     for layer in layers:
         if f"{layer}.weight" not in header.tensors:
-            raise CheckpointCorrupt(f"{header.path} says how {layer[:200]!r} is stored, and has no such weight.")
+            raise CheckpointCorrupt(
+                f"{header.path} says how {layer[:200]!r} is stored, and has no such weight.",
+                hint="a file whose markers name its layers as its tensors are named, prefix included",
+            )
     return Marked(layers, tensors, frozenset() if note is None else frozenset({NOTE}))
 
 

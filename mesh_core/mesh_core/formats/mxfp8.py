@@ -28,7 +28,7 @@ _FRACTION_BITS = 23
 
 
 class Mxfp8Format(WeightFormat):
-    """One kind, ``E4M3``."""
+    """One kind, ``F8_E4M3``."""
 
     name = "mxfp8"
 
@@ -51,7 +51,7 @@ class Mxfp8Format(WeightFormat):
 
     def arithmetics(self, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
         """comfy-kitchen's dequantisation, everywhere. Matrix units for these numbers are not used."""
-        return in_type((KITCHEN,), dtype) if kind == "E4M3" else ()
+        return in_type((KITCHEN,), dtype) if kind == E4M3 else ()
 
     def dequantise(
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
@@ -74,4 +74,4 @@ class Mxfp8Format(WeightFormat):
         rows, columns = codes.shape
         shape = tiled_shape(rows, columns // _BLOCK)
         tiles = companion(header, f"{layer}.weight_scale", ("U8", "F8_E8M0"), (shape,))
-        return StoredTensor(self, "E4M3", (rows, columns), {"codes": codes, "tiles": tiles})
+        return StoredTensor(self, E4M3, (rows, columns), {"codes": codes, "tiles": tiles})

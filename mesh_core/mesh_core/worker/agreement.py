@@ -60,15 +60,16 @@ def numerics_of(
         possible = found.arithmetics(kind, dtype, device)
         if wanted not in possible:
             raise refuse_arithmetic(found, kind, wanted, possible)
+    computed = None if message.computed is None else tuple(sorted(message.computed.items()))
     if not agreed:
-        return Numerics(dtype, others)
+        return Numerics(dtype, others, (), computed)
     loras = _said(message, LORA)
     if loras not in LORA_ARITHMETICS:
         raise CheckpointUnrecognised(
             f"The host computes LoRAs on quantised weights as {loras[:80]!r}; possible: {', '.join(LORA_ARITHMETICS)}.",
             hint="the same version of comfyui-mesh on all machines",
         )
-    return Numerics(dtype, others, with_loras(agreed, loras))
+    return Numerics(dtype, others, with_loras(agreed, loras), computed)
 
 
 def _said(message: wire.Open, label: str) -> str:

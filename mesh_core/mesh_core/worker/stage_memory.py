@@ -128,7 +128,7 @@ class StageMemory:
         self, work: Sequence[Group], parameters: Mapping[str, ParameterSpec], numerics: Numerics
     ) -> dict[PoolKey, Held]:
         """The tensors of LoRAs that have to be here, by what they are shared under."""
-        stored = {n: numerics.dtype_of(n) for n, p in parameters.items() if p.stored_bytes is not None}
+        stored = {n: numerics.dtype_of(n, p) for n, p in parameters.items() if p.stored_bytes is not None}
         wanted = held_beside(work, stored, beside=numerics.loras_beside)
         return {key_on(self.device, held): held for held in wanted}
 
