@@ -38,6 +38,9 @@ KINDS: Mapping[int, str] = {t.number: t.name for t in QUANTISED.values() if t.na
 
 _TYPES: Mapping[str, GgufType] = {t.name: t for t in QUANTISED.values()}
 
+_BF16 = 30
+"""ggml's number of bfloat16."""
+
 _AT_ONCE = 1 << 24
 """Numbers that are made at once: the temporaries of more would take more memory than the weight itself."""
 
@@ -74,10 +77,12 @@ class GgufFormat(WeightFormat):
             raise CheckpointCorrupt(f"{stored.parts['codes'].name} has scales that are no finite numbers.")
         return {"codes": codes}
 
-    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | None:
-        """diffusers' ``GGUFParameter``."""
+    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | Tensor | None:
+        """diffusers' ``GGUFParameter``, which also wraps numbers in bfloat16."""
         if type(tensor).__name__ != "GGUFParameter" or not hasattr(tensor, "quant_type"):
             return None
+        if int(tensor.quant_type) == _BF16:
+            return tensor.as_subclass(Tensor).detach().view(torch.bfloat16)
         kind = KINDS.get(int(tensor.quant_type))
         if kind is None:
             return None

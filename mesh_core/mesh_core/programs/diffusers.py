@@ -202,6 +202,7 @@ def split(
     quality: Quality = EXACT,
     codec: str | None = None,
     loras: Sequence[LoraChoice] | None = None,
+    source: str | Path | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
     report: ProgressReport | None = None,
@@ -211,7 +212,8 @@ def split(
     Blocks that run remotely are moved to the CPU until `unsplit`, so that they free the device's memory; those of a
     pipeline from `load_pipeline` are dropped, and read when they become local. Workers load or free only the
     difference. LoRAs that diffusers loaded stay. When this fails, the pipeline is as it was. Arguments as for
-    `load_pipeline`; ``loras`` left out keeps those that it has.
+    `load_pipeline`; ``loras`` left out keeps those that it has. ``source`` is the single file that the transformer was
+    loaded from: diffusers forgets it, and may have cast a part of it. It is compared bit by bit.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
     model = _transformer_of(pipeline)
@@ -220,7 +222,7 @@ def split(
         refuse_replaced_forward(model)
     taken = take_off(pipeline) if old is None else UnloadedLoras()
     try:
-        checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
+        checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins, source)
         device = _running_device(model)
         numerics = usual_numerics(checkpoint.spec, model.dtype, device, plugins.weight_formats())
         numerics = numerics_in_memory(numerics, model, checkpoint)

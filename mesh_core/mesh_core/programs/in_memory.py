@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.tensors import computed_tensors, emptied, stored_tensors, types_beside
 from mesh_core.model.weights import WeightReader, assign, moved
 from mesh_core.plugins.registry import Plugins
-from mesh_core.programs.held_weights import as_stored
+from mesh_core.programs.held_weights import as_stored, refuse_other_arithmetic
 
 _MARKER = 1 << 16
 """Bytes of a tensor that may name a format."""
@@ -70,17 +71,25 @@ def _stored_info(name: str, weight: StoredWeight, place: Path) -> TensorInfo:
     return TensorInfo(name, stored.label, stored.shape, place, 0, weight.nbytes, stored)
 
 
-def checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
+def checkpoint_in_memory(
+    model: nn.Module, plugins: Plugins, source: str | os.PathLike[str] | None = None
+) -> Checkpoint:
     """The checkpoint that a model of diffusers is.
+
+    Args:
+        source: what it was loaded from, where the model itself does not know.
 
     Raises:
         CheckpointUnrecognised: no adapter knows it, its weights are in a form that none computes with, or it holds
             more than its class has.
     """
     config = {**model.config, "_class_name": type(model).__name__}  # type: ignore[dict-item]
+    if source is not None:
+        config["_name_or_path"] = str(source)
     parameters = stored_tensors(model)
     checkpoint = recognise(header_in_memory(parameters, _MEMORY, plugins, config), plugins)
     _refuse_bare_codes(parameters)
+    refuse_other_arithmetic(model)
     known = {piece.tensor for p in checkpoint.spec.parameters.values() for piece in p.pieces}
     known |= _computed_by_class(checkpoint)
     for name in (*parameters, *(name for name, _ in model.named_buffers())):
