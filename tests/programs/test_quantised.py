@@ -87,7 +87,7 @@ def test_what_diffusers_quantised_is_split_and_put_together_again(
 def test_layers_that_compute_in_another_type_are_refused(file: Path, worker: ThreadWorker) -> None:
     pipeline = in_memory(file)
     pipeline.transformer.transformer_blocks[0].attn.to_q.compute_dtype = torch.float32
-    with pytest.raises(mesh_core.UnsupportedInput, match="to_q computes in torch.float32"):
+    with pytest.raises(mesh_core.UnsupportedInput, match=r"to_q computes in torch\.float32"):
         mesh_core.split(pipeline, local=":3", workers=[worker.address], source=file)
 
 
@@ -103,5 +103,5 @@ def test_a_single_file_needs_its_own_pipelines_folder(file: Path, tmp_path: Path
         if part.parent.name == "transformer":
             text = text.replace('"num_layers": 4', '"num_layers": 5')
         target.write_text(text, encoding="utf-8")
-    with pytest.raises(CheckpointUnrecognised, match="is another model than the one in .*: num_layers is 4"):
+    with pytest.raises(CheckpointUnrecognised, match=r"is another model than the one in .*: num_layers is 4"):
         mesh_core.load_pipeline(file, components=tmp_path)
