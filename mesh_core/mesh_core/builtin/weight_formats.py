@@ -17,6 +17,10 @@ class CoreWeightFormats:
     @hookimpl
     def mesh_register_weight_formats(self, register: Callable[[WeightFormat], None]) -> None:
         """All that the core has."""
+        from mesh_core.formats.fp8_cast import Fp8CastFormat
+        from mesh_core.formats.fp8_row import Fp8RowFormat
+        from mesh_core.formats.fp8_scaled import Fp8ScaledFormat
         from mesh_core.formats.gguf import GgufFormat
 
-        register(GgufFormat())
+        for format in (Fp8CastFormat(), Fp8RowFormat(), Fp8ScaledFormat(), GgufFormat()):
+            register(format)
