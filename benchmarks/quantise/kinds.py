@@ -20,4 +20,27 @@ def _gguf(kind: str, tensors: Mapping[str, Tensor], path: Path, metadata: Mappin
     return write_gguf(path.with_suffix(".gguf"), tensors, kind, metadata=metadata)
 
 
+def _comfy(kind: str, tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> Path:
+    """As ComfyUI writes it: matrices of whole blocks, named in the header."""
+    from safetensors.torch import save_file
+
+    from benchmarks.quantise import int8, mxfp8, nvfp4
+
+    def chosen(name: str) -> bool:
+        tensor = tensors[name]
+        return name.endswith(".weight") and tensor.dim() == 2 and not any(size % 64 for size in tensor.shape)
+
+    made, notes = {
+        "nvfp4": nvfp4.quantise,
+        "mxfp8": mxfp8.quantise,
+        "int8": int8.quantise,
+        "int8-rows": partial(int8.quantise, per_row=True),
+        "int8-convrot": partial(int8.quantise, group=64),
+    }[kind](tensors, chosen)
+    file = path.with_suffix(".safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in made.items()}, file, {**metadata, **notes})
+    return file
+
+
 WRITERS: dict[str, Writer] = {kind: partial(_gguf, kind) for kind in GGUF_KINDS}
+WRITERS |= {kind: partial(_comfy, kind) for kind in ("nvfp4", "mxfp8", "int8", "int8-rows", "int8-convrot")}

@@ -1,0 +1,87 @@
+"""What stands beside codes in a file: tensors of the type and shape that they must have, and markers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from math import prod
+
+import torch
+
+from mesh_core.errors import CheckpointCorrupt
+from mesh_core.formats.markers import Marked
+from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.safetensors import TensorInfo
+from mesh_core.model.stored import Claim, StoredTensor
+
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+"""How a way of computing names the type of its numbers, and which these can be."""
+
+SCALAR: tuple[tuple[int, ...], ...] = ((), (1,))
+
+
+def companion(
+    header: CheckpointHeader, name: str, dtypes: Collection[str], shapes: Collection[tuple[int, ...]]
+) -> TensorInfo:
+    """The tensor ``name``.
+
+    Args:
+        dtypes: it may have, as safetensors calls them.
+        shapes: it may have.
+
+    Raises:
+        CheckpointCorrupt: it is not there, or not of those.
+    """
+    info = header.tensors.get(name)
+    if info is None:
+        raise CheckpointCorrupt(
+            f"{header.path} lacks {name}, which belongs to a quantised layer.", hint="copy the whole file again"
+        )
+    if info.dtype not in dtypes or info.shape not in shapes:
+        raise CheckpointCorrupt(
+            f"{header.path}: {name} is {info.dtype} {list(info.shape)}; its layer asks for "
+            f"{' or '.join(dtypes)} {' or '.join(str(list(s)) for s in shapes)}."
+        )
+    # Not a type of numbers that the reader of headers knows the size of.
+    if info.dtype == "F8_E8M0" and info.nbytes != prod(info.shape):
+        raise CheckpointCorrupt(f"{header.path}: {name} does not have the size that its shape asks for.")
+    return info
+
+
+def matrix(header: CheckpointHeader, name: str, dtype: str, block: int) -> TensorInfo:
+    """The codes ``name``: [rows, bytes], and each row whole blocks.
+
+    Raises:
+        CheckpointCorrupt: it is not there, or not that.
+    """
+    info = header.tensors.get(name)
+    if info is None or info.dtype != dtype:
+        there = f"is {info.dtype}" if info else "is not there"
+        raise CheckpointCorrupt(f"{header.path}: {name} {there}; the marker of its layer asks for {dtype}.")
+    if len(info.shape) != 2 or 0 in info.shape or info.shape[1] % block:
+        raise CheckpointCorrupt(
+            f"{header.path}: {name} has the shape {list(info.shape)}, not rows of whole blocks of {block} bytes."
+        )
+    return info
+
+
+def claim_layers(
+    header: CheckpointHeader, marked: Marked, layers: Mapping[str, StoredTensor], config: Collection[str] = ()
+) -> Claim:
+    """The claim of layers by name, with their markers and with the scales of inputs, which dequantising does not need.
+
+    Args:
+        marked: of all layers of the file.
+        config: entries of ``config.json`` that the format agrees with.
+
+    Raises:
+        CheckpointCorrupt: the scale of an input is no single number.
+    """
+    inputs = {f"{layer}.input_scale" for layer in layers} & header.tensors.keys()
+    for name in inputs:
+        companion(header, name, ("F32",), SCALAR)
+    return Claim(
+        {f"{layer}.weight": stored for layer, stored in layers.items()},
+        frozenset(inputs | {name for layer, name in marked.tensors.items() if layer in layers}),
+        marked.metadata if layers else frozenset(),
+        frozenset(config),
+    )
