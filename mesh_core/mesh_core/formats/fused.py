@@ -8,6 +8,7 @@ line in the log says so. The arithmetic's name stays the same: so do the bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from threading import Lock
 from typing import Any
@@ -24,16 +25,27 @@ log = logger(__name__)
 _Kernel = Callable[[Any, Parts, Tensor], None]
 """Calls a function of `mesh_core.formats.kernels`, given as a module, with parts and the numbers to write."""
 
+
+def _fp8(kernels: Any, parts: Parts, numbers: Tensor, once: bool) -> None:
+    kernels.fp8(parts["codes"], parts.get("scale"), numbers, once)
+
+
+def _nvfp4(kernels: Any, parts: Parts, numbers: Tensor, once: bool) -> None:
+    kernels.nvfp4(parts["codes"], parts["block_scales"], parts["scale"], numbers, once)
+
+
+def _ggml(kernels: Any, parts: Parts, numbers: Tensor, kind: str) -> None:
+    kernels.ggml(parts["codes"], kind, numbers)
+
+
 _KERNELS: Mapping[str, _Kernel] = {
-    "fp8": lambda kernels, parts, numbers: kernels.fp8(parts["codes"], parts.get("scale"), numbers),
-    "nvfp4": lambda kernels, parts, numbers: kernels.nvfp4(
-        parts["codes"], parts["block_scales"], parts["scale"], numbers
-    ),
-    **{
-        kind: lambda kernels, parts, numbers, kind=kind: kernels.ggml(parts["codes"], kind, numbers)  # type: ignore[misc]
-        for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-    },
+    "fp8": partial(_fp8, once=False),
+    "fp8-once": partial(_fp8, once=True),
+    "nvfp4": partial(_nvfp4, once=False),
+    "nvfp4-once": partial(_nvfp4, once=True),
+    **{kind: partial(_ggml, kind=kind) for kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")},
 }
+"""By kind; ``-once`` where scales are not rounded before the product is."""
 
 _TYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
@@ -50,7 +62,7 @@ def numbers(
     """The numbers of a weight, [*shape] in ``dtype``, a new tensor on the device of its codes.
 
     Args:
-        kind: ``"fp8"``, ``"nvfp4"``, or a kind of ggml. One without a kernel is left to ``plain``.
+        kind: of kernel; one that there is not is left to ``plain``.
         parts: as `mesh_core.formats.kernels` takes them; ``scale`` is that of all or has one of each row.
         plain: makes the numbers of parts, or of some rows of all of them, with torch's own operations.
     """
@@ -64,10 +76,13 @@ def numbers(
 
 
 def _suits(parts: Parts) -> bool:
-    if not all(part.is_contiguous() and part.numel() for part in parts.values()):
-        return False
+    codes = parts["codes"]
     # A compiler of whole models fuses by itself.
-    return _on_gpu(parts["codes"]) and not torch.compiler.is_compiling()
+    if not _on_gpu(codes) or torch.compiler.is_compiling():
+        return False
+    whole = codes.dim() >= 2 and all(part.is_contiguous() and part.numel() for part in parts.values())
+    # Scales inside of codes are read as numbers of two bytes.
+    return whole and codes.data_ptr() % 2 == 0
 
 
 def _on_gpu(codes: Tensor) -> bool:
@@ -91,7 +106,7 @@ def _find_out(
             # Twice: from the second time on a kernel is started in another way (`mesh_codec.ans.launch`).
             made = [_made(kind, some, (rows, *shape[1:]), dtype) for _ in range(2)]
             expected = plain(some)
-            if not all(_same(one, expected) for one in made):
+            if not all(bool(same_bits(one, expected).all()) for one in made):
                 reason = f"of {kind} make other bits than plain torch"
         except torch.OutOfMemoryError:
             raise
@@ -106,17 +121,21 @@ def _find_out(
 
 
 def _made(kind: str, parts: Parts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    from mesh_core.formats import kernels
-
     codes = parts["codes"]
     made = torch.empty(shape[0], prod(shape[1:]), dtype=dtype, device=codes.device)
     # Triton starts kernels on the thread's current device; -1, a CPU, changes nothing.
     with torch.cuda.device(codes.get_device()):
-        _KERNELS[kind](kernels, parts, made)
+        _KERNELS[kind](_kernels(), parts, made)
     return made.view(shape)
 
 
-def _same(made: Tensor, expected: Tensor) -> bool:
-    """To the bit, but for those of NaN."""
-    equal = as_integers(made) == as_integers(expected)
-    return bool((equal | (made.isnan() & expected.isnan())).all())
+def _kernels() -> Any:
+    """Imported when first needed: Triton is not there on every system."""
+    from mesh_core.formats import kernels
+
+    return kernels
+
+
+def same_bits(made: Tensor, expected: Tensor) -> Tensor:
+    """Where both are one number, to the bit, or any NaN."""
+    return (as_integers(made) == as_integers(expected)) | (made.isnan() & expected.isnan())

@@ -39,42 +39,44 @@ GGML = frozenset({*_SMALL, *_LARGE, "Q8_0", "Q6_K"})
 """The kinds that `ggml` makes numbers of."""
 
 
-def fp8(codes: Tensor, scales: Tensor | None, numbers: Tensor) -> None:
-    """Codes in ``numbers``' type, times scales rounded to it.
+def fp8(codes: Tensor, scales: Tensor | None, numbers: Tensor, once: bool) -> None:
+    """Codes times scales.
 
     Args:
         codes: [rows, columns] float8_e4m3fn or float8_e5m2.
         scales: float32, one of all or one per row; None for 1.
         numbers: [rows, columns].
+        once: only the product is rounded to ``numbers``' type; else the scales before it too.
     """
     by_row = scales is not None and scales.numel() > 1
     rows, columns = (len(codes), codes[0].numel()) if by_row else (1, codes.numel())
     across = triton.cdiv(columns, _ACROSS)
     raw, e5m2, scaled = codes.view(torch.uint8), codes.dtype == torch.float8_e5m2, scales is not None
-    key = (rows, columns, codes.dtype, numbers.dtype, scaled, by_row, aligned(codes, numbers))
+    key = (rows, columns, codes.dtype, numbers.dtype, scaled, by_row, once, aligned(codes, numbers))
     launch(
         _fp8, (rows * across, 1), key,
-        raw, scales if scaled else raw, _words(numbers), columns, across, e5m2, scaled, by_row, _ACROSS,
+        raw, scales if scaled else raw, _words(numbers), columns, across, e5m2, scaled, by_row, once, _ACROSS,
         enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def nvfp4(codes: Tensor, block_scales: Tensor, scales: Tensor, numbers: Tensor) -> None:
-    """Two numbers to a byte, the first in its high bits, times the product of their scales; each factor, and either
-    product, rounded to ``numbers``' type.
+def nvfp4(codes: Tensor, block_scales: Tensor, scales: Tensor, numbers: Tensor, once: bool) -> None:
+    """Two numbers to a byte, the first in its high bits, times the product of their scales.
 
     Args:
         codes: [rows, columns / 2] uint8.
         block_scales: [rows, columns / 16] float8_e4m3fn.
         scales: [rows, 1] float32.
         numbers: [rows, columns].
+        once: only the last product is rounded to ``numbers``' type, that of scales to float32; else scales and their
+            product are rounded to it before.
     """
     rows, blocks = block_scales.shape
     across = triton.cdiv(blocks, _BLOCKS_OF_16)
-    key = (rows, blocks, numbers.dtype, aligned(codes, block_scales, numbers))
+    key = (rows, blocks, numbers.dtype, once, aligned(codes, block_scales, numbers))
     launch(
         _nvfp4, (rows * across, 1), key,
-        codes, block_scales.view(torch.uint8), scales, _words(numbers), blocks, across, _BLOCKS_OF_16,
+        codes, block_scales.view(torch.uint8), scales, _words(numbers), blocks, across, once, _BLOCKS_OF_16,
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -122,7 +124,7 @@ def _rounds(device: int) -> bool:
 @triton.jit  # type: ignore[untyped-decorator]
 def _fp8(  # type: ignore[no-untyped-def]
     codes, scales, numbers, columns, across,
-    E5M2: tl.constexpr, SCALED: tl.constexpr, BY_ROW: tl.constexpr, COLUMNS: tl.constexpr,
+    E5M2: tl.constexpr, SCALED: tl.constexpr, BY_ROW: tl.constexpr, ONCE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) // across
     column = (tl.program_id(0) % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -132,23 +134,24 @@ def _fp8(  # type: ignore[no-untyped-def]
     value = _from_e5m2(code) if E5M2 else _from_e4m3(code)
     if SCALED:
         scale = tl.load(scales + row) if BY_ROW else tl.load(scales)
-        value = value * _rounded(scale, numbers)
+        value = value * (scale if ONCE else _rounded(scale, numbers))
     tl.store(numbers + place, _as_stored(value, numbers), there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _nvfp4(  # type: ignore[no-untyped-def]
-    codes, block_scales, scales, numbers, blocks, across, BLOCKS: tl.constexpr
+    codes, block_scales, scales, numbers, blocks, across, ONCE: tl.constexpr, BLOCKS: tl.constexpr
 ):
     row = tl.program_id(0) // across
     block = (tl.program_id(0) % across) * BLOCKS + tl.arange(0, BLOCKS)
     there = block < blocks
     block = row.to(tl.int64) * blocks + block
-    scale = _rounded(tl.load(scales + row), numbers)
-    scale = _rounded(scale * _from_e4m3(tl.load(block_scales + block, there, other=0)), numbers)[:, None]
+    scale = tl.load(scales + row)
+    block_scale = _from_e4m3(tl.load(block_scales + block, there, other=0))
+    scale = scale * block_scale if ONCE else _rounded(_rounded(scale, numbers) * block_scale, numbers)
     code = tl.load(codes + block[:, None] * 8 + tl.arange(0, 8)[None, :], there[:, None], other=0)
-    first = _as_stored(_from_e2m1(code >> 4) * scale, numbers)
-    second = _as_stored(_from_e2m1(code & 15) * scale, numbers)
+    first = _as_stored(_from_e2m1(code >> 4) * scale[:, None], numbers)
+    second = _as_stored(_from_e2m1(code & 15) * scale[:, None], numbers)
     place = block[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(numbers + place, tl.interleave(first, second), there[:, None])
 

@@ -13,10 +13,13 @@ so that any rows stand alone, and weights with different scales can be joined.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mesh_core.errors import CheckpointUnrecognised
+from mesh_core.formats import fused
 from mesh_core.formats.blocks import check_block_scales, from_tiles, row_scales, tiled_shape
 from mesh_core.formats.companions import SCALAR, SHORT, claim_layers, companion, matrix
 from mesh_core.formats.e2m1 import swapped, temporary, unpacked
@@ -85,16 +88,13 @@ class Nvfp4(WeightFormat):
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
     ) -> Tensor:
         """A look-up, and one product in place."""
-        codes, blocks, scale = parts["codes"], parts["block_scales"], parts["scale"]
-        here = self.arithmetics(kind, dtype, codes.device)
+        here = self.arithmetics(kind, dtype, parts["codes"].device)
         if arithmetic not in here:
             raise refuse_arithmetic(self, kind, arithmetic, here)
-        numbers = unpacked(codes, dtype)
+        kitchen = arithmetic.startswith("kitchen/")
         # A product of two types is made in float32 and rounded when it is stored.
-        precision = dtype if arithmetic.startswith("kitchen/") else torch.float32
-        scales = blocks.to(precision).mul_(scale.to(precision))
-        numbers.view(*blocks.shape, _BLOCK).mul_(scales.unsqueeze(-1))
-        return numbers
+        plain = partial(_numbers, dtype=dtype, precision=dtype if kitchen else torch.float32)
+        return fused.numbers("nvfp4" if kitchen else "nvfp4-once", parts, shape, dtype, plain)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """The numbers, and the indices of a look-up or the scales of blocks."""
@@ -112,6 +112,14 @@ class Nvfp4(WeightFormat):
             "scale": companion(header, f"{layer}.weight_scale_2", ("F32",), SCALAR),
         }
         return StoredTensor(self, "E2M1", (rows, columns), parts)
+
+
+def _numbers(parts: Parts, dtype: torch.dtype, precision: torch.dtype) -> Tensor:
+    blocks = parts["block_scales"]
+    numbers = unpacked(parts["codes"], dtype)
+    scales = blocks.to(precision).mul_(parts["scale"].to(precision))
+    numbers.view(*blocks.shape, _BLOCK).mul_(scales.unsqueeze(-1))
+    return numbers
 
 
 def _is_nvfp4(config: object) -> bool:
