@@ -26,17 +26,18 @@ def _comfy(kind: str, tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
 
     from benchmarks.quantise import int8, mxfp8, nvfp4
 
-    def chosen(name: str) -> bool:
-        tensor = tensors[name]
-        return name.endswith(".weight") and tensor.dim() == 2 and not any(size % 64 for size in tensor.shape)
-
+    which = [
+        name
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.dim() == 2 and not any(size % 64 for size in tensor.shape)
+    ]
     made, notes = {
         "nvfp4": nvfp4.quantise,
         "mxfp8": mxfp8.quantise,
         "int8": int8.quantise,
         "int8-rows": partial(int8.quantise, per_row=True),
         "int8-convrot": partial(int8.quantise, group=64),
-    }[kind](tensors, chosen)
+    }[kind](tensors, which)
     file = path.with_suffix(".safetensors")
     save_file({name: tensor.contiguous() for name, tensor in made.items()}, file, {**metadata, **notes})
     return file

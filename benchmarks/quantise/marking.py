@@ -1,4 +1,4 @@
-"""How ComfyUI's files say in which formats their layers are: a note in the metadata, or a small tensor beside each."""
+"""How ComfyUI's files say in which formats their layers are: a small tensor beside each, or a note in the header."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Where = Literal["note", "tensors"]
+from benchmarks.quantise.fp8 import Written
+
+Marking = Literal["new", "metadata"]
+"""As for 8-bit floats: a tensor ``comfy_quant`` beside each weight, or a note in the header."""
 
 
-def marking(layers: Mapping[str, Mapping[str, Any]], where: Where) -> tuple[dict[str, Tensor], dict[str, str]]:
+def marks(layers: Mapping[str, Mapping[str, Any]], marking: Marking) -> Written:
     """The marker tensors and the metadata that say this of ``layers``: ``{"format": ..., option: value, ...}`` each."""
-    if where == "note":
+    if marking == "metadata":
         return {}, {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-    said = {f"{layer}.comfy_quant": json.dumps(options).encode() for layer, options in layers.items()}
-    return {name: torch.tensor(list(text), dtype=torch.uint8) for name, text in said.items()}, {}
+    said: dict[str, Tensor] = {}
+    for layer, options in layers.items():
+        said[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(options).encode()), dtype=torch.uint8)
+    return said, {}

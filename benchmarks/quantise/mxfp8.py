@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from benchmarks.quantise.marking import Where, marking
+from benchmarks.quantise.fp8 import Written
+from benchmarks.quantise.marking import Marking, marks
 
 
-def quantise(
-    tensors: Mapping[str, Tensor], chosen: Callable[[str], bool], where: Where = "note"
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata.
+def quantise(tensors: Mapping[str, Tensor], which: Collection[str], marking: Marking = "new") -> Written:
+    """``tensors`` with the weights ``which`` as ComfyUI has them.
 
     Args:
-        chosen: names of weights, ``X.weight``, to quantise: matrices, rows and columns multiples of 32.
-        where: the markers are.
+        which: names that end in ``.weight``, of matrices, rows and columns multiples of 32.
     """
     from comfy_kitchen.tensor.mxfp8 import TensorCoreMXFP8Layout
 
-    made, layers = {}, {}
-    for name, tensor in tensors.items():
-        if not chosen(name):
-            made[name] = tensor
-            continue
-        codes, params = TensorCoreMXFP8Layout.quantize(tensor)
+    made, layers = dict(tensors), {}
+    for name in which:
+        codes, params = TensorCoreMXFP8Layout.quantize(tensors[name])
         made |= {f"{name}{end}": part for end, part in TensorCoreMXFP8Layout.state_dict_tensors(codes, params).items()}
         layers[name.removesuffix(".weight")] = {"format": "mxfp8"}
-    extra, metadata = marking(layers, where)
+    extra, metadata = marks(layers, marking)
     return made | extra, metadata

@@ -38,7 +38,7 @@ def random_parts(
     if format == "nvfp4":
         codes = _bytes((rows, columns // 2), generator)
         blocks = torch.randint(0, 0x7F, (rows, columns // 16), generator=generator, device=device, dtype=torch.uint8)
-        scale = _scales((rows, 1), generator, spread) / 100
+        scale = _scales((rows,), generator, spread) / 100
         return {"codes": codes, "block_scales": blocks.view(torch.float8_e4m3fn), "scale": scale}
     numbers = torch.float8_e4m3fn if kind == "F8_E4M3" else torch.float8_e5m2
     if spread:

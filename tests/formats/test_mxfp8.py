@@ -22,7 +22,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def file_of(rows: int = 288, columns: int = 96, seed: int = 0) -> dict[str, Tensor]:
-    return quantise({"x.weight": weight(rows, columns, seed)}, lambda name: True)[0]
+    return quantise({"x.weight": weight(rows, columns, seed)}, ["x.weight"], "metadata")[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -44,7 +44,7 @@ def test_the_numbers_are_those_of_comfy_kitchen(dtype: torch.dtype, tmp_path: Pa
 
 
 def test_both_markings_and_types_of_scales_are_the_same_in_memory(tmp_path: Path) -> None:
-    tensors, metadata = quantise({"x.weight": weight(288, 96)}, lambda name: True, "tensors")
+    tensors, metadata = quantise({"x.weight": weight(288, 96)}, ["x.weight"], "new")
     plain = file_of() | {"x.weight_scale": file_of()["x.weight_scale"].view(torch.uint8)}
     first, second = saved(tmp_path / "a", tensors, metadata), saved(tmp_path / "b", plain, NOTE)
     assert tensors["x.weight_scale"].dtype == torch.float8_e8m0fnu and list(first.tensors) == ["x.weight"]
@@ -52,6 +52,13 @@ def test_both_markings_and_types_of_scales_are_the_same_in_memory(tmp_path: Path
         one, other = (read(header, ("x.weight", *rows)) for header in (first, second))
         assert one.parts.keys() == other.parts.keys() == {"codes", "block_scales"}
         assert all(same_bits(part, other.parts[role]) for role, part in one.parts.items())
+
+
+def test_codes_that_are_no_numbers(tmp_path: Path) -> None:
+    file = file_of()
+    file["x.weight"].view(torch.uint8)[150, 7] = 0xFF
+    with pytest.raises(CheckpointCorrupt, match=r"x.weight has codes that are no finite numbers"):
+        read(saved(tmp_path, file, NOTE), ("x.weight", 100, 203))
 
 
 def test_joined_rows_of_two_weights(tmp_path: Path) -> None:
@@ -94,6 +101,6 @@ def test_scales_that_cannot_be(value: int, message: str, tmp_path: Path) -> None
     assert exponents[144, 0] == 0  # of zeros, where it may be
     exponents[150, 2] = value
     header = saved(tmp_path, file | {"x.weight_scale": to_tiles(exponents)}, NOTE)
-    with pytest.raises(CheckpointCorrupt, match=f"x.weight_scale holds .*{message}"):
+    with pytest.raises(CheckpointCorrupt, match=f"x.weight_scale has .*{message}"):
         read(header, ("x.weight", 100, 203))
     assert (read(header, ("x.weight", 100, 150)).dense()[44, :48] == 0).all()

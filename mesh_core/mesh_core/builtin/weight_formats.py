@@ -21,9 +21,17 @@ class CoreWeightFormats:
         from mesh_core.formats.fp8_row import Fp8RowFormat
         from mesh_core.formats.fp8_scaled import Fp8ScaledFormat
         from mesh_core.formats.gguf import GgufFormat
-        from mesh_core.formats.int8 import Int8
-        from mesh_core.formats.mxfp8 import Mxfp8
-        from mesh_core.formats.nvfp4 import Nvfp4
+        from mesh_core.formats.int8 import Int8Format
+        from mesh_core.formats.mxfp8 import Mxfp8Format
+        from mesh_core.formats.nvfp4 import Nvfp4Format
 
-        for format in (Fp8CastFormat(), Fp8RowFormat(), Fp8ScaledFormat(), GgufFormat(), Int8(), Mxfp8(), Nvfp4()):
+        for format in (
+            Fp8CastFormat(),
+            Fp8RowFormat(),
+            Fp8ScaledFormat(),
+            GgufFormat(),
+            Int8Format(),
+            Mxfp8Format(),
+            Nvfp4Format(),
+        ):
             register(format)

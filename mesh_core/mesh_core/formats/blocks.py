@@ -58,21 +58,8 @@ def check_block_scales(scales: Tensor, most: int, codes: Tensor, magnitude: int,
         return
     low, high = (int(x) for x in torch.aminmax(scales))
     if high > most:
-        raise CheckpointCorrupt(f"{name} holds scales that are no positive finite numbers.")
+        raise CheckpointCorrupt(f"{name} has scales that are no positive finite numbers.")
     if low == 0:
         blocks = codes.view(torch.uint8).view(*scales.shape, -1)[scales == 0]
         if bool((blocks & magnitude).any()):
-            raise CheckpointCorrupt(f"{name} holds a scale of zero for a block of weights that are not zero.")
-
-
-def row_scales(scale: Tensor, rows: int, start: int, stop: int, name: str) -> Tensor:
-    """A scale of the whole weight, or one per row, as one per row of rows ``start:stop``: [stop - start, 1] float32.
-
-    Raises:
-        CheckpointCorrupt: one is no positive finite number.
-    """
-    scale = scale.reshape(-1, 1)
-    mine = scale[start:stop] if scale.shape[0] == rows else scale.expand(stop - start, 1)
-    if not bool((torch.isfinite(mine) & (mine > 0)).all()):
-        raise CheckpointCorrupt(f"{name} holds scales that are no positive finite numbers.")
-    return mine.contiguous()
+            raise CheckpointCorrupt(f"{name} has a scale of zero for a block of weights that are not zero.")

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from math import prod
 
-import torch
+from torch import Tensor
 
 from mesh_core.errors import CheckpointCorrupt
+from mesh_core.formats.float8 import checked_scales
 from mesh_core.formats.markers import Marked
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.stored import Claim, StoredTensor
-
-SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-"""How a way of computing names the type of its numbers, and which these can be."""
 
 SCALAR: tuple[tuple[int, ...], ...] = ((), (1,))
 
@@ -85,3 +83,14 @@ def claim_layers(
         marked.metadata if layers else frozenset(),
         frozenset(config),
     )
+
+
+def row_scales(stored: StoredTensor, scale: Tensor, start: int, stop: int) -> Tensor:
+    """The part ``scale`` of a weight, one number or one per row, as one per row of ``start:stop``: F32, contiguous.
+
+    Raises:
+        CheckpointCorrupt: one is no positive finite number.
+    """
+    scale = scale.reshape(-1)
+    mine = scale[start:stop] if len(scale) == stored.shape[0] else scale
+    return checked_scales(stored, "scale", mine, len(mine)).expand(stop - start).contiguous()

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
 from mesh_core.formats import fused, ggml
-from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.gguf import DTYPE_PREFIX, QUANTISED, GgufType
-from mesh_core.model.safetensors import TensorInfo
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, TensorInfo, WeightFormat
 
 _SCALES: Mapping[str, tuple[int, ...]] = {
     "Q4_0": (0,),
@@ -53,7 +51,7 @@ class GgufFormat(WeightFormat):
 
     name = "gguf"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Every tensor of a quantised type."""
         quantised = [info for info in header.tensors.values() if info.dtype.startswith(DTYPE_PREFIX)]
         if not quantised:
@@ -106,7 +104,7 @@ class GgufFormat(WeightFormat):
         at_once = min(_rows_at_once(shape), shape[0]) * columns
         return shape[0] * columns * dtype.itemsize + at_once * ggml.temporary(kind)
 
-    def _stored(self, header: CheckpointHeader, info: TensorInfo) -> StoredTensor:
+    def _stored(self, header: Header, info: TensorInfo) -> StoredTensor:
         kind = info.dtype.removeprefix(DTYPE_PREFIX)
         if kind not in _SCALES:
             raise CheckpointUnrecognised(

@@ -4,7 +4,7 @@ A rotated weight (convrot) has each group of columns, 256 if the marker names no
 orthogonal Hadamard matrix, which spreads large values over the group. Only the marker says whether it is. In memory:
 
     codes   [rows, columns] int8
-    scale   [rows, 1] float32
+    scale   [rows] float32
 """
 
 from __future__ import annotations
@@ -15,11 +15,17 @@ import torch
 from torch import Tensor
 
 from mesh_core.errors import CheckpointCorrupt
-from mesh_core.formats.blocks import row_scales
-from mesh_core.formats.companions import SCALAR, SHORT, claim_layers, companion, matrix
+from mesh_core.formats.arithmetic import in_type, way_and_type
+from mesh_core.formats.companions import SCALAR, claim_layers, companion, matrix, row_scales
 from mesh_core.formats.markers import Option, marked_layers
 from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat, refuse_arithmetic
+from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+
+KITCHEN = "kitchen/int8-dequant"
+"""comfy-kitchen's: in float32, rounded once."""
+
+CONVROT = "kitchen/int8-convrot-dequant"
+"""Likewise, and rotated back in float32 before it is rounded."""
 
 _MARKER = "int8_tensorwise"
 _GROUPS = (4, 16, 64, 256, 1024)
@@ -30,7 +36,7 @@ _ROTATED = "I8_ROT"
 _rotations: dict[tuple[int, torch.device], Tensor] = {}
 
 
-class Int8(WeightFormat):
+class Int8Format(WeightFormat):
     """Kinds: ``I8``, and ``I8_ROT256`` and the like for weights that are rotated in groups of so many columns."""
 
     name = "int8"
@@ -43,8 +49,7 @@ class Int8(WeightFormat):
 
     def in_memory(self, stored: StoredTensor, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """A scale of the whole weight becomes one per row."""
-        scale = row_scales(parts["scale"], stored.shape[0], start, stop, stored.parts["scale"].name)
-        return {"codes": parts["codes"], "scale": scale}
+        return {"codes": parts["codes"], "scale": row_scales(stored, parts["scale"], start, stop)}
 
     def nbytes(self, stored: StoredTensor, rows: int) -> int:
         """Codes, and four bytes for each row."""
@@ -52,23 +57,19 @@ class Int8(WeightFormat):
 
     def arithmetics(self, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
         """comfy-kitchen's dequantisation, everywhere. Matrix units for integers are not used."""
-        if dtype not in SHORT or (kind != "I8" and _group(kind) not in _GROUPS):
-            return ()
-        return (f"kitchen/int8-{'dequant' if kind == 'I8' else 'convrot-dequant'}/{SHORT[dtype]}",)
+        return in_type(_ways(kind), dtype)
 
     def dequantise(
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
     ) -> Tensor:
-        """Every code is a number of ``dtype``: one product in place, made in float32. Rotated back in float32."""
+        """Every code is a number of the type as well: one product in place, made in float32; rotated in float32."""
         codes, scale = parts["codes"], parts["scale"]
-        here = self.arithmetics(kind, dtype, codes.device)
-        if arithmetic not in here:
-            raise refuse_arithmetic(self, kind, arithmetic, here)
-        if kind == "I8":
-            return codes.to(dtype).mul_(scale)
+        way, made_in = way_and_type(self, kind, arithmetic, _ways(kind), dtype, codes.device)
+        if way == KITCHEN:
+            return codes.to(made_in).mul_(scale[:, None]).to(dtype)
         group = _group(kind)
-        numbers = codes.float().mul_(scale).view(shape[0], -1, group)
-        return torch.matmul(numbers, rotation(group, codes.device).T).view(codes.shape).to(dtype)
+        numbers = codes.float().mul_(scale[:, None]).view(-1, codes.shape[1] // group, group)
+        return torch.matmul(numbers, rotation(group, codes.device).T).view(codes.shape).to(made_in).to(dtype)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """The numbers; of rotated ones, twice in float32 besides."""
@@ -82,9 +83,9 @@ class Int8(WeightFormat):
         shapes = (*one, *by_rows) if said is None else by_rows if said else one
         scale = companion(header, f"{layer}.weight_scale", ("F32",), shapes)
         kind = "I8"
-        if options.get("convrot", False) is not False:
+        if options.get("convrot"):
             group = options.get("convrot_groupsize", _DEFAULT_GROUP)
-            if options["convrot"] is not True or type(group) is not int or group not in _GROUPS or columns % group:
+            if not isinstance(group, int) or group not in _GROUPS or columns % group:
                 raise CheckpointCorrupt(
                     f"{header.path}: the marker of {layer} says that groups of {group} columns are rotated; there are "
                     f"{columns}, and a group is one of {', '.join(map(str, _GROUPS))}."
@@ -108,3 +109,7 @@ def rotation(group: int, device: torch.device) -> Tensor:
 def _group(kind: str) -> int:
     digits = kind.removeprefix(_ROTATED)
     return int(digits) if digits.isdecimal() and len(digits) < 5 else 0
+
+
+def _ways(kind: str) -> tuple[str, ...]:
+    return (KITCHEN,) if kind == "I8" else (CONVROT,) if _group(kind) in _GROUPS else ()

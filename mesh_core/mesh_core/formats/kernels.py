@@ -66,7 +66,7 @@ def nvfp4(codes: Tensor, block_scales: Tensor, scales: Tensor, numbers: Tensor, 
     Args:
         codes: [rows, columns / 2] uint8.
         block_scales: [rows, columns / 16] float8_e4m3fn.
-        scales: [rows, 1] float32.
+        scales: [rows] float32.
         numbers: [rows, columns].
         once: only the last product is rounded to ``numbers``' type, that of scales to float32; else scales and their
             product are rounded to it before.

@@ -11,11 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.blocks import check_block_scales, from_tiles, tiled_shape
-from mesh_core.formats.companions import SHORT, claim_layers, companion, matrix
+from mesh_core.formats.companions import claim_layers, companion, matrix
+from mesh_core.formats.float8 import E4M3, checked_codes
 from mesh_core.formats.markers import marked_layers
 from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat, refuse_arithmetic
+from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+
+KITCHEN = "kitchen/mxfp8-dequant"
+"""comfy-kitchen's: in float32, rounded once."""
 
 _BLOCK = 32
 _LARGEST_E8M0 = 254
@@ -23,7 +28,7 @@ _MAGNITUDE = 0x7F
 _FRACTION_BITS = 23
 
 
-class Mxfp8(WeightFormat):
+class Mxfp8Format(WeightFormat):
     """One kind, ``E4M3``."""
 
     name = "mxfp8"
@@ -35,7 +40,7 @@ class Mxfp8(WeightFormat):
 
     def in_memory(self, stored: StoredTensor, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """What fills up tiles is not looked at."""
-        codes = parts["codes"]
+        codes = checked_codes(stored, parts["codes"])
         scales = from_tiles(parts["tiles"], start, stop, stored.shape[1] // _BLOCK)
         check_block_scales(scales, _LARGEST_E8M0, codes, _MAGNITUDE, stored.parts["tiles"].name)
         return {"codes": codes, "block_scales": scales}
@@ -47,20 +52,18 @@ class Mxfp8(WeightFormat):
 
     def arithmetics(self, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
         """comfy-kitchen's dequantisation, everywhere. Matrix units for these numbers are not used."""
-        return (f"kitchen/mxfp8-dequant/{SHORT[dtype]}",) if kind == "E4M3" and dtype in SHORT else ()
+        return in_type((KITCHEN,), dtype) if kind == "E4M3" else ()
 
     def dequantise(
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
     ) -> Tensor:
-        """Every 8-bit float is a number of ``dtype``; one product in place, made in float32 and rounded once."""
+        """Every 8-bit float is a number of the type as well; one product in place, made in float32 and rounded once."""
         codes, blocks = parts["codes"], parts["block_scales"]
-        here = self.arithmetics(kind, dtype, codes.device)
-        if arithmetic not in here:
-            raise refuse_arithmetic(self, kind, arithmetic, here)
-        numbers = codes.to(dtype)
+        _, made_in = way_and_type(self, kind, arithmetic, (KITCHEN,), dtype, codes.device)
+        numbers = codes.to(made_in)
         scales = (blocks.int() << _FRACTION_BITS).view(torch.float32)
-        numbers.view(*blocks.shape, _BLOCK).mul_(scales.unsqueeze(-1))
-        return numbers
+        numbers.view(*blocks.shape, _BLOCK).mul_(scales[..., None])
+        return numbers.to(dtype)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """The numbers, and the scales twice in four bytes."""
@@ -68,7 +71,7 @@ class Mxfp8(WeightFormat):
         return count * dtype.itemsize + count // _BLOCK * 8
 
     def _stored(self, header: CheckpointHeader, layer: str) -> StoredTensor:
-        codes = matrix(header, f"{layer}.weight", "F8_E4M3", _BLOCK)
+        codes = matrix(header, f"{layer}.weight", E4M3, _BLOCK)
         rows, columns = codes.shape
         shape = tiled_shape(rows, columns // _BLOCK)
         tiles = companion(header, f"{layer}.weight_scale", ("U8", "F8_E8M0"), (shape,))

@@ -6,7 +6,7 @@ Which it is follows from what the checkpoint says of itself, never from types. I
 
     codes         [rows, columns / 2] uint8, the first number in the high bits
     block_scales  [rows, columns / 16] float8_e4m3fn
-    scale         [rows, 1] float32
+    scale         [rows] float32
 
 so that any rows stand alone, and weights with different scales can be joined.
 """
@@ -20,24 +20,34 @@ from torch import Tensor
 
 from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.formats import fused
-from mesh_core.formats.blocks import check_block_scales, from_tiles, row_scales, tiled_shape
-from mesh_core.formats.companions import SCALAR, SHORT, claim_layers, companion, matrix
+from mesh_core.formats.arithmetic import in_type, way_and_type
+from mesh_core.formats.blocks import check_block_scales, from_tiles, tiled_shape
+from mesh_core.formats.companions import SCALAR, claim_layers, companion, matrix, row_scales
 from mesh_core.formats.e2m1 import swapped, temporary, unpacked
-from mesh_core.formats.markers import marked_layers
+from mesh_core.formats.markers import CONFIG, bfl_config, marked_layers
 from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat, refuse_arithmetic
+from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
 
 _BLOCK = 16
 _LARGEST_E4M3 = 0x7E
 _MAGNITUDES = 0x77
-_CONFIG = "quantization_config"
+
+KITCHEN = "kitchen/nvfp4-dequant"
+"""comfy-kitchen's eager way, which rounds the scales to the type of the numbers as well."""
+
+DIFFUSERS = "diffusers/nvfp4-dequant"
+"""In float32, rounded once."""
+
+_MODELOPT_SAYS = frozenset(
+    {"quant_method", "quant_algo", "quant_type", "group_size", "producer", "ignore", "config_groups"}
+)
+"""What ModelOpt notes, of which nothing but the algorithm and the size of blocks says what the numbers are."""
 
 
-class Nvfp4(WeightFormat):
+class Nvfp4Format(WeightFormat):
     """One kind, ``E2M1``, for both dialects; in the file, the role of the scales is ``tiles`` or ``block_scales``.
 
-    ``kitchen/nvfp4-dequant`` is comfy-kitchen's eager way, which rounds the scales to the type of the numbers;
-    ``diffusers/nvfp4-dequant`` rounds once. Either is possible for either dialect.
+    Either program's arithmetic is possible for either dialect.
     """
 
     name = "nvfp4"
@@ -47,20 +57,19 @@ class Nvfp4(WeightFormat):
         """Layers that a marker of ComfyUI calls nvfp4, or all that look so where the config says it."""
         marked = marked_layers(header)
         ours = marked.of(self.name).keys()
-        configured = _is_nvfp4(header.config.get(_CONFIG))
+        config = bfl_config(header) or _modelopt_config(header)
         # A layer that is marked as another format's is that format's.
-        looking = _looking_so(header, configured) - (marked.layers.keys() - ours)
-        if configured and ours:
+        looking = _looking_so(header, bool(config)) - (marked.layers.keys() - ours)
+        if config and ours:
             raise _either(header, min(ours), "its marker says the one and config.json the other")
-        if not configured and looking - ours:
+        if not config and looking - ours:
             raise _either(header, min(looking - ours), "nothing says which")
         layers = {layer: self._stored(header, layer, tiled=layer in ours) for layer in ours | looking}
-        return claim_layers(header, marked, layers, {_CONFIG} if configured and layers else ())
+        return claim_layers(header, marked, layers, config if layers else ())
 
     def in_memory(self, stored: StoredTensor, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """From either dialect; what fills up tiles is not looked at."""
-        rows, columns = stored.shape
-        codes = parts["codes"]
+        codes, columns = parts["codes"], stored.shape[1]
         if "tiles" in parts:
             role, scales = "tiles", from_tiles(parts["tiles"], start, stop, columns // _BLOCK)
         else:
@@ -70,7 +79,7 @@ class Nvfp4(WeightFormat):
         return {
             "codes": codes,
             "block_scales": scales.view(torch.float8_e4m3fn),
-            "scale": row_scales(parts["scale"], rows, start, stop, stored.parts["scale"].name),
+            "scale": row_scales(stored, parts["scale"], start, stop),
         }
 
     def nbytes(self, stored: StoredTensor, rows: int) -> int:
@@ -80,21 +89,17 @@ class Nvfp4(WeightFormat):
 
     def arithmetics(self, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
         """Both programs' dequantisation, everywhere. Matrix units for these numbers are not used."""
-        if kind != "E2M1" or dtype not in SHORT:
-            return ()
-        return tuple(f"{program}/nvfp4-dequant/{SHORT[dtype]}" for program in ("kitchen", "diffusers"))
+        return in_type((KITCHEN, DIFFUSERS), dtype) if kind == "E2M1" else ()
 
     def dequantise(
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
     ) -> Tensor:
         """A look-up, and one product in place."""
-        here = self.arithmetics(kind, dtype, parts["codes"].device)
-        if arithmetic not in here:
-            raise refuse_arithmetic(self, kind, arithmetic, here)
-        kitchen = arithmetic.startswith("kitchen/")
+        device = parts["codes"].device
+        way, made_in = way_and_type(self, kind, arithmetic, (KITCHEN, DIFFUSERS), dtype, device)
         # A product of two types is made in float32 and rounded when it is stored.
-        plain = partial(_numbers, dtype=dtype, precision=dtype if kitchen else torch.float32)
-        return fused.numbers("nvfp4" if kitchen else "nvfp4-once", parts, shape, dtype, plain)
+        plain = partial(_numbers, dtype=made_in, precision=made_in if way == KITCHEN else torch.float32)
+        return fused.numbers("nvfp4" if way == KITCHEN else "nvfp4-once", parts, shape, made_in, plain).to(dtype)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """The numbers, and the indices of a look-up or the scales of blocks."""
@@ -117,17 +122,18 @@ class Nvfp4(WeightFormat):
 def _numbers(parts: Parts, dtype: torch.dtype, precision: torch.dtype) -> Tensor:
     blocks = parts["block_scales"]
     numbers = unpacked(parts["codes"], dtype)
-    scales = blocks.to(precision).mul_(parts["scale"].to(precision))
-    numbers.view(*blocks.shape, _BLOCK).mul_(scales.unsqueeze(-1))
+    scales = blocks.to(precision).mul_(parts["scale"][:, None].to(precision))
+    numbers.view(*blocks.shape, _BLOCK).mul_(scales[..., None])
     return numbers
 
 
-def _is_nvfp4(config: object) -> bool:
-    """Whether ``quantization_config`` says that U8 weights are nvfp4 as diffusers and ModelOpt write it."""
-    if not isinstance(config, dict):
-        return False
-    method = config.get("quant_method")
-    return method == "bfl" or (method == "modelopt" and "NVFP4" in (config.get("quant_algo"), config.get("quant_type")))
+def _modelopt_config(header: CheckpointHeader) -> frozenset[str]:
+    """The entries of ``config.json`` that say that weights are nvfp4 as ModelOpt writes it."""
+    said = header.config.get(CONFIG)
+    if not isinstance(said, dict) or said.get("quant_method") != "modelopt" or not said.keys() <= _MODELOPT_SAYS:
+        return frozenset()
+    named = {said[key] == "NVFP4" for key in ("quant_algo", "quant_type") if key in said}
+    return frozenset({CONFIG}) if named == {True} and said.get("group_size", _BLOCK) == _BLOCK else frozenset()
 
 
 def _looking_so(header: CheckpointHeader, configured: bool) -> set[str]:

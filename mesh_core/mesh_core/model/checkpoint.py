@@ -19,12 +19,12 @@ from mesh_core.model.gguf_values import MAGIC
 from mesh_core.model.safetensors import (
     MAX_HEADER_BYTES,
     FileHeader,
-    TensorInfo,
     opened,
     read_into,
     read_safetensors_header,
     refuse_lfs_pointer,
 )
+from mesh_core.model.stored import TensorInfo
 from mesh_core.model.variants import default_file, files_of, variant_of
 from mesh_core.system.file_stamp import FileStamp
 

@@ -17,8 +17,9 @@ from mesh_core.errors import CheckpointCorrupt
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.numerics import Numerics
 from mesh_core.model.pool import ParameterPool, PoolKey
-from mesh_core.model.safetensors import TensorInfo, read_into
+from mesh_core.model.safetensors import read_into
 from mesh_core.model.spec import ParameterSpec, Piece
+from mesh_core.model.stored import TensorInfo
 from mesh_core.model.stored_weight import StoredWeight
 
 

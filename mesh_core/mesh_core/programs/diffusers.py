@@ -22,7 +22,7 @@ from mesh_core.host.progress import THIS_MACHINE, Activity, Phase, ProgressRepor
 from mesh_core.host.runner import Placement, SplitRunner, Workers, open_session, place
 from mesh_core.host.session import Session
 from mesh_core.model.adapter import Stage
-from mesh_core.model.library import Checkpoint, recognise
+from mesh_core.model.library import Checkpoint
 from mesh_core.model.numerics import usual_numerics
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.weights import WeightReader
@@ -47,8 +47,7 @@ from mesh_core.programs.pipeline_calls import guard, unwrap, wrap_again
 from mesh_core.programs.pipeline_folder import (
     pipeline_arguments,
     pipeline_around,
-    pipeline_header,
-    refuse_another_model,
+    pipeline_checkpoint,
 )
 from mesh_core.programs.replaced_parts import offloading_hook, refuse_replaced_forward, refuse_replaced_parts
 from mesh_core.programs.same_weights import checkpoint_of, refuse_several_types
@@ -103,6 +102,11 @@ class _Loading:
     dtype: Dtypes
     arguments: Mapping[str, Any]
 
+    @property
+    def transformer(self) -> torch.dtype:
+        """In which the transformer computes."""
+        return dtype_of_transformer(self.dtype)
+
 
 def load_pipeline(
     path: str | Path,
@@ -142,18 +146,15 @@ def load_pipeline(
         others: as ``DiffusionPipeline.from_pretrained`` takes them, see `mesh_core.programs.pipeline_arguments`.
 
     Raises:
-        ConfigError: an argument that has no meaning here; names it.
-        CheckpointError, PlanError, TransportError, PluginError: see their hints.
+        ConfigError, CheckpointError, PlanError, TransportError, PluginError: see their hints.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
-    checkpoint = recognise(pipeline_header(path, variant, others, components), plugins)
-    refuse_another_model(checkpoint)
+    checkpoint = pipeline_checkpoint(path, plugins, variant, others, components)
     named = {**others, "variant": variant} if variant else others
     arguments = pipeline_arguments(checkpoint.header, named, inspect.signature(load_pipeline).parameters)
     loading = _Loading(dtype_choice(dtype, torch_dtype) or file_dtype(checkpoint), arguments)
     target = checked_device(str(device)) if device is not None else default_device()
-    dtype = dtype_of_transformer(loading.dtype)
-    numerics = usual_numerics(checkpoint.spec, dtype, target, plugins.weight_formats())
+    numerics = usual_numerics(checkpoint.spec, loading.transformer, target, plugins.weight_formats())
     options = SessionOptions(numerics, target, quality, settings, codec)
     wish = _Wish(checkpoint, local, workers, options, plugins, report)
     return _load(wish, wish.chosen(loras), loading)

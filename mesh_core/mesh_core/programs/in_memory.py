@@ -15,8 +15,8 @@ from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.numerics import Numerics
-from mesh_core.model.safetensors import TensorInfo
 from mesh_core.model.spans import BlockSpan
+from mesh_core.model.stored import TensorInfo
 from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.weights import WeightReader, assign, moved
 from mesh_core.plugins.registry import Plugins
