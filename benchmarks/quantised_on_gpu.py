@@ -16,6 +16,7 @@ with diffusers' group offloading. Each result is compared with the resident one;
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from shutil import disk_usage
@@ -135,18 +136,20 @@ def run_model(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> 
     notes["written in s"] = perf_counter() - began
     print(f"written {notes['file GB']:.1f} GB in {notes['written in s']:.0f} s to {folder}", flush=True)
     inputs = random_inputs(empty_model(arguments.geometry, **changed), size_of(arguments), device)  # type: ignore[arg-type]
-    if "bf16" not in arguments.skip:
-        with rows.fresh(device):
-            model = random_model(arguments.geometry, device, **changed)
-            _, ms = generate(forward_of(model), inputs, arguments.steps, device)
-            found.append({"way": "bfloat16, resident", "step_ms": ms, "peak_GB": rows.peak_gb()})
-            print(f"bfloat16: {ms:.1f} ms", flush=True)
-            del model
     case = rows.Case(checkpoint, inputs, arguments.steps, device)
     whole = span_bytes(checkpoint.spec, BlockSpan(0, checkpoint.spec.blocks))
     budgets = [tuple(parse_bytes(text) for text in pair.split(",")) for pair in arguments.budgets]
     if arguments.tiny:
-        budgets = [(RESERVE + whole // 8, RESERVE + whole // 8), (RESERVE + whole * 3 // 4, RESERVE + whole * 3 // 4)]
+        budgets = [(RESERVE + whole // 8, RESERVE + whole // 8), (RESERVE + whole * 3 // 4, RESERVE + whole)]
+
+    def bfloat16() -> Iterator[dict[str, Any]]:
+        with rows.fresh(device):
+            model = random_model(arguments.geometry, device, **changed)
+            _, ms = generate(forward_of(model), inputs, arguments.steps, device)
+            yield {"way": "bfloat16, resident", "step_ms": ms, "peak_GB": rows.peak_gb()}
+
+    if "bf16" not in arguments.skip:
+        found += rows.tried("bfloat16, resident", bfloat16)
     with rows.fresh(device):
         began = perf_counter()
         runner = rows.whole(case)
@@ -155,9 +158,10 @@ def run_model(arguments: argparse.Namespace, folder: Path, stack: ExitStack) -> 
         expected, made = rows.resident(case, runner, "ways" not in arguments.skip)
         found += made
     if "streaming" not in arguments.skip:
-        found.append(rows.streaming(case, runner, expected, budgets[-1 if arguments.tiny else 0][0]))
-    del runner
-    found += rows.split_somehow(case, expected, folder, budgets, others)
+        card = budgets[-1 if arguments.tiny else 0][0]
+        found += rows.tried("streaming", lambda: [rows.streaming(case, runner, expected, card)])
+    runner = None
+    found += rows.tried("split", lambda: rows.split_somehow(case, expected, folder, budgets, others))
     return {
         **about(arguments),
         "geometry": arguments.geometry,

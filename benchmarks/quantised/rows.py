@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,18 +145,14 @@ def streaming(case: Case, runner: SplitRunner, expected: Any, budget: int) -> di
             "budget_GB": budget / 1e9,
             "streamed_GB": sum(sizes[i] for i in chosen) / 1e9,
         }
-    print(f"{row['way']}: {ms:.1f} ms", flush=True)
     return row
 
 
-def split(
-    case: Case, expected: Any, folder: Path, budgets: tuple[int, int], others: int, fraction: float | None = None
-) -> dict[str, Any]:
+def split(case: Case, expected: Any, folder: Path, budgets: tuple[int, int], others: int) -> dict[str, Any]:
     """Cut as mesh proposes it over this process and a worker, which may take ``budgets`` bytes of the GPU each.
 
     Args:
         others: see `used_by_others`.
-        fraction: cut after that share of the blocks instead.
 
     Raises:
         PlanDoesNotFit: not into these budgets.
@@ -170,9 +167,7 @@ def split(
         program = ("-m", "benchmarks.quantised.limited", str(budgets[1]), str(note))
         worker = start_worker(stack, folder, "worker", str(device), memory, program)
         options = SessionOptions(case.numerics, device)
-        local = None if fraction is None else f":{round(checkpoint.spec.blocks * fraction)}"
-        workers = [worker] if fraction is None else [(worker, f"{local[1:]}:")]  # type: ignore[index]
-        placement = place(checkpoint, local, workers, plugins, options, budgets[0])
+        placement = place(checkpoint, None, [worker], plugins, options, budgets[0])
         session = open_session(lambda: identify(checkpoint), placement, options, plugins, None)
         opened = perf_counter() - began
         print(f"worker ready after {opened:.0f} s, blocks {placement.plan.local} here", flush=True)
@@ -205,22 +200,31 @@ def split(
             "open_s": opened,
         }
         row["within"] = row["peak_GB"] <= row["budget_GB"] and row["worker_peak_GB"] <= row["worker_budget_GB"]
-    print(f"{row['way']}: {ms:.1f} ms, exact {row['exact']}, wire {row['wire_ms']:.1f} ms", flush=True)
     return row
 
 
 def split_somehow(
-    case: Case, expected: Any, folder: Path, budgets: list[tuple[int, int]], others: int
-) -> list[dict[str, Any]]:
+    case: Case, expected: Any, folder: Path, budgets: Sequence[tuple[int, int]], others: int
+) -> Iterator[dict[str, Any]]:
     """In the first of ``budgets`` that the model fits into; those that it does not fit into are rows of their own."""
-    rows: list[dict[str, Any]] = []
     for pair in budgets:
         places = [WorkerInfo("host", pair[0]), WorkerInfo("worker", pair[1] - RESERVE)]
         try:
-            # Said without starting a worker.
+            # Known without starting a worker.
             installed_plugins().hook.mesh_propose_split(model=case.checkpoint.spec, workers=places, links=[None, None])
-            return [*rows, split(case, expected, folder, pair, others)]
         except PlanDoesNotFit as error:
-            print(f"{pair}: {error}", flush=True)
-            rows.append({"way": f"split in {in_bytes(pair[0])} and {in_bytes(pair[1])}", "error": str(error)})
-    return rows
+            yield {"way": f"split in {in_bytes(pair[0])} and {in_bytes(pair[1])}", "error": str(error)}
+        else:
+            yield split(case, expected, folder, pair, others)
+            return
+
+
+def tried(way: str, measure: Callable[[], Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Rows as they come, each told at once; what one way fails of must not cost the others, and is a row too."""
+    try:
+        for row in measure():
+            print(json.dumps(row), flush=True)
+            yield row
+    except Exception as error:
+        traceback.print_exc()
+        yield {"way": way, "error": f"{type(error).__name__}: {error}"[:500]}

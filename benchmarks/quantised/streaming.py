@@ -39,6 +39,9 @@ def choose(sizes: Sequence[int], spare: int, resident: int) -> list[int]:
         sizes: of the blocks.
         spare: bytes for blocks and slots.
         resident: bytes of all other weights.
+
+    Raises:
+        ValueError: not even the slots fit.
     """
     total = sum(sizes) + resident
     common = max(set(sizes), key=sizes.count)
@@ -49,7 +52,7 @@ def choose(sizes: Sequence[int], spare: int, resident: int) -> list[int]:
             slots = SLOTS * max((sizes[i] for i in found), default=0)
             if total - sum(sizes[i] for i in found) + slots <= spare:
                 return found
-    raise SystemExit("Not even the slots fit into that memory.")
+    raise ValueError("not even the slots fit into that memory")
 
 
 def parts_of(module: nn.Module) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
@@ -174,4 +177,4 @@ def pin(memory: Tensor) -> None:
     """Register memory of the host with CUDA."""
     error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     if error:
-        raise SystemExit(f"{memory.nbytes} bytes cannot be pinned: CUDA's error {error}")
+        raise RuntimeError(f"{memory.nbytes} bytes cannot be pinned: CUDA's error {error}")
