@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from benchmarks.quantise.marking import Written, marks
+
 Marking = Literal["new", "metadata", "old"]
 """``new``: a tensor ``comfy_quant`` beside each weight. ``metadata``: a note in the header. ``old``: ``scaled_fp8``."""
-
-Written = tuple[dict[str, Tensor], dict[str, str]]
-"""The tensors of a file and its metadata."""
 
 _FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 
@@ -54,13 +52,11 @@ def fp8_scaled(
         made[name], made[f"{layer}.{scale_name}"] = _with_one_scale(tensors[name], dtype)
         if name in (input_scales or {}):
             made[f"{layer}.{input_name}"] = torch.tensor((input_scales or {})[name])
-        if marking == "new":
-            made[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
         layers[layer] = said
     if marking == "old":
-        made["scaled_fp8"] = torch.zeros(2 if full_precision else 0).to(dtype)
-    note = {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
-    return made, note if marking == "metadata" else {}
+        return made | {"scaled_fp8": torch.zeros(2 if full_precision else 0).to(dtype)}, {}
+    extra, metadata = marks(layers, marking)
+    return made | extra, metadata
 
 
 def fp8_rows(tensors: Mapping[str, Tensor], which: Collection[str]) -> Written:

@@ -6,8 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from benchmarks.quantise.fp8 import Written
-from benchmarks.quantise.marking import Marking, marks
+from benchmarks.quantise.marking import Marking, Written, marks
 
 
 def quantise(

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.quantise.fp8 import Written
+Written = tuple[dict[str, Tensor], dict[str, str]]
+"""The tensors of a file and its metadata."""
 
 Marking = Literal["new", "metadata"]
 """As for 8-bit floats: a tensor ``comfy_quant`` beside each weight, or a note in the header."""

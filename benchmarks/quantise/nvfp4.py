@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quantise.fp8 import Written
-from benchmarks.quantise.marking import Marking, marks
+from benchmarks.quantise.marking import Marking, Written, marks
 
 CONFIG: Mapping[str, Any] = {"quantization_config": {"quant_method": "bfl"}}
 """What ``config.json`` has besides, in a folder of what `quantise_for_diffusers` makes."""

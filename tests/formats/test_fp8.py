@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import comfy_kitchen
@@ -10,7 +9,6 @@ import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout
 from diffusers.quantizers.bfl.utils import BFLFP8RLinear, dequantize_fp8r, quantize_fp8r
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -20,72 +18,43 @@ from mesh_core.formats import float8
 from mesh_core.formats.fp8_cast import Fp8CastFormat
 from mesh_core.formats.fp8_row import Fp8RowFormat
 from mesh_core.formats.fp8_scaled import Fp8ScaledFormat
-from mesh_core.model.checkpoint import CheckpointHeader, read_header
-from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.fingerprint import of_tensor
-from mesh_core.model.spans import BlockSpan
-from mesh_core.model.spec import ParameterSpec, Piece
 from mesh_core.model.stored_weight import StoredWeight
-from mesh_core.model.weights import WeightReader
+from tests.formats.stored import read, same_bits, saved, weight
 
 CAST, ROW, SCALED = FORMATS = Fp8CastFormat(), Fp8RowFormat(), Fp8ScaledFormat()
 CPU = torch.device("cpu")
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 KINDS = {E4M3: "F8_E4M3", E5M2: "F8_E5M2"}
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+QKV = ("qkv.weight", 0, 48)
 MARKINGS: tuple[Marking, ...] = ("new", "metadata", "old")
-
-
-def weight(rows: int = 48, columns: int = 64, seed: int = 0) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
 def model() -> dict[str, Tensor]:
     return {
-        "qkv.weight": weight(),
-        "qkv.bias": weight(1, 48)[0].bfloat16(),
-        "out.weight": weight(seed=1).bfloat16(),
+        "qkv.weight": weight(48, 64),
+        "qkv.bias": weight(48, 1)[:, 0].bfloat16(),
+        "out.weight": weight(48, 64, 1).bfloat16(),
         "norm.weight": torch.ones(64).bfloat16(),
     }
-
-
-def claimed(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path, path: Path | None = None
-) -> CheckpointHeader:
-    """The header of a file of these, or of ``path`` that it belongs to, with its stored weights."""
-    file = folder / "model.safetensors"
-    save_file(dict(tensors), file, dict(metadata) or None)
-    return with_stored_weights(read_header(path or file), FORMATS)
-
-
-def read(
-    header: CheckpointHeader, *pieces: Piece, dtype: torch.dtype = torch.bfloat16, arithmetic: str = ""
-) -> StoredWeight:
-    rows = sum((p.stop or header.tensors[p.tensor].shape[0]) - p.start for p in pieces)
-    info = header.tensors[pieces[0].tensor]
-    spec = ParameterSpec((rows, *info.shape[1:]), info.dtype, pieces, BlockSpan(0, 1))
-    return WeightReader(header).read_stored(spec, dtype, arithmetic)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_codes_without_scales_are_the_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = fp8_cast(model() | {"conv.weight": torch.randn(3, 2, 1, 2)}, set(model()) | {"conv.weight"}, dtype)
-    header = claimed(tensors, {}, tmp_path)
+    header = saved(tmp_path, tensors, {})
     for name, codes in tensors.items():
         info = header.tensors[name]
         assert (info.dtype, info.shape, info.nbytes) == (f"fp8-cast/{KINDS[dtype]}", codes.shape, codes.numel())
         for numbers, short in TYPES.items():
-            made = read(header, Piece(name), dtype=numbers)
+            made = read(header, (name, 0, len(codes)), dtype=numbers)
             assert made.arithmetic == f"torch/fp8-cast/{short}" and made.nbytes == codes.numel()
-            assert same(made.dense(), codes.to(numbers))
+            assert same_bits(made.dense(), codes.to(numbers))
     x = torch.randn(5, 64).bfloat16()
-    made = read(header, Piece("qkv.weight", 16, 32), Piece("out.weight", 0, 2))
+    made = read(header, ("qkv.weight", 16, 32), ("out.weight", 0, 2))
     expected = torch.cat([tensors["qkv.weight"].bfloat16()[16:32], tensors["out.weight"].bfloat16()[:2]])
-    assert same(linear(x, made), linear(x, expected))
+    assert same_bits(linear(x, made), linear(x, expected))
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["", "full"])
@@ -99,15 +68,15 @@ def test_every_marking_of_equal_content_gives_equal_bytes(
         tensors, metadata = fp8_scaled(
             model(), ["qkv.weight"], marking, dtype=dtype, input_scales=inputs, full_precision=full
         )
-        header = claimed(tensors, metadata, tmp_path)
+        header = saved(tmp_path, tensors, metadata)
         kind = "F8_E4M3-full" if full and dtype == E4M3 else KINDS[dtype]
         info = header.tensors["qkv.weight"]
         assert (info.dtype, info.shape) == (f"fp8-scaled/{kind}", (48, 64))
         assert header.tensors.keys() == model().keys() and header.tensors["out.weight"].dtype == "BF16"
-        made = read(header, Piece("qkv.weight"))
+        made = read(header, QKV)
         assert info.stored is not None and SCALED.nbytes(info.stored, 48) == made.nbytes
-        assert same(made.parts["codes"].float(), tensors["qkv.weight"].float())
-        assert made.parts["scale"].shape == (1,) and made.parts["scale"].item() == weight().abs().max() / (
+        assert same_bits(made.parts["codes"].float(), tensors["qkv.weight"].float())
+        assert made.parts["scale"].shape == (1,) and made.parts["scale"].item() == weight(48, 64).abs().max() / (
             torch.finfo(dtype).max
         )
         assert ("input_scale" in made.parts) == (kind == "F8_E4M3")
@@ -122,27 +91,27 @@ def test_every_marking_of_equal_content_gives_equal_bytes(
 def test_scaled_weights_are_dequantised_as_comfy_kitchen_does(
     numbers: torch.dtype, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors, metadata = fp8_scaled({"qkv.weight": weight(seed=2)}, ["qkv.weight"], "metadata", dtype=dtype)
-    header = claimed(tensors, metadata, tmp_path)
+    tensors, metadata = fp8_scaled({"qkv.weight": weight(48, 64, 2)}, ["qkv.weight"], "metadata", dtype=dtype)
+    header = saved(tmp_path, tensors, metadata)
     codes, scale = tensors["qkv.weight"], tensors["qkv.weight_scale"]
     with comfy_kitchen.use_backend("eager"):
         theirs = comfy_kitchen.dequantize_per_tensor_fp8(codes, scale, numbers)
-    made = read(header, Piece("qkv.weight"), dtype=numbers)
-    assert made.arithmetic == f"kitchen/fp8-dequant/{TYPES[numbers]}" and same(made.dense(), theirs)
+    made = read(header, QKV, dtype=numbers)
+    assert made.arithmetic == f"kitchen/fp8-dequant/{TYPES[numbers]}" and same_bits(made.dense(), theirs)
     x, bias = torch.randn(2, 3, 64).to(numbers), torch.randn(48).to(numbers)
-    assert same(linear(x, made, bias), linear(x, theirs, bias))
-    rows = read(header, Piece("qkv.weight", 4, 9), Piece("qkv.weight", 40, 48), dtype=numbers)
-    assert same(rows.dense(), torch.cat([theirs[4:9], theirs[40:48]]))
+    assert same_bits(linear(x, made, bias), linear(x, theirs, bias))
+    rows = read(header, ("qkv.weight", 4, 9), ("qkv.weight", 40, 48), dtype=numbers)
+    assert same_bits(rows.dense(), torch.cat([theirs[4:9], theirs[40:48]]))
     monkeypatch.setattr(float8, "AT_ONCE", 256)  # four rows at a time
-    once = read(header, Piece("qkv.weight"), dtype=numbers, arithmetic=f"kitchen-cuda/fp8-dequant/{TYPES[numbers]}")
-    assert same(once.dense(), (codes.double() * scale.double()).float().to(numbers))
-    assert (numbers == torch.float32) == same(once.dense(), theirs)
+    once = read(header, QKV, dtype=numbers, arithmetic=f"kitchen-cuda/fp8-dequant/{TYPES[numbers]}")
+    assert same_bits(once.dense(), (codes.double() * scale.double()).float().to(numbers))
+    assert (numbers == torch.float32) == same_bits(once.dense(), theirs)
 
 
 def test_numbers_asked_for_in_another_type_are_made_in_the_named_one(tmp_path: Path) -> None:
-    header = claimed(*fp8_scaled(model(), ["qkv.weight"]), tmp_path)
-    made = read(header, Piece("qkv.weight"))
-    assert same(made.to(torch.float32).detach().as_subclass(StoredWeight).dense(), made.dense().float())
+    header = saved(tmp_path, *fp8_scaled(model(), ["qkv.weight"]))
+    made = read(header, QKV)
+    assert same_bits(made.to(torch.float32).detach().as_subclass(StoredWeight).dense(), made.dense().float())
     with pytest.raises(CheckpointUnrecognised, match="computes with fp8-scaled/F8_E4M3 weights as 'kitchen/int8/bf16'"):
         SCALED.dequantise(made.parts, "F8_E4M3", (48, 64), torch.bfloat16, "kitchen/int8/bf16")
 
@@ -157,9 +126,9 @@ def test_inputs_are_quantised_as_comfy_kitchen_does(
     monkeypatch.setattr(float8, "multiplies", lambda device: True)
     x, bias = torch.randn(2, 5, 64).to(numbers) * 8, torch.randn(rows).to(numbers)
     scales = {} if inputs is None else {"a.weight": inputs}
-    tensors, metadata = fp8_scaled({"a.weight": weight(rows)}, ["a.weight"], input_scales=scales)
+    tensors, metadata = fp8_scaled({"a.weight": weight(rows, 64)}, ["a.weight"], input_scales=scales)
     name = f"kitchen/fp8-mm/{TYPES[numbers]}"
-    made = read(claimed(tensors, metadata, tmp_path), Piece("a.weight"), dtype=numbers, arithmetic=name)
+    made = read(saved(tmp_path, tensors, metadata), ("a.weight", 0, rows), dtype=numbers, arithmetic=name)
     with comfy_kitchen.use_backend("eager"):
         scale = tensors["a.weight_scale"]
         params = TensorCoreFP8Layout.Params(scale=scale, orig_dtype=numbers, orig_shape=(rows, 64))
@@ -169,10 +138,10 @@ def test_inputs_are_quantised_as_comfy_kitchen_does(
             quantised.dequantize(), comfy_kitchen.dequantize_per_tensor_fp8(tensors["a.weight"], scale, numbers), bias
         )
     expected = theirs if rows == 48 else dense
-    assert same(linear(x, made, bias), expected.reshape(2, 5, rows))
+    assert same_bits(linear(x, made, bias), expected.reshape(2, 5, rows))
     assert not torch.equal(linear(x, made, bias), linear(x, made.dense(), bias))
     # A single row per sample is not what ComfyUI quantises.
-    assert same(linear(x[None], made, bias), linear(x[None], made.dense(), bias))
+    assert same_bits(linear(x[None], made, bias), linear(x[None], made.dense(), bias))
 
 
 def test_what_can_be_done_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +150,7 @@ def test_what_can_be_done_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert ROW.arithmetics("F8_E4M3", torch.bfloat16, CPU) == ("diffusers/fp8r-dequant/bf16",)
     assert all(f.arithmetics("F8_E4M3", torch.float64, CPU) == () for f in FORMATS)
     assert all(f.arithmetics("I8", torch.bfloat16, CPU) == () for f in FORMATS)
-    made = read(claimed(*fp8_scaled(model(), ["qkv.weight"]), tmp_path), Piece("qkv.weight"))
+    made = read(saved(tmp_path, *fp8_scaled(model(), ["qkv.weight"])), QKV)
     multiplied = StoredWeight(SCALED, "F8_E4M3", (48, 64), torch.bfloat16, made.parts, "kitchen/fp8-mm/bf16")
     with pytest.raises(CheckpointUnrecognised, match="'kitchen/fp8-mm/bf16', which cannot be done here"):
         linear(torch.zeros(1, 64).bfloat16(), multiplied)
@@ -203,30 +172,30 @@ def test_what_can_be_done_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("numbers", TYPES, ids=str)
 def test_scales_of_rows_are_those_of_diffusers(numbers: torch.dtype, tmp_path: Path) -> None:
     tensors, metadata = fp8_rows(model(), ["qkv.weight"])
-    codes, scale = quantize_fp8r(weight())
-    assert same(tensors["qkv.weight"].float(), codes.float()) and same(tensors["qkv.weight_scale"], scale)
-    header = claimed(tensors | {"qkv.input_scale": torch.tensor(1.0)}, metadata, tmp_path)
+    codes, scale = quantize_fp8r(weight(48, 64))
+    assert same_bits(tensors["qkv.weight"].float(), codes.float()) and same_bits(tensors["qkv.weight_scale"], scale)
+    header = saved(tmp_path, tensors | {"qkv.input_scale": torch.tensor(1.0)}, metadata)
     info = header.tensors["qkv.weight"]
     assert (info.dtype, info.shape) == ("fp8-row/F8_E4M3", (48, 64)) and header.tensors.keys() == model().keys()
-    made = read(header, Piece("qkv.weight"), dtype=numbers)
+    made = read(header, QKV, dtype=numbers)
     assert made.arithmetic == f"diffusers/fp8r-dequant/{TYPES[numbers]}"
     assert info.stored is not None and ROW.nbytes(info.stored, 48) == made.nbytes
-    assert same(made.dense(), dequantize_fp8r(codes, scale).to(numbers))
+    assert same_bits(made.dense(), dequantize_fp8r(codes, scale).to(numbers))
     theirs = BFLFP8RLinear(64, 48, bias=True, compute_dtype=numbers)
     theirs.weight.data, theirs.weight_scale = codes, scale
     theirs.bias.data = torch.randn(48).to(numbers)
     x = torch.randn(2, 3, 64).to(numbers)
-    assert same(linear(x, made, theirs.bias), theirs(x))
-    rows = read(header, Piece("qkv.weight", 40, 48), Piece("qkv.weight", 3, 4), dtype=numbers)
-    assert same(rows.dense(), torch.cat([made.dense()[40:48], made.dense()[3:4]]))
+    assert same_bits(linear(x, made, theirs.bias), theirs(x))
+    rows = read(header, ("qkv.weight", 40, 48), ("qkv.weight", 3, 4), dtype=numbers)
+    assert same_bits(rows.dense(), torch.cat([made.dense()[40:48], made.dense()[3:4]]))
 
 
 def test_inputs_of_rows_are_quantised_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float8, "multiplies", lambda device: True)
-    header = claimed(*fp8_rows(model(), ["qkv.weight"]), tmp_path)
-    made = read(header, Piece("qkv.weight"), arithmetic="diffusers/fp8r-mm/bf16")
+    header = saved(tmp_path, *fp8_rows(model(), ["qkv.weight"]))
+    made = read(header, QKV, arithmetic="diffusers/fp8r-mm/bf16")
     x, bias = torch.randn(2, 3, 64).bfloat16(), torch.randn(48).bfloat16()
     codes, scale = quantize_fp8r(x.reshape(6, 64))
     exact = dequantize_fp8r(codes, scale) @ (made.parts["codes"].float() * made.parts["scale"][:, None]).T
     assert torch.allclose(linear(x, made, bias).float(), exact.reshape(2, 3, 48) + bias, atol=3e-2)
-    assert same(made.dense(), read(header, Piece("qkv.weight")).dense())
+    assert same_bits(made.dense(), read(header, QKV).dense())

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from benchmarks.quantise.fp8 import fp8_cast, fp8_rows, fp8_scaled
 from mesh_core.builtin import load_plugins
-from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
 from mesh_core.model.safetensors import TensorInfo
-from mesh_core.model.spec import Piece
-from tests.formats.test_fp8 import MARKINGS, claimed, model, read, weight
+from tests.formats.stored import read, saved, weight
+from tests.formats.test_fp8 import MARKINGS, QKV, model
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 Tensors = dict[str, Tensor]
@@ -50,7 +50,10 @@ def without(tensors: Tensors, name: str) -> Tensors:
 
 
 CORRUPT: dict[str, tuple[str, Callable[[], Tensors]]] = {
-    "no scale": (r"qkv.weight has a scale; qkv.weight_scale is missing", lambda: without(new(), "qkv.weight_scale")),
+    "no scale": (
+        r"lacks qkv.weight_scale, which belongs to a quantised layer",
+        lambda: without(new(), "qkv.weight_scale"),
+    ),
     "no weight": (r"says how 'qkv' is stored, and has no such weight", lambda: without(new(), "qkv.weight")),
     "no weight, old": (r"has qkv.scale_weight and no qkv.weight", lambda: without(old(), "qkv.weight")),
     "scale of rows": (r"qkv.weight_scale is F32 \[48\]", lambda: new(qkv__weight_scale=torch.ones(48))),
@@ -62,6 +65,7 @@ CORRUPT: dict[str, tuple[str, Callable[[], Tensors]]] = {
         r"47 scales for a weight of shape \[48, 64\]",
         lambda: rows(qkv__weight_scale=torch.ones(47)),
     ),
+    "marked as nvfp4": (r"qkv.weight is F8_E4M3; .* asks for U8", lambda: new(qkv__comfy_quant=marker(format="nvfp4"))),
     "marker that is no bytes": (r"comfy_quant is F32 \[3\]", lambda: new(qkv__comfy_quant=torch.ones(3))),
 }
 
@@ -70,8 +74,8 @@ CORRUPT: dict[str, tuple[str, Callable[[], Tensors]]] = {
 def test_companions_that_do_not_fit_are_refused_by_name(case: str, tmp_path: Path) -> None:
     says, tensors = CORRUPT[case]
     with pytest.raises(CheckpointCorrupt, match=says) as told:
-        claimed(tensors(), {}, tmp_path)
-    assert str(tmp_path / "model.safetensors") in told.value.message
+        saved(tmp_path, tensors(), {})
+    assert str(tmp_path) in told.value.message
 
 
 UNRECOGNISED: dict[str, tuple[str, Callable[[], Tensors]]] = {
@@ -108,9 +112,8 @@ UNRECOGNISED: dict[str, tuple[str, Callable[[], Tensors]]] = {
         lambda: new(qkv__weight=torch.zeros(3, 2, 2, 2).to(E4M3)),
     ),
     "unknown format": (r"'qkv' is that it is stored as 'w4a8'", lambda: new(qkv__comfy_quant=marker(format="w4a8"))),
-    "marked as nvfp4": (r"nvfp4|qkv.weight_scale", lambda: new(qkv__comfy_quant=marker(format="nvfp4"))),
-    "e5m2 by row": (r"qkv.weight_scale belongs to no format", lambda: rows(qkv__weight=weight().to(E5M2))),
-    "one row": (r"one.weight_scale and no marker", lambda: fp8_rows({"one.weight": weight(1)}, ["one.weight"])[0]),
+    "e5m2 by row": (r"qkv.weight_scale belongs to no format", lambda: rows(qkv__weight=weight(48, 64).to(E5M2))),
+    "one row": (r"one.weight_scale and no marker", lambda: fp8_rows({"one.weight": weight(1, 64)}, ["one.weight"])[0]),
     "scales of blocks": (r"qkv.weight_scale_inv beside it", lambda: cast(qkv__weight_scale_inv=torch.ones(3, 4))),
     "a quantiser of ModelOpt": (
         r"qkv.weight in F8_E4M3 with qkv.weight_quantizer._scale beside it",
@@ -123,22 +126,21 @@ UNRECOGNISED: dict[str, tuple[str, Callable[[], Tensors]]] = {
 @pytest.mark.parametrize("case", UNRECOGNISED)
 def test_what_could_mean_several_things_is_refused_by_name(case: str, tmp_path: Path) -> None:
     says, tensors = UNRECOGNISED[case]
-    with pytest.raises(CheckpointError, match=says) as told:
-        claimed(tensors(), {}, tmp_path)
-    assert isinstance(told.value, CheckpointUnrecognised) or case == "marked as nvfp4"
-    assert str(tmp_path / "model.safetensors") in told.value.message and told.value.hint
+    with pytest.raises(CheckpointUnrecognised, match=says) as told:
+        saved(tmp_path, tensors(), {})
+    assert str(tmp_path) in told.value.message and told.value.hint
 
 
 @pytest.mark.parametrize("config", [{"quant_method": "modelopt", "quant_type": "FP8"}, {"quant_method": "fp8"}, "bfl"])
 def test_folders_that_say_they_are_quantised_otherwise_are_refused(config: object, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    said = {"quantization_config": config}
     for tensors in (rows(), cast(), new()):
         with pytest.raises(CheckpointUnrecognised, match=r"its config.json says so \(quantization_config\)"):
-            claimed(tensors, {}, tmp_path, tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "bfl"}}))
-    assert claimed(rows(), {}, tmp_path, tmp_path).tensors["qkv.weight"].dtype == "fp8-row/F8_E4M3"
+            saved(tmp_path, tensors, {}, said)
+    said = {"quantization_config": {"quant_method": "bfl"}}
+    assert saved(tmp_path, rows(), {}, said).tensors["qkv.weight"].dtype == "fp8-row/F8_E4M3"
     with pytest.raises(CheckpointUnrecognised, match=r"its config.json says so"):
-        claimed(cast(), {}, tmp_path, tmp_path)
+        saved(tmp_path, cast(), {}, said)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0], ids=str)
@@ -152,10 +154,10 @@ def test_scales_that_are_no_positive_finite_numbers_are_refused(value: float, tm
         ("qkv.input_scale", new(qkv__input_scale=bad)),
         ("qkv.weight_scale", rows(qkv__weight_scale=some)),
     ):
-        header = claimed(tensors, {}, tmp_path)
+        header = saved(tmp_path, tensors, {})
         with pytest.raises(CheckpointCorrupt, match=f"^{name} has scales that are no positive finite numbers"):
-            read(header, Piece("qkv.weight"))
-    assert read(header, Piece("qkv.weight", 0, 40)).shape == (40, 64)
+            read(header, QKV)
+    assert read(header, ("qkv.weight", 0, 40)).shape == (40, 64)
 
 
 @pytest.mark.parametrize(
@@ -169,19 +171,21 @@ def test_codes_that_are_no_numbers_are_refused(dtype: torch.dtype, code: int, tm
     written = [fp8_scaled(model(), ["qkv.weight"], m, dtype=dtype) for m in MARKINGS]
     written += [(fp8_cast(model(), ["qkv.weight"], dtype), {})] + ([(rows(), {})] if dtype == E4M3 else [])
     for tensors, metadata in written:
-        header = claimed(damaged(tensors), metadata, tmp_path)
+        header = saved(tmp_path, damaged(tensors), metadata)
         with pytest.raises(CheckpointCorrupt, match=r"^qkv\.weight has codes that are no finite numbers"):
-            read(header, Piece("qkv.weight"))
-        assert read(header, Piece("qkv.weight", 0, 30)).shape == (30, 64)
+            read(header, QKV)
+        assert read(header, ("qkv.weight", 0, 30)).shape == (30, 64)
 
 
 def test_mixed_files_are_read_layer_by_layer(tmp_path: Path) -> None:
     """Scaled layers beside plain 8-bit floats and bfloat16, under a prefix, beside another model with its own."""
-    tensors, metadata = fp8_scaled({"dit.a.weight": weight(), "dit.b.weight": weight()}, ["dit.a.weight"], "old")
+    tensors, metadata = fp8_scaled(
+        {"dit.a.weight": weight(48, 64), "dit.b.weight": weight(48, 64)}, ["dit.a.weight"], "old"
+    )
     tensors = fp8_cast(tensors, ["dit.b.weight"])
     tensors["dit.scaled_fp8"] = tensors.pop("scaled_fp8")
     tensors |= {f"clip.{n}": t for n, t in old().items()} | {"clip.scaled_fp8": torch.zeros(2).to(E4M3)}
-    found: dict[str, TensorInfo] = dict(claimed(tensors, metadata, tmp_path).tensors)
+    found: dict[str, TensorInfo] = dict(saved(tmp_path, tensors, metadata).tensors)
     assert {name: info.dtype for name, info in found.items() if name.endswith(".weight")} == {
         "dit.a.weight": "fp8-scaled/F8_E4M3",
         "dit.b.weight": "fp8-cast/F8_E4M3",
@@ -191,16 +195,16 @@ def test_mixed_files_are_read_layer_by_layer(tmp_path: Path) -> None:
     }
     assert not any(name.rpartition(".")[2] in ("scaled_fp8", "scale_weight") for name in found)
     mixed = fp8_scaled(rows(), ["out.weight"])[0]
-    assert claimed(mixed, {}, tmp_path).tensors["out.weight"].dtype == "fp8-scaled/F8_E4M3"
-    assert claimed(mixed, {}, tmp_path).tensors["qkv.weight"].dtype == "fp8-row/F8_E4M3"
+    assert saved(tmp_path, mixed, {}).tensors["out.weight"].dtype == "fp8-scaled/F8_E4M3"
+    assert saved(tmp_path, mixed, {}).tensors["qkv.weight"].dtype == "fp8-row/F8_E4M3"
     two = fp8_scaled(fp8_scaled(model(), ["qkv.weight"])[0], ["out.weight"], dtype=E5M2)[0]
-    assert claimed(two, {}, tmp_path).tensors["out.weight"].dtype == "fp8-scaled/F8_E5M2"
+    assert saved(tmp_path, two, {}).tensors["out.weight"].dtype == "fp8-scaled/F8_E5M2"
 
 
 def test_weights_of_different_scales_are_not_joined(tmp_path: Path) -> None:
-    header = claimed(*fp8_scaled(model(), ["qkv.weight", "out.weight"]), tmp_path)
+    header = saved(tmp_path, *fp8_scaled(model(), ["qkv.weight", "out.weight"]))
     with pytest.raises(CheckpointUnrecognised, match="different scales"):
-        read(header, Piece("qkv.weight"), Piece("out.weight"))
+        read(header, QKV, ("out.weight", 0, 48))
 
 
 def test_the_formats_are_registered() -> None:

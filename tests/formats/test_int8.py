@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from benchmarks.quantise.fp8 import Written
 from benchmarks.quantise.int8 import quantise
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.formats import int8
 from mesh_core.formats.int8 import _GROUPS, Int8Format, rotation
 from tests.formats.stored import read, same_bits, saved, weight
 
@@ -63,6 +64,15 @@ def test_the_numbers_are_those_of_comfy_kitchen(layout: str, dtype: torch.dtype,
     assert torch.equal(linear(x, part), linear(x, numbers[100:203]))
     with pytest.raises(CheckpointUnrecognised, match="cannot be done here"):
         read(header, ("x.weight", 0, 8), arithmetic="kitchen/int8-mm").dense()
+
+
+def test_a_large_weight_is_rotated_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, metadata = made("rotated")
+    held = read(saved(tmp_path, file, metadata), ("x.weight", 0, 300))
+    whole = held.format.transient(held.kind, (300, 192), torch.bfloat16)
+    monkeypatch.setattr(int8, "AT_ONCE", 100 * 192)
+    assert whole - held.format.transient(held.kind, (300, 192), torch.bfloat16) == 200 * 192 * 8
+    assert same_bits(held.dense(), kitchen("rotated", file))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

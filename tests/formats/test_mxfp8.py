@@ -32,7 +32,7 @@ def test_the_numbers_are_those_of_comfy_kitchen(dtype: torch.dtype, tmp_path: Pa
     exponents[0] = torch.tensor([1, 200, 254])  # where bfloat16 has fewer bits, and beyond what float16 has
     file["x.weight_scale"] = to_tiles(exponents).view(torch.float8_e8m0fnu)
     header = saved(tmp_path, file, NOTE)
-    assert (header.tensors["x.weight"].dtype, header.tensors["x.weight"].shape) == ("mxfp8/E4M3", (288, 96))
+    assert (header.tensors["x.weight"].dtype, header.tensors["x.weight"].shape) == ("mxfp8/F8_E4M3", (288, 96))
     numbers = kitchen(file["x.weight"], file["x.weight_scale"], dtype)
     held = read(header, ("x.weight", 0, 288), dtype=dtype)
     assert held.arithmetic == f"kitchen/mxfp8-dequant/{DTYPES[dtype]}" and same_bits(held.dense(), numbers)

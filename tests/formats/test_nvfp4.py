@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_either_program(dtype: torch.dtype, tmp_path: P
 def test_a_large_weight_is_unpacked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     codes = torch.arange(256, dtype=torch.uint8).repeat(3).view(6, 128)
     at_once = e2m1.unpacked(codes, torch.float32)
-    monkeypatch.setattr(e2m1, "_AT_ONCE", 100)
+    monkeypatch.setattr(e2m1, "AT_ONCE", 100)
     assert torch.equal(e2m1.unpacked(codes, torch.float32), at_once)
     assert at_once[0, 2 * 0x1E : 2 * 0x1E + 2].tolist() == [0.5, -4.0]
 

@@ -10,16 +10,12 @@ from torch import Tensor
 from mesh_core.errors import CheckpointCorrupt
 from mesh_core.formats.float8 import checked_scales
 from mesh_core.formats.markers import Marked
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.safetensors import TensorInfo
-from mesh_core.model.stored import Claim, StoredTensor
+from mesh_core.model.stored import Claim, Header, StoredTensor, TensorInfo
 
 SCALAR: tuple[tuple[int, ...], ...] = ((), (1,))
 
 
-def companion(
-    header: CheckpointHeader, name: str, dtypes: Collection[str], shapes: Collection[tuple[int, ...]]
-) -> TensorInfo:
+def companion(header: Header, name: str, dtypes: Collection[str], shapes: Collection[tuple[int, ...]]) -> TensorInfo:
     """The tensor ``name``.
 
     Args:
@@ -45,7 +41,7 @@ def companion(
     return info
 
 
-def matrix(header: CheckpointHeader, name: str, dtype: str, block: int) -> TensorInfo:
+def matrix(header: Header, name: str, dtype: str, block: int) -> TensorInfo:
     """The codes ``name``: [rows, bytes], and each row whole blocks.
 
     Raises:
@@ -63,7 +59,7 @@ def matrix(header: CheckpointHeader, name: str, dtype: str, block: int) -> Tenso
 
 
 def claim_layers(
-    header: CheckpointHeader, marked: Marked, layers: Mapping[str, StoredTensor], config: Collection[str] = ()
+    header: Header, marked: Marked, layers: Mapping[str, StoredTensor], config: Collection[str] = ()
 ) -> Claim:
     """The claim of layers by name, with their markers and with the scales of inputs, which dequantising does not need.
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_AT_ONCE = 1 << 24
-"""Codes that are looked up at once: their indices take 64 MiB."""
+from mesh_core.formats.float8 import AT_ONCE
 
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
@@ -31,8 +30,8 @@ def unpacked(codes: Tensor, dtype: torch.dtype) -> Tensor:
     table = pair_table(dtype, codes.device)
     numbers = torch.empty(codes.numel(), dtype=table.dtype, device=codes.device)
     flat = codes.reshape(-1)
-    for start in range(0, flat.numel(), _AT_ONCE):
-        at = slice(start, start + _AT_ONCE)
+    for start in range(0, flat.numel(), AT_ONCE):
+        at = slice(start, start + AT_ONCE)
         torch.index_select(table, 0, flat[at].int(), out=numbers[at])
     return numbers.view(dtype).view(codes.shape[0], 2 * codes.shape[1])
 
@@ -44,4 +43,4 @@ def swapped(codes: Tensor) -> Tensor:
 
 def temporary(codes: int) -> int:
     """Bytes that `unpacked` needs for the moment, besides its result."""
-    return min(codes, _AT_ONCE) * 4
+    return min(codes, AT_ONCE) * 4

@@ -13,8 +13,7 @@ from mesh_core.formats import fused
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.float8 import TYPES, checked_codes
 from mesh_core.formats.markers import COMPANIONS, marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat
 
 CAST = "torch/fp8-cast"
 """The nearest number of the type: exact, since each of these types has all that 8-bit floats have."""
@@ -28,7 +27,7 @@ class Fp8CastFormat(WeightFormat):
 
     name = "fp8-cast"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Tensors of the two types that nothing else is said of."""
         found = [info for info in header.tensors.values() if info.dtype in TYPES]
         if not found:
@@ -64,7 +63,7 @@ class Fp8CastFormat(WeightFormat):
         return fused.numbers("fp8", parts, shape, made_in, lambda some: some["codes"].to(made_in)).to(dtype)
 
 
-def _alone(header: CheckpointHeader, name: str, names: Sequence[str]) -> bool:
+def _alone(header: Header, name: str, names: Sequence[str]) -> bool:
     """Whether no other tensor says what a tensor means; one whose companions a format may know is left to that.
 
     Raises:

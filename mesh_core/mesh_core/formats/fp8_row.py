@@ -14,10 +14,10 @@ from torch import Tensor
 from mesh_core.errors import CheckpointCorrupt
 from mesh_core.formats import float8, fused
 from mesh_core.formats.arithmetic import in_type, way_and_type
+from mesh_core.formats.companions import SCALAR
 from mesh_core.formats.float8 import E4M3, E4M3_MAX, checked_codes, checked_scales
 from mesh_core.formats.markers import bfl_config, marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat, refuse_arithmetic
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat, refuse_arithmetic
 
 DEQUANT = "diffusers/fp8r-dequant"
 """In float32, rounded once."""
@@ -41,7 +41,7 @@ class Fp8RowFormat(WeightFormat):
 
     rows_in_file = frozenset({"codes", "scale"})
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Weights of more than one row that no marker names; of one row, it could be a scale of the whole weight."""
         tensors: dict[str, StoredTensor] = {}
         markers: set[str] = set()
@@ -63,7 +63,7 @@ class Fp8RowFormat(WeightFormat):
                 )
             tensors[weight.name] = StoredTensor(self, E4M3, weight.shape, {"codes": weight, "scale": scale})
             inputs = header.tensors.get(f"{layer}.input_scale")
-            if inputs is not None and inputs.dtype == "F32" and inputs.shape in ((), (1,)):
+            if inputs is not None and inputs.dtype == "F32" and inputs.shape in SCALAR:
                 # diffusers leaves it aside.
                 markers.add(inputs.name)
         return Claim(tensors, frozenset(markers), config=bfl_config(header)) if tensors else Claim()

@@ -19,8 +19,7 @@ from mesh_core.formats import float8, fp8_scaled_layouts, fused
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.float8 import E4M3, E4M3_MAX, E5M2, checked_codes, checked_scales
 from mesh_core.formats.fp8_scaled_layouts import FULL
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat, refuse_arithmetic
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat, refuse_arithmetic
 
 DEQUANT = "kitchen/fp8-dequant"
 DEQUANT_ONCE = "kitchen-cuda/fp8-dequant"
@@ -45,7 +44,7 @@ class Fp8ScaledFormat(WeightFormat):
 
     name = "fp8-scaled"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Layers that a marker names, new or old."""
         return fp8_scaled_layouts.claim(self, header)
 

@@ -10,13 +10,13 @@ Scales without either are refused: ComfyUI would ignore them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import prod
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.formats.companions import SCALAR, companion
 from mesh_core.formats.float8 import E4M3, E5M2, TYPES
 from mesh_core.formats.markers import marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.safetensors import TensorInfo
-from mesh_core.model.stored import Claim, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, StoredTensor, WeightFormat
 
 FULL = "F8_E4M3-full"
 """The kind whose inputs are never quantised."""
@@ -35,7 +35,7 @@ _HINT = "the same model with the markers that ComfyUI writes today, or a bfloat1
 class _Found:
     """What has been claimed so far."""
 
-    def __init__(self, format: WeightFormat, header: CheckpointHeader) -> None:
+    def __init__(self, format: WeightFormat, header: Header) -> None:
         self.format = format
         self.header = header
         self.tensors: dict[str, StoredTensor] = {}
@@ -61,19 +61,18 @@ class _Found:
             raise CheckpointUnrecognised(
                 f"{path} has a scale for {weight.name}, which is no matrix: {list(weight.shape)}.", hint=_HINT
             )
-        scale, inputs = tensors.get(f"{layer}.{names[0]}"), tensors.get(f"{layer}.{names[1]}")
-        if scale is None:
-            raise CheckpointCorrupt(f"{path} says that {weight.name} has a scale; {layer}.{names[0]} is missing.")
-        parts = {"codes": weight, "scale": _one(self.header, scale)}
+        parts = {"codes": weight, "scale": companion(self.header, f"{layer}.{names[0]}", ("F32",), SCALAR)}
         kind = FULL if full and dtype == E4M3 else dtype
-        if inputs is not None and kind == E4M3:
-            parts["input_scale"] = _one(self.header, inputs)
-        elif inputs is not None:
-            self.markers.add(_one(self.header, inputs).name)
+        if f"{layer}.{names[1]}" in tensors:
+            inputs = companion(self.header, f"{layer}.{names[1]}", ("F32",), SCALAR)
+            if kind == E4M3:
+                parts["input_scale"] = inputs
+            else:
+                self.markers.add(inputs.name)
         self.tensors[weight.name] = StoredTensor(self.format, kind, weight.shape, parts)
 
 
-def claim(format: WeightFormat, header: CheckpointHeader) -> Claim:
+def claim(format: WeightFormat, header: Header) -> Claim:
     """What `Fp8ScaledFormat` takes; of the markers' note all, since formats that the core does not have are refused.
 
     Raises:
@@ -94,49 +93,34 @@ def claim(format: WeightFormat, header: CheckpointHeader) -> Claim:
         if prefix is None:
             raise _unmarked(header, f"{layer}.scale_weight")
         marker_info = header.tensors[f"{prefix}{_OLD_MARKER}"]
-        full = _count(marker_info) == 2
+        full = prod(marker_info.shape) == 2
         found.layer(layer, _OLD_DTYPES[marker_info.dtype], ("scale_weight", "scale_input"), full)
     found.markers |= old.keys()
     for layer in _layers_with(header, "weight_scale"):
         scale, weight = header.tensors[f"{layer}.weight_scale"], header.tensors.get(f"{layer}.weight")
         unmarked = layer not in marked.layers and weight is not None and weight.dtype in TYPES
-        if unmarked and scale.dtype == "F32" and scale.shape in ((), (1,)):
+        if unmarked and scale.dtype == "F32" and scale.shape in SCALAR:
             raise _unmarked(header, scale.name)
     return Claim(found.tensors, frozenset(found.markers), marked.metadata)
 
 
-def _layers_with(header: CheckpointHeader, leaf: str) -> Iterable[str]:
+def _layers_with(header: Header, leaf: str) -> Iterable[str]:
     return [name.removesuffix(f".{leaf}") for name in header.tensors if name.endswith(f".{leaf}")]
 
 
-def _old_markers(header: CheckpointHeader) -> dict[str, str]:
+def _old_markers(header: Header) -> dict[str, str]:
     """Their prefixes by name."""
     found = {name: name.removesuffix(_OLD_MARKER) for name in header.tensors if name.rpartition(".")[2] == _OLD_MARKER}
     for name in found:
         info = header.tensors[name]
-        if info.dtype not in _OLD_DTYPES or _count(info) > 2:
+        if info.dtype not in _OLD_DTYPES or prod(info.shape) > 2:
             raise CheckpointUnrecognised(
                 f"{header.path}: {name} is {info.dtype} {list(info.shape)}, which is not how fp8 is marked.", hint=_HINT
             )
     return found
 
 
-def _count(info: TensorInfo) -> int:
-    count = 1
-    for size in info.shape:
-        count *= size
-    return count
-
-
-def _one(header: CheckpointHeader, scale: TensorInfo) -> TensorInfo:
-    if scale.dtype != "F32" or scale.shape not in ((), (1,)):
-        raise CheckpointCorrupt(
-            f"{header.path}: {scale.name} is {scale.dtype} {list(scale.shape)}; one scale in float32 is expected."
-        )
-    return scale
-
-
-def _unmarked(header: CheckpointHeader, name: str) -> CheckpointUnrecognised:
+def _unmarked(header: Header, name: str) -> CheckpointUnrecognised:
     return CheckpointUnrecognised(
         f"{header.path} has {name} and no marker that names its format: ComfyUI would compute without this scale.",
         hint=_HINT,

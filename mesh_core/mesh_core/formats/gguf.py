@@ -75,6 +75,15 @@ class GgufFormat(WeightFormat):
             raise CheckpointCorrupt(f"{stored.parts['codes'].name} has scales that are no finite numbers.")
         return {"codes": codes}
 
+    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | None:
+        """diffusers' ``GGUFParameter``."""
+        if type(tensor).__name__ != "GGUFParameter" or not hasattr(tensor, "quant_type"):
+            return None
+        kind = KINDS.get(int(tensor.quant_type))
+        if kind is None:
+            return None
+        return kind, shape_of(tensor, kind), parts_of(tensor, kind)
+
     def nbytes(self, stored: StoredTensor, rows: int) -> int:
         """Of whole blocks."""
         return rows * _row_bytes(stored.kind, stored.shape)

@@ -17,9 +17,9 @@ from torch import Tensor
 from mesh_core.errors import CheckpointCorrupt
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.companions import SCALAR, claim_layers, companion, matrix, row_scales
+from mesh_core.formats.float8 import AT_ONCE
 from mesh_core.formats.markers import Option, marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat
 
 KITCHEN = "kitchen/int8-dequant"
 """comfy-kitchen's: in float32, rounded once."""
@@ -41,7 +41,7 @@ class Int8Format(WeightFormat):
 
     name = "int8"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Layers that a marker of ComfyUI calls int8_tensorwise, whether they have one scale or one per row."""
         marked = marked_layers(header)
         layers = {layer: self._stored(header, layer, said.options) for layer, said in marked.of(_MARKER).items()}
@@ -67,15 +67,21 @@ class Int8Format(WeightFormat):
         way, made_in = way_and_type(self, kind, arithmetic, _ways(kind), dtype, codes.device)
         if way == KITCHEN:
             return codes.to(made_in).mul_(scale[:, None]).to(dtype)
-        group = _group(kind)
-        numbers = codes.float().mul_(scale[:, None]).view(-1, codes.shape[1] // group, group)
-        return torch.matmul(numbers, rotation(group, codes.device).T).view(codes.shape).to(made_in).to(dtype)
+        back, groups = rotation(_group(kind), codes.device).T, codes.shape[1] // _group(kind)
+        numbers = torch.empty(codes.shape, dtype=made_in, device=codes.device)
+        step = _rows_at_once(shape)
+        for start in range(0, shape[0], step):
+            some = slice(start, start + step)
+            rotated = codes[some].float().mul_(scale[some, None]).view(-1, groups, len(back))
+            numbers[some] = torch.matmul(rotated, back).view(-1, codes.shape[1])
+        return numbers.to(dtype)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """The numbers; of rotated ones, twice in float32 besides."""
-        return shape[0] * shape[1] * (dtype.itemsize if kind == "I8" else 8 + dtype.itemsize)
+        """The numbers; of rotated ones, some of them twice in float32 besides."""
+        at_once = 0 if kind == "I8" else _rows_at_once(shape)
+        return shape[0] * shape[1] * dtype.itemsize + at_once * shape[1] * 8
 
-    def _stored(self, header: CheckpointHeader, layer: str, options: Mapping[str, Option]) -> StoredTensor:
+    def _stored(self, header: Header, layer: str, options: Mapping[str, Option]) -> StoredTensor:
         codes = matrix(header, f"{layer}.weight", "I8", 1)
         rows, columns = codes.shape
         one, by_rows = SCALAR, ((rows, 1), (rows,))
@@ -109,6 +115,12 @@ def rotation(group: int, device: torch.device) -> Tensor:
 def _group(kind: str) -> int:
     digits = kind.removeprefix(_ROTATED)
     return int(digits) if digits.isdecimal() and len(digits) < 5 else 0
+
+
+def _rows_at_once(shape: tuple[int, ...]) -> int:
+    """Of parts of one size: a product of one row alone may be added up in another order."""
+    parts = max(1, -(-shape[0] * shape[1] // AT_ONCE))
+    return max(1, -(-shape[0] // parts))
 
 
 def _ways(kind: str) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
-from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.stored import Header
 
 NOTE = "_quantization_metadata"
 """Of a file's metadata."""
@@ -115,7 +115,7 @@ class Marked:
         return {layer: marker for layer, marker in self.layers.items() if marker.format in formats}
 
 
-def marked_layers(header: CheckpointHeader) -> Marked:
+def marked_layers(header: Header) -> Marked:
     """What notes and marker tensors say; empty where there are none.
 
     Raises:
@@ -142,11 +142,14 @@ def marked_layers(header: CheckpointHeader) -> Marked:
         tensors[layer] = name
     for layer in layers:
         if f"{layer}.weight" not in header.tensors:
-            raise CheckpointCorrupt(f"{header.path} says how {layer[:200]!r} is stored, and has no such weight.")
+            raise CheckpointCorrupt(
+                f"{header.path} says how {layer[:200]!r} is stored, and has no such weight.",
+                hint="a file whose markers name its layers as its tensors are named, prefix included",
+            )
     return Marked(layers, tensors, frozenset() if note is None else frozenset({NOTE}))
 
 
-def bfl_config(header: CheckpointHeader) -> frozenset[str]:
+def bfl_config(header: Header) -> frozenset[str]:
     """The entries of ``config.json`` that say no more than that weights are stored as Black Forest Labs does.
 
     diffusers reads such files (its configuration ``bfl``) by the tensors beside each weight alone, row-scaled fp8 and
@@ -157,7 +160,7 @@ def bfl_config(header: CheckpointHeader) -> frozenset[str]:
     return frozenset({CONFIG}) if agreed else frozenset()
 
 
-def _read_note(header: CheckpointHeader, note: str) -> Mapping[str, _Options]:
+def _read_note(header: Header, note: str) -> Mapping[str, _Options]:
     if len(note) > _MOST_BYTES:
         raise CheckpointCorrupt(f"{header.path}: {NOTE} has {len(note)} characters; at most {_MOST_BYTES} are read.")
     read = _decoded(_NOTE, note, f"{header.path}: {NOTE} in its metadata")
@@ -168,7 +171,7 @@ def _read_note(header: CheckpointHeader, note: str) -> Mapping[str, _Options]:
     return read.layers
 
 
-def _marker(header: CheckpointHeader, layer: str, said: _Options) -> Marker:
+def _marker(header: Header, layer: str, said: _Options) -> Marker:
     """Options may stand in an object ``params`` of their own."""
     where = f"{header.path}: what is said of {layer[:200]!r}"
     inner = said.get("params") or {}

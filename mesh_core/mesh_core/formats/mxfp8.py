@@ -16,8 +16,7 @@ from mesh_core.formats.blocks import check_block_scales, from_tiles, tiled_shape
 from mesh_core.formats.companions import claim_layers, companion, matrix
 from mesh_core.formats.float8 import E4M3, checked_codes
 from mesh_core.formats.markers import marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat
 
 KITCHEN = "kitchen/mxfp8-dequant"
 """comfy-kitchen's: in float32, rounded once."""
@@ -29,11 +28,11 @@ _FRACTION_BITS = 23
 
 
 class Mxfp8Format(WeightFormat):
-    """One kind, ``E4M3``."""
+    """One kind, ``F8_E4M3``."""
 
     name = "mxfp8"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Layers that a marker of ComfyUI calls mxfp8."""
         marked = marked_layers(header)
         return claim_layers(header, marked, {layer: self._stored(header, layer) for layer in marked.of(self.name)})
@@ -52,7 +51,7 @@ class Mxfp8Format(WeightFormat):
 
     def arithmetics(self, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
         """comfy-kitchen's dequantisation, everywhere. Matrix units for these numbers are not used."""
-        return in_type((KITCHEN,), dtype) if kind == "E4M3" else ()
+        return in_type((KITCHEN,), dtype) if kind == E4M3 else ()
 
     def dequantise(
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
@@ -70,9 +69,9 @@ class Mxfp8Format(WeightFormat):
         count = shape[0] * shape[1]
         return count * dtype.itemsize + count // _BLOCK * 8
 
-    def _stored(self, header: CheckpointHeader, layer: str) -> StoredTensor:
+    def _stored(self, header: Header, layer: str) -> StoredTensor:
         codes = matrix(header, f"{layer}.weight", E4M3, _BLOCK)
         rows, columns = codes.shape
         shape = tiled_shape(rows, columns // _BLOCK)
         tiles = companion(header, f"{layer}.weight_scale", ("U8", "F8_E8M0"), (shape,))
-        return StoredTensor(self, "E4M3", (rows, columns), {"codes": codes, "tiles": tiles})
+        return StoredTensor(self, E4M3, (rows, columns), {"codes": codes, "tiles": tiles})

@@ -25,8 +25,7 @@ from mesh_core.formats.blocks import check_block_scales, from_tiles, tiled_shape
 from mesh_core.formats.companions import SCALAR, claim_layers, companion, matrix, row_scales
 from mesh_core.formats.e2m1 import swapped, temporary, unpacked
 from mesh_core.formats.markers import CONFIG, bfl_config, marked_layers
-from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat
 
 _BLOCK = 16
 _LARGEST_E4M3 = 0x7E
@@ -53,7 +52,7 @@ class Nvfp4Format(WeightFormat):
     name = "nvfp4"
     rows_in_file = frozenset({"codes", "block_scales"})
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Layers that a marker of ComfyUI calls nvfp4, or all that look so where the config says it."""
         marked = marked_layers(header)
         ours = marked.of(self.name).keys()
@@ -106,7 +105,7 @@ class Nvfp4Format(WeightFormat):
         count = shape[0] * shape[1]
         return count * dtype.itemsize + max(temporary(count // 2), count // _BLOCK * 4)
 
-    def _stored(self, header: CheckpointHeader, layer: str, tiled: bool) -> StoredTensor:
+    def _stored(self, header: Header, layer: str, tiled: bool) -> StoredTensor:
         codes = matrix(header, f"{layer}.weight", "U8", _BLOCK // 2)
         rows, columns = codes.shape[0], codes.shape[1] * 2
         by_rows = (rows, columns // _BLOCK)
@@ -127,7 +126,7 @@ def _numbers(parts: Parts, dtype: torch.dtype, precision: torch.dtype) -> Tensor
     return numbers
 
 
-def _modelopt_config(header: CheckpointHeader) -> frozenset[str]:
+def _modelopt_config(header: Header) -> frozenset[str]:
     """The entries of ``config.json`` that say that weights are nvfp4 as ModelOpt writes it."""
     said = header.config.get(CONFIG)
     if not isinstance(said, dict) or said.get("quant_method") != "modelopt" or not said.keys() <= _MODELOPT_SAYS:
@@ -136,7 +135,7 @@ def _modelopt_config(header: CheckpointHeader) -> frozenset[str]:
     return frozenset({CONFIG}) if named == {True} and said.get("group_size", _BLOCK) == _BLOCK else frozenset()
 
 
-def _looking_so(header: CheckpointHeader, configured: bool) -> set[str]:
+def _looking_so(header: Header, configured: bool) -> set[str]:
     """Layers that have what only nvfp4 has, or where the config says nvfp4, at least codes of that type."""
     tensors = header.tensors
     found = {name.removesuffix(".weight_scale_2") for name in tensors if name.endswith(".weight_scale_2")}
@@ -149,7 +148,7 @@ def _looking_so(header: CheckpointHeader, configured: bool) -> set[str]:
     return found
 
 
-def _either(header: CheckpointHeader, layer: str, why: str) -> CheckpointUnrecognised:
+def _either(header: Header, layer: str, why: str) -> CheckpointUnrecognised:
     return CheckpointUnrecognised(
         f"{header.path}: {layer} could be nvfp4 as ComfyUI writes it or as diffusers and ModelOpt do, with other "
         f"numbers; {why}.",

@@ -146,6 +146,11 @@ class WeightFormat(ABC):
             CheckpointCorrupt: scales that are no positive finite numbers, or content that cannot be.
         """
 
+    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | None:
+        """What a program holds in memory in a class of its own for this format: the kind, the shape of the numbers and
+        the parts. None for a tensor that is none of it; the default knows no such class."""
+        return None
+
     def join(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
         """Pieces of one layout, one above the other, as one weight. The default joins all parts by rows.
 
