@@ -52,10 +52,11 @@ def fp8(codes: Tensor, scales: Tensor | None, numbers: Tensor, once: bool) -> No
     rows, columns = (len(codes), codes[0].numel()) if by_row else (1, codes.numel())
     across = triton.cdiv(columns, _ACROSS)
     raw, e5m2, scaled = codes.view(torch.uint8), codes.dtype == torch.float8_e5m2, scales is not None
-    key = (rows, columns, codes.dtype, numbers.dtype, scaled, by_row, once, aligned(codes, numbers))
+    factors = scales if scales is not None else raw
+    key = (rows, columns, codes.dtype, numbers.dtype, scaled, by_row, once, aligned(codes, numbers, factors))
     launch(
         _fp8, (rows * across, 1), key,
-        raw, scales if scaled else raw, _words(numbers), columns, across, e5m2, scaled, by_row, once, _ACROSS,
+        raw, factors, _words(numbers), columns, across, e5m2, scaled, by_row, once, _ACROSS,
         enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -73,7 +74,7 @@ def nvfp4(codes: Tensor, block_scales: Tensor, scales: Tensor, numbers: Tensor, 
     """
     rows, blocks = block_scales.shape
     across = triton.cdiv(blocks, _BLOCKS_OF_16)
-    key = (rows, blocks, numbers.dtype, once, aligned(codes, block_scales, numbers))
+    key = (rows, blocks, numbers.dtype, once, aligned(codes, block_scales, scales, numbers))
     launch(
         _nvfp4, (rows * across, 1), key,
         codes, block_scales.view(torch.uint8), scales, _words(numbers), blocks, across, once, _BLOCKS_OF_16,
