@@ -6,9 +6,10 @@ The bits are those of the plain torch arithmetic, in which each operation rounds
   them in float32 and rounds that, which gives the same bits: float32 holds more than twice the digits, and a bit more,
   of half precision, so that rounding twice is rounding once.
 - Kernels are compiled without fusing (``enable_fp_fusion=False``): a product that goes into a difference would not be
-  rounded in between.
-- float8 becomes float32 by its bits, which every card can do. So does bfloat16, where the card has no instruction for
-  it, and in Triton's interpreter, whose own is not rounded to nearest.
+  rounded in between. What they are compiled to has ``mul.rn``, ``add.rn`` and ``sub.rn``, which the assembler never
+  joins, and no ``fma``.
+- float8 becomes float32 by its bits, which every card can do. bfloat16 is rounded by the card's own instruction, or by
+  integers where it has none, and in Triton's interpreter, whose own rounds otherwise.
 
 Nothing is flushed to zero: Triton's operations on float32 keep subnormal numbers, as torch's do.
 
