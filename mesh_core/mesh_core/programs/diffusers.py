@@ -38,7 +38,7 @@ from mesh_core.programs.identity import (
 )
 from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded, numerics_in_memory
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
-from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, take_off
+from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, refuse_merging, take_off
 from mesh_core.programs.pipeline_arguments import (
     DtypeChoice,
     Dtypes,
@@ -175,7 +175,8 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
     try:
         stage = _read_stage(wish, placement.plan.local)
         look_loaded(stage.model, checkpoint, options.numerics)
-        attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.numerics)
+        runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
+        attach(stage.model, runner, options.device, options.numerics)
         pipeline = pipeline_around(stage.model, checkpoint.header, loading.dtype, loading.arguments)
         pipeline = pipeline.to(options.device)
         guard(pipeline)
@@ -234,7 +235,7 @@ def split(
         put_back(pipeline, taken)
         raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
-    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
     attach(model, runner, torch.device(model.device), options.numerics, wanted)
     unwrap(pipeline)
     guard(pipeline)
@@ -295,11 +296,15 @@ def unsplit(pipeline: Any) -> Any:
 
     Remote blocks that were never read on this machine are read now. LoRAs that diffusers' own calls loaded stay;
     those of ``loras=`` and `set_loras` end with the split.
+
+    Raises:
+        UnsupportedInput: LoRAs are fused, and weights are not stored as their numbers; the pipeline stays split.
     """
     model = _transformer_of(pipeline)
     if isinstance(model, SplitModel):
         runner, device, numerics, loras = model.mesh, model.device, model._mesh_numerics, model._mesh_loras
         whole = BlockSpan(0, runner.checkpoint.spec.blocks)
+        refuse_merging(loras)
         runner.restore_local()
         hold_only(model, checkpoint_of(runner), whole, device, numerics)
         runner.close()

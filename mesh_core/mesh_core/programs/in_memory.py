@@ -31,6 +31,8 @@ _MARKER = 1 << 16
 _MEMORY = Path("(weights in memory)")
 """Stands for the file of a model that diffusers loaded."""
 
+_COMPUTED_IN = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def header_in_memory(
     tensors: Mapping[str, Tensor], place: Path, plugins: Plugins, config: Mapping[str, Any] | None = None
@@ -111,7 +113,8 @@ def numerics_in_memory(numerics: Numerics, model: nn.Module, checkpoint: Checkpo
     """``numerics`` with the types that a model in memory holds its parameters in, and the tensors beside them.
 
     Raises:
-        CheckpointUnrecognised: it lacks a tensor that its class computes.
+        CheckpointUnrecognised: it lacks a tensor that its class computes, or has parameters in other types than models
+            compute in.
     """
     held, names = computed_tensors(model), _computed_by_class(checkpoint)
     # More than these is what a model that ran keeps of its inputs.
@@ -123,7 +126,14 @@ def numerics_in_memory(numerics: Numerics, model: nn.Module, checkpoint: Checkpo
                 hint="the model as it was loaded, or all of it on this machine",
             )
     computed = tuple(sorted(hashes({name: held[name] for name in names}).items()))
-    return replace(numerics, others=types_beside(stored_tensors(model), numerics.dtype), computed=computed)
+    others = types_beside(stored_tensors(model), numerics.dtype)
+    for name, dtype in others:
+        if dtype not in _COMPUTED_IN:
+            raise CheckpointUnrecognised(
+                f"{name} is {dtype} in memory; workers compute in float32, float16 and bfloat16.",
+                hint="the transformer in such a type, for example pipe.transformer.to(torch.bfloat16)",
+            )
+    return replace(numerics, others=others, computed=computed)
 
 
 def _computed_by_class(checkpoint: Checkpoint) -> set[str]:
