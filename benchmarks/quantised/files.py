@@ -114,13 +114,14 @@ class _Random:
     """Bytes of random numbers of one type, that last as long as they are needed."""
 
     def __init__(self, numbers: torch.Tensor) -> None:
-        self._bytes, self._at = np.frombuffer(bytes_of(numbers.cpu().contiguous()), np.uint8), 0
+        self._bytes, self._step = np.frombuffer(bytes_of(numbers.cpu().contiguous()), np.uint8), 0
 
     def take(self, size: int) -> NDArray[np.uint8]:
         room = len(self._bytes) - size
         assert room >= 0
-        self._at = (self._at + _STEP) % (room // _STEP * _STEP + 1) if room >= _STEP else 0
-        return self._bytes[self._at : self._at + size]
+        self._step += 1
+        at = self._step % (room // _STEP + 1) * _STEP
+        return self._bytes[at : at + size]
 
 
 def _sources(shapes: Shapes, chosen: Layout, device: torch.device) -> tuple[_Random, _Random]:
