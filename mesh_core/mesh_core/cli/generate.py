@@ -12,6 +12,7 @@ import click
 from mesh_codec.qualities import EXACT, names
 from mesh_core.cli.values import parse_lora, parse_worker
 from mesh_core.errors import ConfigError
+from mesh_core.system.allocator import use_growing_segments
 from mesh_core.system.option_types import PIXELS, SEED, STEPS, FiniteNumber, PrintableText
 from mesh_core.system.terminal import say, say_lines
 
@@ -96,6 +97,7 @@ def generate(
 
     MODEL may be a transformer in a single file, .safetensors or .gguf, with --components.
     """
+    use_growing_segments()
     from mesh_core.cli.progress import LoadingLine
     from mesh_core.programs.generate import generate as make
     from mesh_core.programs.media import writable

@@ -17,6 +17,7 @@ import click
 from mesh_core.cli.announcement import announce
 from mesh_core.cli.values import parse_lora
 from mesh_core.errors import ConfigError
+from mesh_core.system.allocator import use_growing_segments
 from mesh_core.system.logs import start_logging
 from mesh_core.system.option_types import PrintableText
 from mesh_core.system.terminal import Coloured, say
@@ -57,6 +58,7 @@ def serve(
 
     Stop it with Ctrl-C.
     """
+    use_growing_segments()
     start_logging(logging.INFO if verbose else logging.WARNING)
     presets = [parse_lora(text) for text in options.pop("presets")]
     _check_paths(models, options["loras"], presets)

@@ -224,8 +224,7 @@ def split(
     try:
         checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins, source)
         device = _running_device(model)
-        numerics = usual_numerics(checkpoint.spec, model.dtype, device, plugins.weight_formats())
-        numerics = numerics_in_memory(numerics, model, checkpoint)
+        numerics = _as_in_memory(model, checkpoint, device, plugins)
         options = SessionOptions(numerics, device, quality, settings, codec)
         wish = _Wish(checkpoint, local, workers, options, plugins, report)
         wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint, model)
@@ -245,6 +244,12 @@ def split(
     if old is not None:
         old.close()
     return pipeline
+
+
+def _as_in_memory(model: Any, checkpoint: Checkpoint, device: torch.device, plugins: Plugins) -> Numerics:
+    """In what a loaded model computes."""
+    usual = usual_numerics(checkpoint.spec, model.dtype, device, plugins.weight_formats())
+    return numerics_in_memory(usual, model, checkpoint)
 
 
 def _prepared(
