@@ -16,7 +16,6 @@ from mesh_core.host.progress import Activity
 from mesh_core.host.runner import Placement, Workers, place
 from mesh_core.host.session import Session
 from mesh_core.model.numerics import usual_numerics
-from mesh_core.model.spans import BlockSpan
 
 from .compatibility import require_supported
 from .cut import cut_at
@@ -95,7 +94,7 @@ def _weight_source(patcher: Any, pack: PackState) -> WeightSource:
 
 
 def _local_part(patcher: Any, source: WeightSource, local: int, pack: PackState, node: str) -> Any:
-    model = partial_copy(patcher.model, source.weights(BlockSpan(0, local)))
+    model = partial_copy(patcher.model, source.weights(local))
     pack.status.holds(node, nbytes(model.diffusion_model), source.bytes_read)
     return model
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from . import ltx
+
 
 class _OnModel:
     RETURN_TYPES = ("MODEL",)
@@ -134,5 +136,6 @@ _NODES = (
     TestControl,
     TestMask,
     TestMemory,
+    *ltx.NODES,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
