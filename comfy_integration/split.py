@@ -6,6 +6,7 @@ Joins three things: ComfyUI's patcher (wrappers around sampling and around the m
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from .loras import loras_for_workers
 from .node_settings import OnFailure
 from .pack_state import PackState
 from .patching import KEY, SplitMark, patcher_over, sampling_patcher
-from .refusals import refuse_what_cannot_cross
+from .refusals import refuse_options, refuse_what_cannot_cross
 from .status import NodeState
 from .weight_source import UNREAD, WeightSource
 from .whole_model import Forward, refuse_if_too_large, run_whole_here
@@ -56,7 +57,7 @@ class Split:
     _whole: Forward | None = None
 
     def sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around ComfyUI's whole sampling: all that can be refused is refused before it starts."""
+        """Around ComfyUI's whole sampling: what can be refused before it starts is."""
         guider = executor.class_obj
         refuse_what_cannot_cross(guider.model_patcher, guider.model_options, _conditionings(guider), self.cut)
         self._sequences.clear()
@@ -79,6 +80,7 @@ class Split:
         own = self.model()
         if own is None or model is not own.diffusion_model:
             return executor(*args, **kwargs)
+        executor.original = self._checked(executor.original)
         began = perf_counter()
         sequence = self._sequence(args, kwargs)
 
@@ -97,6 +99,17 @@ class Split:
                 raise
             self._whole = self._run_whole_here(own, error)
             return self._whole(executor, args, kwargs)
+
+    def _checked(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's own forward pass, which sees the options as guidance functions, hooks and wrappers left them."""
+        parameters = inspect.signature(forward)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            options = parameters.bind(*args, **kwargs).arguments.get("transformer_options")
+            refuse_options(options or {}, self.cut)
+            return forward(*args, **kwargs)
+
+        return checked
 
     def _run_whole_here(self, own: Any, error: MeshError) -> Forward:
         current = sampling_patcher(own)
