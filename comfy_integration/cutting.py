@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -69,10 +69,10 @@ def _cut(patcher: Any, wanted: SplitSettings, pack: PackState, node: str) -> Any
     pack.status.start(node, reached, spec.blocks, local)
     session = _opened(source, placement, options, pack, node)
     pack.keep(node, session)
-    model = _local_part(patcher, source, local, pack, node)
+    split = Split(pack, node, source, cut_at(source, local), session, wanted.on_failure, weakref.WeakSet())
+    result = attach(patcher, _local_part(patcher, source, local, pack, node), split)
     pack.status.change(node, NodeState.CONNECTED)
-    split = Split(pack, node, source, cut_at(source, local), session, wanted.on_failure, weakref.ref(model))
-    return attach(patcher, model, split)
+    return result
 
 
 def _all_here(patcher: Any, source: WeightSource, pack: PackState, node: str) -> Any:
@@ -93,10 +93,15 @@ def _weight_source(patcher: Any, pack: PackState) -> WeightSource:
     return LoadedModel(patcher, checkpoint, side)
 
 
-def _local_part(patcher: Any, source: WeightSource, local: int, pack: PackState, node: str) -> Any:
-    model = partial_copy(patcher.model, source.weights(local))
-    pack.status.holds(node, nbytes(model.diffusion_model), source.bytes_read)
-    return model
+def _local_part(patcher: Any, source: WeightSource, local: int, pack: PackState, node: str) -> Callable[[], Any]:
+    """Makes copies of the model with the blocks that are here."""
+
+    def make() -> Any:
+        model = partial_copy(patcher.model, source.weights(local))
+        pack.status.holds(node, nbytes(model.diffusion_model), source.bytes_read)
+        return model
+
+    return make
 
 
 def _compute_type(patcher: Any) -> torch.dtype:

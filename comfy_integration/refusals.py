@@ -95,6 +95,8 @@ def _on_weights(patcher: Any, remote: frozenset[str]) -> Iterator[str]:
 def _on_modules(patcher: Any) -> Iterator[str]:
     for name in patcher.injections:
         yield f"an injection into the model ({name})"
+    if patcher.get_additional_models_with_key("multigpu"):
+        yield "its copies on other GPUs (MultiGPU CFG Split)"
 
 
 def _in_conditionings(conditionings: Iterable[Mapping[str, Any]], side: ComfySide) -> Iterator[str]:

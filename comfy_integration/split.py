@@ -43,7 +43,8 @@ class Split:
 
     Attributes:
         source: of the weights, for when the whole model has to run here.
-        model: ComfyUI's model of the local blocks, or None when it is gone: what holds this must not keep it alive.
+        models: ComfyUI's models of the local blocks: one, and others if ComfyUI wanted more. What holds this must not
+            keep them alive.
     """
 
     pack: PackState
@@ -52,7 +53,7 @@ class Split:
     cut: ModelCut
     session: Session
     on_failure: OnFailure
-    model: Callable[[], Any]
+    models: weakref.WeakSet[Any]
     _sequences: dict[Any, str] = field(default_factory=dict)
     _whole: Forward | None = None
 
@@ -77,8 +78,8 @@ class Split:
         model = executor.class_obj
         if self._whole is not None:
             return self._whole(executor, args, kwargs)
-        own = self.model()
-        if own is None or model is not own.diffusion_model:
+        own = next((own for own in self.models if own.diffusion_model is model), None)
+        if own is None:
             return executor(*args, **kwargs)
         executor.original = self._checked(executor.original)
         began = perf_counter()
@@ -127,9 +128,21 @@ class Split:
         return ""
 
 
-def attach(patcher: Any, model: Any, split: Split | None) -> Any:
-    """``patcher`` as a patcher of ``model``, a copy of its model with the local blocks, run as ``split`` says."""
-    result = patcher_over(patcher, model)
+def attach(patcher: Any, local: Callable[[], Any], split: Split | None) -> Any:
+    """``patcher`` as a patcher of a copy of its model with the local blocks, run as ``split`` says.
+
+    Args:
+        local: makes such a copy.
+    """
+
+    def noted() -> Any:
+        model = local()
+        if split is not None:
+            split.models.add(model)
+        return model
+
+    model = noted()
+    result = patcher_over(patcher, model, noted)
     result.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, UNREAD)
     result.remove_attachments(UNREAD)
     if split is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
-import comfy.model_patcher
 import comfy.utils
 import torch
 from comfy import model_detection
@@ -23,6 +22,7 @@ from mesh_core.programs.comfy_recognition import side_of
 
 from .pack_state import PackState
 from .partial_model import partial_copy
+from .patching import new_patcher
 from .weight_source import UNREAD, ModelFile
 
 _HINT = "ComfyUI's own loader, with Mesh Split behind it"
@@ -46,13 +46,10 @@ def load_unread(path: str, pack: PackState) -> Any:
             hint=_HINT,
         )
     file = ModelFile(checkpoint, side_of(checkpoint.adapter), names, {names[n]: t.dtype for n, t in held.items()})
-    load_device, offload_device = (
+    patcher = new_patcher(
+        partial_copy(model, lambda name: None),
         comfy.model_management.get_torch_device(),
         comfy.model_management.unet_offload_device(),
-    )
-    model.device = offload_device
-    patcher = comfy.model_patcher.ModelPatcher(
-        partial_copy(model, lambda name: None), load_device, offload_device, size=1
     )
     patcher.set_attachments(UNREAD, file)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, UNREAD, _uncut)

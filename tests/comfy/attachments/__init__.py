@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import ltx
+from . import dynamic, ltx
 
 
 class _OnModel:
@@ -162,6 +162,7 @@ _NODES = (
     TestControl,
     TestMask,
     TestMemory,
+    *dynamic.NODES,
     *ltx.NODES,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
