@@ -167,6 +167,10 @@ def _opened(source: WeightSource, placement: Placement, options: SessionOptions,
         placement.close()
         raise
     placement.close()
+    if mismatch is not None and any("/" in dtype for dtype in source.checkpoint.spec.dtypes):
+        # The loader may have made them: what it rounds to fp8 is in no file.
+        hint = "the loader's weight_dtype 'default', and the same quantised file on all machines"
+        raise CheckpointMismatch(mismatch.message, hint=hint) from mismatch
     raise mismatch or CheckpointMismatch(
         "The weights that ComfyUI holds are not those of a file, so no worker can have them.",
         hint="the loader's weight_dtype 'default', and merges or LoRAs behind Mesh Split",

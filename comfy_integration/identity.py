@@ -7,7 +7,7 @@ is in the file. So the hash is taken over the weights in memory, in the types th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,12 +20,15 @@ from mesh_core.errors import CheckpointError, CheckpointUnrecognised
 from mesh_core.host.options import ModelIdentity
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
+from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.library import Checkpoint, recognise
-from mesh_core.model.spec import ModelSpec, ParameterSpec
+from mesh_core.model.spec import ModelSpec
+from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.comfy import ComfySide, header_of
 from mesh_core.programs.comfy_recognition import recognise_module
+from mesh_core.programs.comfy_weights import apart, stored_weight, tensors_of
 from mesh_core.programs.identity import identify
 from mesh_core.system.logs import logger
 
@@ -60,11 +63,12 @@ def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
         CheckpointUnrecognised: no adapter knows it, or its weights are in a form that none computes with.
         PluginNotFound: the adapter does not know ComfyUI.
     """
+    header = with_stored_weights(header_of(model.diffusion_model), plugins.weight_formats().values())
     try:
         return recognise_module(model.diffusion_model, plugins)
     except CheckpointUnrecognised as error:
         kind = type(model).__name__
-        found = ", ".join(sorted({t.dtype for t in header_of(model.diffusion_model).tensors.values()}))
+        found = ", ".join(sorted({t.dtype for t in header.tensors.values()}))
         families = ", ".join(sorted(plugins.adapters())) or "none"
         raise CheckpointUnrecognised(
             f"No installed adapter can cut this model ({kind}, weights {found}). Installed: {families}.",
@@ -73,11 +77,23 @@ def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
 
 
 def unpatched_weights(patcher: Any) -> Callable[[str], Tensor]:
-    """The unpatched weights of a patcher's model by the name that a file gives them."""
-    own = dict(patcher.model.diffusion_model.named_parameters())
-    kept = {name.removeprefix(ROOT): entry.weight for name, entry in patcher.backup.items()}
-    kept |= {name.removeprefix(ROOT): entry[0] for name, entry in patcher.hook_backup.items()}
+    """The unpatched weights of a patcher's model by ComfyUI's names of them."""
+    own, kept = dict(patcher.model.diffusion_model.named_parameters()), _kept(patcher)
     return lambda name: kept[name] if name in kept else own[name]
+
+
+def _unpatched_tensors(patcher: Any) -> Callable[[str], Tensor]:
+    """The same as a file holds them: quantised ones as several tensors."""
+    found = tensors_of(patcher.model.diffusion_model)
+    for name, weight in _kept(patcher).items():
+        found |= apart(name, weight)
+    return found.__getitem__
+
+
+def _kept(patcher: Any) -> dict[str, Tensor]:
+    """What the patcher put aside when it patched."""
+    kept = {name.removeprefix(ROOT): entry.weight for name, entry in patcher.backup.items()}
+    return kept | {name.removeprefix(ROOT): entry[0] for name, entry in patcher.hook_backup.items()}
 
 
 def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[ModelIdentity]:
@@ -87,11 +103,28 @@ def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[ModelIdentity]:
         CheckpointUnrecognised: while iterating: no file of this model can hold these weights.
     """
     if patcher.model not in _known_identities:
-        _known_identities[patcher.model] = _KnownIdentities(_find(checkpoint.spec, unpatched_weights(patcher)))
+        weights = _Weights(checkpoint, _unpatched_tensors(patcher))
+        _known_identities[patcher.model] = _KnownIdentities(_find(checkpoint.spec, weights))
     return _known_identities[patcher.model]
 
 
-def _find(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[ModelIdentity]:
+@dataclass(frozen=True)
+class _Weights:
+    """A model's parameters from the tensors of its checkpoint, which ``tensor`` gives by name."""
+
+    checkpoint: Checkpoint
+    tensor: Callable[[str], Tensor]
+
+    def __call__(self, name: str) -> Tensor:
+        """On the CPU; a `StoredWeight` if it is stored in a format."""
+        parameter = self.checkpoint.spec.parameters[name]
+        if "/" in parameter.dtype:
+            return stored_weight(parameter, self.checkpoint.header, self.tensor, torch.float32)
+        pieces = [self.tensor(p.tensor).detach()[p.start : p.stop].cpu() for p in parameter.pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _find(spec: ModelSpec, weights: _Weights) -> Iterator[ModelIdentity]:
     seen: set[str] = set()
     for claimed in _as_in_files(spec):
         structure = fingerprint.structure(claimed)
@@ -124,8 +157,14 @@ def _files_like(spec: ModelSpec) -> Iterator[Checkpoint]:
         except CheckpointError as error:
             log.debug("%s is not looked at: %s", path, error)
             continue
-        if found.spec.family == spec.family and {n: p.shape for n, p in found.spec.parameters.items()} == shapes:
+        alike = found.spec.family == spec.family and {n: p.shape for n, p in found.spec.parameters.items()} == shapes
+        if alike and _stored(found.spec) == _stored(spec):
             yield found
+
+
+def _stored(spec: ModelSpec) -> dict[str, str]:
+    """The parameters that are stored in a format, with its label: they are what they are in memory and in files."""
+    return {name: p.dtype for name, p in spec.parameters.items() if "/" in p.dtype}
 
 
 def _as_in_files(spec: ModelSpec) -> Iterator[ModelSpec]:
@@ -133,7 +172,7 @@ def _as_in_files(spec: ModelSpec) -> Iterator[ModelSpec]:
     for found in _files_like(spec):
         yield _retyped(spec, {name: p.dtype for name, p in found.spec.parameters.items()})
     for dtype in ("BF16", "F16", "F32"):
-        yield _retyped(spec, dict.fromkeys(spec.parameters, dtype))
+        yield _retyped(spec, {**dict.fromkeys(spec.parameters, dtype), **_stored(spec)})
     yield spec
 
 
@@ -141,15 +180,16 @@ def _retyped(spec: ModelSpec, dtypes: Mapping[str, str]) -> ModelSpec:
     return replace(spec, parameters={n: replace(p, dtype=dtypes[n]) for n, p in spec.parameters.items()})
 
 
-def _hashed(spec: ModelSpec, structure: str, weights: Callable[[str], Tensor]) -> ModelIdentity | None:
+def _hashed(spec: ModelSpec, structure: str, weights: _Weights) -> ModelIdentity | None:
     """The identity of the weights in the types of ``spec``; None when that would change a weight."""
 
     class Loses(Exception):
         pass
 
     def value(name: str) -> Tensor:
-        parameter = spec.parameters[name]
-        held = joined(parameter, weights)
+        held, parameter = weights(name), spec.parameters[name]
+        if isinstance(held, StoredWeight):
+            return held
         cast = held.to(from_safetensors(parameter.dtype).torch)
         if cast.dtype != held.dtype and not torch.equal(cast.to(held.dtype), held):
             raise Loses
@@ -163,14 +203,10 @@ def _hashed(spec: ModelSpec, structure: str, weights: Callable[[str], Tensor]) -
         return None
 
 
-def joined(parameter: ParameterSpec, weights: Callable[[str], Tensor]) -> Tensor:
-    """A parameter of the model from the rows of file tensors that make it."""
-    pieces = [weights(p.tensor).detach()[p.start : p.stop].cpu() for p in parameter.pieces]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _from_wider_files(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[ModelIdentity]:
+def _from_wider_files(spec: ModelSpec, weights: _Weights) -> Iterator[ModelIdentity]:
     """Files with more bits than ComfyUI kept, whose weights round to what is in memory."""
+    if _stored(spec):
+        return
     for found in _files_like(spec):
         reader = WeightReader(found.header)
         wider = all(
@@ -181,6 +217,6 @@ def _from_wider_files(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iter
             continue
         if all(
             torch.equal(reader.read(p).to(held.dtype), held)
-            for p, held in ((p, joined(spec.parameters[n], weights)) for n, p in found.spec.parameters.items())
+            for p, held in ((p, weights(n)) for n, p in found.spec.parameters.items())
         ):
             yield identify(found)

@@ -85,8 +85,9 @@ def _copy(module: nn.Module, weights: Weights, prefix: str) -> nn.Module:
         data = weights(prefix + name) if parameter is not None else None
         if parameter is not None:
             here, elsewhere = here + (data is not None), elsewhere + (data is None)
-            held = torch.empty_like(parameter, device="meta") if data is None else data
-            parameters[name] = nn.Parameter(held, requires_grad=False)
+            # A plain tensor, whatever class a quantised one has.
+            none = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            parameters[name] = nn.Parameter(none if data is None else data, requires_grad=False)
         else:
             parameters[name] = None
     copy.__dict__["_parameters"] = parameters

@@ -36,6 +36,11 @@ def load_unread(path: str, pack: PackState) -> Any:
     """
     header = read_header(path)
     checkpoint = recognise(header, pack.plugins)
+    stored = sorted({t.dtype for t in checkpoint.header.tensors.values() if t.stored is not None})
+    if stored:
+        raise CheckpointUnrecognised(
+            f"{header.path.name} is quantised ({', '.join(stored)}): it cannot be read in parts.", hint=_HINT
+        )
     model, names = _without_weights(header)
     held = model.diffusion_model.state_dict()
     changed = [n for n, t in held.items() if _shape(header, names.get(n)) != t.shape]

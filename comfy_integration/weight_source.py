@@ -59,9 +59,10 @@ def elsewhere(source: WeightSource, local: int) -> frozenset[str]:
     """
     spec = source.checkpoint.spec
     behind = _tensors(spec, BlockSpan(0, spec.blocks)) - _tensors(spec, BlockSpan(0, local))
-    away = {own for own, tensor in source.names.items() if tensor in behind}
-    here = {"", *(_module_of(own) for own in source.names.keys() - away)}
-    return frozenset(own for own in away if _module_of(own) not in here)
+    # What the checkpoint does not list by itself belongs to a stored weight beside it: scales.
+    listed = {own for own, tensor in source.names.items() if tensor in source.checkpoint.header.tensors}
+    here = {"", *(_module_of(own) for own in listed if source.names[own] not in behind)}
+    return frozenset(own for own in source.names if _module_of(own) not in here)
 
 
 def _tensors(spec: ModelSpec, span: BlockSpan) -> set[str]:
