@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from diffusers import LTX2VideoTransformer3DModel, LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
+from benchmarks.quantise.gguf import write_gguf
 from mesh_core.builtin import installed_plugins, load_plugins
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised, ConfigError
 from mesh_core.loras.memory import NamedPatch, lora_from_patches
 from mesh_core.loras.read import read_lora
-from mesh_core.model import Piece, fingerprint, read_header
+from mesh_core.model import CheckpointHeader, Piece, TensorInfo, fingerprint, read_header
 from mesh_core.model.library import recognise
 from mesh_core.testing import check_every_cut, check_reads_only_its_own, check_recognises_without_data
 from mesh_ltx import LtxAdapter
@@ -152,6 +154,71 @@ def test_metadata_that_cannot_be_used_is_named(metadata: str | None, error: Any,
     save_file(tensors, tmp_path / "m.safetensors", {"config": metadata} if metadata else None)
     with pytest.raises(error, match=match):
         ADAPTER.recognise(read_header(tmp_path / "m.safetensors"))
+
+
+def published(generation: Any, prefix: str = "", **changes: Any) -> CheckpointHeader:
+    """The names and shapes of a single file in the published size, without metadata."""
+    newer = generation == "2.3"
+    with torch.device("meta"):
+        model = LTX2VideoTransformer3DModel(
+            gated_attn=newer,
+            audio_gated_attn=newer,
+            cross_attn_mod=newer,
+            audio_cross_attn_mod=newer,
+            use_prompt_embeddings=not newer,
+            rope_type="split",
+            perturbed_attn=True,
+            **changes,
+        )
+    tensors = {}
+    for name, tensor in tiny_ltx.to_original(model).items():
+        tensors[prefix + name] = TensorInfo(prefix + name, "BF16", tuple(tensor.shape), Path("x"), 0, tensor.nbytes)
+    return CheckpointHeader(Path("x.gguf"), tensors)
+
+
+@pytest.mark.parametrize(("generation", "prefix"), [("2.0", ""), ("2.3", "model.diffusion_model.")])
+def test_a_published_model_without_its_metadata_is_known_by_its_shapes(generation: Any, prefix: str) -> None:
+    spec = ADAPTER.recognise(published(generation, prefix))
+    assert spec is not None and generation in spec.variant and "custom" not in spec.variant
+    said = {"rope_type": "split", "rope_double_precision": True, "cross_attn_timestep_scale_multiplier": 1000}
+    said |= {"num_attention_heads": 32, "timestep_scale_multiplier": 1000, "rope_theta": 10000.0, "num_layers": 48}
+    assert {name: spec.config[name] for name in said} == said
+    assert spec.config["gated_attn"] == (generation == "2.3") != spec.config["use_prompt_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("generation", "changes"),
+    [
+        ("2.3", {"num_layers": 47}),
+        ("2.3", {"num_layers": 49}),
+        ("2.3", {"ff_bias": False}),
+        ("2.3", {"use_keyframes_abs_pos_embedding": True}),
+        ("2.3", {"use_prompt_adaln_single": False}),
+        ("2.3", {"num_attention_heads": 64, "attention_head_dim": 64}),
+        ("2.0", {"caption_channels": 4096}),
+        ("2.0", {"in_channels": 64}),
+    ],
+    ids=str,
+)
+def test_of_another_model_nothing_is_guessed(generation: Any, changes: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointUnrecognised, match="does not say its dimensions"):
+        ADAPTER.recognise(published(generation, **changes))
+
+
+def test_a_version_of_another_generation_is_believed() -> None:
+    newer = replace(published("2.3"), metadata={"model_version": "2.5.0"})
+    with pytest.raises(CheckpointUnrecognised, match="none of the published ones"):
+        ADAPTER.recognise(newer)
+
+
+def test_a_gguf_file_says_its_dimensions_as_the_published_files_do(tmp_path: Path) -> None:
+    model = tiny_ltx.transformer("2.3")
+    words = json.dumps({"transformer": tiny_ltx.original_config(model)})
+    write_gguf(tmp_path / "m.gguf", tiny_ltx.to_original(model), "Q8_0", "ltxv", metadata={"config": words})
+    tiny_ltx.save_single_file(model, tmp_path / "m.safetensors")
+    packed, plain = (recognise(read_header(tmp_path / f"m.{x}"), installed_plugins()) for x in ("gguf", "safetensors"))
+    assert packed.spec.config == plain.spec.config and packed.spec.family == "ltx"
+    assert "gguf/Q8_0" in packed.spec.dtypes
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

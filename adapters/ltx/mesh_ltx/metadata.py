@@ -7,6 +7,7 @@ from typing import Any
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
 from mesh_core.model import CheckpointHeader
+from mesh_ltx.published import published_words
 
 _CONFIG = {
     "in_channels": "in_channels",
@@ -44,7 +45,7 @@ def config_from_metadata(header: CheckpointHeader, prefix: str) -> dict[str, Any
         CheckpointUnrecognised: the file says nothing of its dimensions, or asks for what the model class does not do.
         CheckpointCorrupt: what it says is unreadable.
     """
-    given = _metadata(header)
+    given = _metadata(header, prefix)
     for name, value in _FIXED.items():
         if given.get(name, value) != value:
             raise CheckpointUnrecognised(
@@ -76,11 +77,15 @@ def _positions(header: CheckpointHeader, value: Any, stream: str) -> dict[str, i
     return {f"{stream}{name}": number for name, number in zip(names, value, strict=True)}
 
 
-def _metadata(header: CheckpointHeader) -> dict[str, Any]:
+def _metadata(header: CheckpointHeader, prefix: str) -> dict[str, Any]:
     text = header.metadata.get("config")
     if text is None:
+        published = published_words(header, prefix)
+        if published is not None:
+            return published
         raise CheckpointUnrecognised(
-            f"{header.path} is an LTX-2 transformer whose metadata does not say its dimensions (entry 'config').",
+            f"{header.path} is an LTX-2 transformer whose metadata does not say its dimensions (entry 'config'), and "
+            "none of the published ones.",
             hint="the file as Lightricks published it, or a folder saved by diffusers",
         )
     try:

@@ -14,13 +14,8 @@ from torch import Tensor
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
 from mesh_core.formats import ggml
-from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.gguf import DTYPE_PREFIX, QUANTISED, GgufType
-from mesh_core.model.safetensors import TensorInfo
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat, refuse_arithmetic
-
-ARITHMETIC = "ggml/fp16"
-"""diffusers' and ComfyUI-GGUF's: scales and numbers in half precision, rounded to the type that is computed in."""
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, TensorInfo, WeightFormat
 
 _SCALES: Mapping[str, tuple[int, ...]] = {
     "Q4_0": (0,),
@@ -55,7 +50,7 @@ class GgufFormat(WeightFormat):
 
     name = "gguf"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Every tensor of a quantised type."""
         quantised = [info for info in header.tensors.values() if info.dtype.startswith(DTYPE_PREFIX)]
         if not quantised:
@@ -79,31 +74,41 @@ class GgufFormat(WeightFormat):
             raise CheckpointCorrupt(f"{stored.parts['codes'].name} has scales that are no finite numbers.")
         return {"codes": codes}
 
+    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | None:
+        """diffusers' ``GGUFParameter``."""
+        if type(tensor).__name__ != "GGUFParameter" or not hasattr(tensor, "quant_type"):
+            return None
+        kind = KINDS.get(int(tensor.quant_type))
+        if kind is None:
+            return None
+        return kind, shape_of(tensor, kind), parts_of(tensor, kind)
+
     def nbytes(self, stored: StoredTensor, rows: int) -> int:
         """Of whole blocks."""
         return rows * _row_bytes(stored.kind, stored.shape)
 
     def arithmetics(self, kind: str, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
-        """One, wherever diffusers and gguf are installed.
+        """One, wherever diffusers and gguf are installed; see `mesh_core.formats.ggml.arithmetic`.
 
         Raises:
             CheckpointUnrecognised: they are not.
         """
-        ggml.require()
-        return (ARITHMETIC,) if kind in _SCALES and dtype.is_floating_point else ()
+        if kind not in _SCALES or not dtype.is_floating_point:
+            return ()
+        return (ggml.arithmetic(kind, _TYPES[kind].block_bytes, _SCALES[kind]),)
 
     def dequantise(
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
     ) -> Tensor:
         """See `mesh_core.formats.ggml`."""
         codes = parts["codes"]
-        here = self.arithmetics(kind, dtype, codes.device)
-        if arithmetic not in here:
-            raise refuse_arithmetic(self, kind, arithmetic, here)
         size = _TYPES[kind].block_bytes
         numbers = torch.empty(shape[0], prod(shape[1:]), dtype=dtype, device=codes.device)
-        for rows, made in zip(codes.split(_rows_at_once(shape)), numbers.split(_rows_at_once(shape)), strict=True):
-            made.copy_(ggml.blocks_as_numbers(rows.reshape(-1, size), kind).view(made.shape))
+        step = _rows_at_once(shape)
+        for start in range(0, shape[0], step):
+            made = numbers[start : start + step]
+            blocks = codes[start : start + step].reshape(-1, size)
+            made.copy_(ggml.blocks_as_numbers(blocks, kind).view(made.shape))
         return numbers.view(shape)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -112,7 +117,7 @@ class GgufFormat(WeightFormat):
         at_once = min(_rows_at_once(shape), shape[0]) * columns
         return shape[0] * columns * dtype.itemsize + at_once * ggml.temporary(kind)
 
-    def _stored(self, header: CheckpointHeader, info: TensorInfo) -> StoredTensor:
+    def _stored(self, header: Header, info: TensorInfo) -> StoredTensor:
         kind = info.dtype.removeprefix(DTYPE_PREFIX)
         if kind not in _SCALES:
             raise CheckpointUnrecognised(
@@ -149,9 +154,12 @@ def parts_of(data: Tensor, kind: str) -> Parts:
     """
     if kind not in _SCALES:
         raise CheckpointUnrecognised(f"Weights in ggml's type {kind} are not computed with.", hint=", ".join(_SCALES))
-    if data.dtype != torch.uint8 or data.dim() != 2 or data.shape[1] % _TYPES[kind].block_bytes:
+    # Their tensor classes make what they are of everything that is done to them.
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = data.detach().as_subclass(Tensor)
+    if plain.dtype != torch.uint8 or plain.dim() != 2 or plain.shape[1] % _TYPES[kind].block_bytes:
         raise CheckpointCorrupt(f"A weight in memory does not hold whole {kind} blocks.")
-    return {"codes": data.as_subclass(Tensor).detach()}
+    return {"codes": plain}
 
 
 def shape_of(data: Tensor, kind: str) -> tuple[int, int]:

@@ -77,6 +77,7 @@ class RemoteHop:
             dtype=from_torch(numerics.dtype).name,
             others={name: from_torch(dtype).name for name, dtype in numerics.others if name in own},
             arithmetic={label: how for label, how in numerics.arithmetic if label in stored},
+            computed=None if numerics.computed is None else dict(numerics.computed),
             loras=self.loras,
             inputs=_plain(inputs),
             outputs=_plain(outputs),

@@ -19,6 +19,8 @@ class Numerics:
     Attributes:
         dtype: of the state, and of every parameter that `others` does not have.
         others: parameters that are held in another type, sorted by name.
+        computed: by name, the hash of each tensor that the model's class computes, sorted, see
+            `mesh_core.model.constructing`; None for those that it computes where it is loaded in ``dtype``.
         arithmetic: by label of a stored weight (`mesh_core.model.stored.StoredTensor.label`), how it is computed with,
             sorted.
     """
@@ -26,14 +28,15 @@ class Numerics:
     dtype: torch.dtype
     others: tuple[tuple[str, torch.dtype], ...] = ()
     arithmetic: tuple[tuple[str, str], ...] = ()
+    computed: tuple[tuple[str, str], ...] | None = None
     _types: Mapping[str, torch.dtype] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_types", dict(self.others))
 
-    def dtype_of(self, parameter: str) -> torch.dtype:
+    def dtype_of(self, parameter: str, spec: ParameterSpec) -> torch.dtype:
         """The type that a parameter is held in; for a stored weight, that of its numbers."""
-        return self._types.get(parameter, self.dtype)
+        return spec.whole_numbers or self._types.get(parameter, self.dtype)
 
     def arithmetic_of(self, spec: ParameterSpec) -> str:
         """How a parameter that stays as it is stored is computed with; "" for others.
@@ -45,7 +48,7 @@ class Numerics:
 
     def nbytes(self, name: str, spec: ParameterSpec) -> int:
         """Bytes that a parameter takes in the memory of a stage."""
-        return spec.nbytes(self.dtype_of(name).itemsize)
+        return spec.nbytes(self.dtype_of(name, spec).itemsize)
 
 
 def usual_numerics(

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from mesh_core.builtin import installed_plugins
 from mesh_core.model.adapter import ModelAdapter
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spec import Conditioning, ModelSpec, State
@@ -121,7 +122,7 @@ def header_of(model: nn.Module) -> CheckpointHeader:
     Raises:
         CheckpointUnrecognised: one is of a class that is not known.
     """
-    return header_of_tensors(tensors_of(model))
+    return header_of_tensors(tensors_of(model), installed_plugins())
 
 
 def hand_over_at(options: Mapping[str, Any], key: tuple[str, int]) -> dict[str, Any]:

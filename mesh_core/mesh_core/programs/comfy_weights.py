@@ -8,60 +8,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mesh_codec.memory import bytes_of
-from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
+from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spec import ParameterSpec
-from mesh_core.model.stored import TensorInfo
 from mesh_core.model.stored_weight import StoredWeight
+from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.in_memory import header_in_memory
 
 MEMORY = Path("(weights in ComfyUI)")
 """Stands for the file of a model that ComfyUI loaded."""
 
-_MARKER_BYTES = 4096
-"""More than any marker has: what a header keeps of the tensors themselves."""
-
 _NAMES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 """How markers name the formats that earlier versions have."""
 
 
-@dataclass(frozen=True)
-class HeaderInMemory(CheckpointHeader):
-    """With the content of the markers, which formats read."""
-
-    markers: Mapping[str, bytes] = field(default_factory=dict)
-
-    def content(self, info: TensorInfo, most: int = 1 << 16) -> bytes:
-        """Of a marker.
-
-        Raises:
-            CheckpointCorrupt: it is none, or longer than ``most``.
-        """
-        found = self.markers.get(info.name)
-        if found is None or len(found) > most:
-            raise CheckpointCorrupt(f"{self.path}: {info.name} is no marker of a weight's format.")
-        return found
-
-
-def header_of_tensors(tensors: Mapping[str, Tensor]) -> CheckpointHeader:
-    """Plain tensors as the header of a file would list them.
+def header_of_tensors(tensors: Mapping[str, Tensor], plugins: Plugins) -> CheckpointHeader:
+    """What `tensors_of` gives as the header of a file would list it.
 
     Raises:
-        CheckpointUnrecognised: a tensor of another class than torch's own.
+        CheckpointUnrecognised: a tensor of another class than torch's own, which no format knows.
     """
     listed = {name: tensor.view(torch.uint8) if _is_exponents(tensor) else tensor for name, tensor in tensors.items()}
-    header = header_in_memory(listed, MEMORY)
-    small = {n: t for n, t in tensors.items() if t.dtype == torch.uint8 and t.dim() == 1 and t.nbytes <= _MARKER_BYTES}
-    markers = {name: bytes(bytes_of(t.detach().cpu().contiguous())) for name, t in small.items() if not t.is_meta}
-    return HeaderInMemory(MEMORY, header.tensors, markers=markers)
+    return header_in_memory(listed, MEMORY, plugins)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -22,9 +22,11 @@ from mesh_core.host.progress import THIS_MACHINE, Activity, Phase, ProgressRepor
 from mesh_core.host.runner import Placement, SplitRunner, Workers, open_session, place
 from mesh_core.host.session import Session
 from mesh_core.model.adapter import Stage
-from mesh_core.model.library import Checkpoint, recognise
-from mesh_core.model.numerics import usual_numerics
+from mesh_core.model.constructing import as_loaded
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.numerics import Numerics, usual_numerics
 from mesh_core.model.spans import BlockSpan
+from mesh_core.model.tensors import stored_tensors
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.identity import (
@@ -34,7 +36,7 @@ from mesh_core.programs.identity import (
     identify,
     identify_in_memory,
 )
-from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded
+from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded, numerics_in_memory
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
 from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, take_off
 from mesh_core.programs.pipeline_arguments import (
@@ -47,11 +49,10 @@ from mesh_core.programs.pipeline_calls import guard, unwrap, wrap_again
 from mesh_core.programs.pipeline_folder import (
     pipeline_arguments,
     pipeline_around,
-    pipeline_header,
-    refuse_another_model,
+    pipeline_checkpoint,
 )
 from mesh_core.programs.replaced_parts import offloading_hook, refuse_replaced_forward, refuse_replaced_parts
-from mesh_core.programs.same_weights import checkpoint_of, refuse_several_types
+from mesh_core.programs.same_weights import checkpoint_of
 from mesh_core.programs.split_model import SplitModel, attach, detach, model_of
 from mesh_core.system.config import Settings
 from mesh_core.system.device import checked_device, default_device, free_memory
@@ -103,6 +104,11 @@ class _Loading:
     dtype: Dtypes
     arguments: Mapping[str, Any]
 
+    @property
+    def transformer(self) -> torch.dtype:
+        """In which the transformer computes."""
+        return dtype_of_transformer(self.dtype)
+
 
 def load_pipeline(
     path: str | Path,
@@ -142,21 +148,24 @@ def load_pipeline(
         others: as ``DiffusionPipeline.from_pretrained`` takes them, see `mesh_core.programs.pipeline_arguments`.
 
     Raises:
-        ConfigError: an argument that has no meaning here; names it.
-        CheckpointError, PlanError, TransportError, PluginError: see their hints.
+        ConfigError, CheckpointError, PlanError, TransportError, PluginError: see their hints.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
-    checkpoint = recognise(pipeline_header(path, variant, others, components), plugins)
-    refuse_another_model(checkpoint)
+    checkpoint = pipeline_checkpoint(path, plugins, variant, others, components)
     named = {**others, "variant": variant} if variant else others
     arguments = pipeline_arguments(checkpoint.header, named, inspect.signature(load_pipeline).parameters)
     loading = _Loading(dtype_choice(dtype, torch_dtype) or file_dtype(checkpoint), arguments)
     target = checked_device(str(device)) if device is not None else default_device()
-    dtype = dtype_of_transformer(loading.dtype)
-    numerics = usual_numerics(checkpoint.spec, dtype, target, plugins.weight_formats())
+    numerics = _as_loaded(checkpoint, loading.transformer, target, plugins)
     options = SessionOptions(numerics, target, quality, settings, codec)
     wish = _Wish(checkpoint, local, workers, options, plugins, report)
     return _load(wish, wish.chosen(loras), loading)
+
+
+def _as_loaded(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, plugins: Plugins) -> Numerics:
+    """In what ``from_pretrained`` has a model compute."""
+    usual = usual_numerics(checkpoint.spec, dtype, device, plugins.weight_formats())
+    return as_loaded(usual, lambda: checkpoint.adapter.skeleton(checkpoint.spec))
 
 
 def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
@@ -165,7 +174,7 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
     session = open_session(lambda: identify(checkpoint, wish.report), placement, options, wish.plugins, wish.report)
     try:
         stage = _read_stage(wish, placement.plan.local)
-        look_loaded(stage.model, checkpoint, options.dtype)
+        look_loaded(stage.model, checkpoint, options.numerics)
         attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.numerics)
         pipeline = pipeline_around(stage.model, checkpoint.header, loading.dtype, loading.arguments)
         pipeline = pipeline.to(options.device)
@@ -213,6 +222,7 @@ def split(
         checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
         device = _running_device(model)
         numerics = usual_numerics(checkpoint.spec, model.dtype, device, plugins.weight_formats())
+        numerics = numerics_in_memory(numerics, model, checkpoint)
         options = SessionOptions(numerics, device, quality, settings, codec)
         wish = _Wish(checkpoint, local, workers, options, plugins, report)
         wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint, model)
@@ -260,11 +270,10 @@ def _prepared(
 def _session(model: Any, wish: _Wish, placement: Placement, old: SplitRunner | None) -> Session | None:
     """An open session; that of ``old`` makes room when a worker cannot hold both."""
     checkpoint, plugins = wish.checkpoint, wish.plugins
-    held = {**dict(model.named_parameters()), **(old.untouched if old is not None else {})}
+    held = {**stored_tensors(model), **(old.untouched if old is not None else {})}
     remote = {name for hop in placement.plan.remote for name in checkpoint.spec.parameters_of(hop.span)}
 
     def identity() -> ModelIdentity:
-        refuse_several_types(held, remote, wish.options.dtype)
         return identify_in_memory(checkpoint, held, remote, plugins, wish.report)
 
     try:

@@ -62,7 +62,9 @@ def numerics_of(
         possible = found.arithmetics(kind, dtype, device)
         if wanted not in possible:
             raise refuse_arithmetic(found, kind, wanted, possible)
-    return Numerics(dtype, others, tuple((label, message.arithmetic[label]) for label in labels))
+    arithmetic = tuple((label, message.arithmetic[label]) for label in labels)
+    computed = None if message.computed is None else tuple(sorted(message.computed.items()))
+    return Numerics(dtype, others, arithmetic, computed)
 
 
 def _dtype_of(name: str) -> torch.dtype:

@@ -63,7 +63,7 @@ class StageMemory:
         # On a GPU, what patched weights were made from moves to host memory when there is no room.
         twice = patched if self.device.type == "cpu" else ()
         extra = transient(parameters)
-        extra += sum(p.elements * numerics.dtype_of(name).itemsize for name, p in parameters.items() if name in twice)
+        extra += sum(p.elements * numerics.dtype_of(n, p).itemsize for n, p in parameters.items() if n in twice)
         needed = sum(numerics.nbytes(name, p) for name, p in parameters.items()) + extra
         if needed > self.budget:
             raise PlanDoesNotFit(
