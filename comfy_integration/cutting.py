@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -159,8 +160,12 @@ def _opened(source: WeightSource, placement: Placement, options: SessionOptions,
     mismatch: CheckpointMismatch | None = None
     try:
         for identity in source.identities(report):
+            # A file may hold quantised what is in memory as plain numbers.
+            formats, before = pack.plugins.weight_formats(), options.numerics
+            numerics = usual_numerics(identity.spec, before.dtype, options.device, formats)
             try:
-                return _open(Session(identity, hops, options, pack.plugins, report), pack, node)
+                of_file = replace(options, numerics=numerics)
+                return _open(Session(identity, hops, of_file, pack.plugins, report), pack, node)
             except CheckpointMismatch as error:
                 mismatch = mismatch or error
     except BaseException:

@@ -22,7 +22,7 @@ from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.library import Checkpoint, recognise
-from mesh_core.model.spec import ModelSpec
+from mesh_core.model.spec import ModelSpec, ParameterSpec
 from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
@@ -157,8 +157,7 @@ def _files_like(spec: ModelSpec) -> Iterator[Checkpoint]:
         except CheckpointError as error:
             log.debug("%s is not looked at: %s", path, error)
             continue
-        alike = found.spec.family == spec.family and {n: p.shape for n, p in found.spec.parameters.items()} == shapes
-        if alike and _stored(found.spec) == _stored(spec):
+        if found.spec.family == spec.family and {n: p.shape for n, p in found.spec.parameters.items()} == shapes:
             yield found
 
 
@@ -170,7 +169,8 @@ def _stored(spec: ModelSpec) -> dict[str, str]:
 def _as_in_files(spec: ModelSpec) -> Iterator[ModelSpec]:
     """The types that a file may have: those of files here with these shapes, one for all, those in memory."""
     for found in _files_like(spec):
-        yield _retyped(spec, {name: p.dtype for name, p in found.spec.parameters.items()})
+        if _stored(found.spec) == _stored(spec):
+            yield _retyped(spec, {name: p.dtype for name, p in found.spec.parameters.items()})
     for dtype in ("BF16", "F16", "F32"):
         yield _retyped(spec, {**dict.fromkeys(spec.parameters, dtype), **_stored(spec)})
     yield spec
@@ -204,19 +204,33 @@ def _hashed(spec: ModelSpec, structure: str, weights: _Weights) -> ModelIdentity
 
 
 def _from_wider_files(spec: ModelSpec, weights: _Weights) -> Iterator[ModelIdentity]:
-    """Files with more bits than ComfyUI kept, whose weights round to what is in memory."""
+    """Files with more bits than ComfyUI kept, or quantised ones that it holds as plain numbers: what they hold is, in
+    the types in memory, what is in memory."""
     if _stored(spec):
         return
     for found in _files_like(spec):
         reader = WeightReader(found.header)
-        wider = all(
-            from_safetensors(p.dtype).itemsize >= from_safetensors(spec.parameters[n].dtype).itemsize
-            for n, p in found.spec.parameters.items()
-        )
+        wider = all("/" in p.dtype or _itemsize(p) >= _itemsize(spec.parameters[n]) for n, p in _parameters(found))
         if not wider or found.spec.dtypes == spec.dtypes:
             continue
-        if all(
-            torch.equal(reader.read(p).to(held.dtype), held)
-            for p, held in ((p, weights(n)) for n, p in found.spec.parameters.items())
-        ):
+        if all(torch.equal(_numbers(reader, p, held.dtype), held) for p, held in _beside(found, weights)):
             yield identify(found)
+
+
+def _parameters(found: Checkpoint) -> Iterable[tuple[str, ParameterSpec]]:
+    return found.spec.parameters.items()
+
+
+def _beside(found: Checkpoint, weights: _Weights) -> Iterator[tuple[ParameterSpec, Tensor]]:
+    """A file's parameters with what is in memory."""
+    for name, parameter in _parameters(found):
+        yield parameter, weights(name)
+
+
+def _itemsize(parameter: ParameterSpec) -> int:
+    return from_safetensors(parameter.dtype).itemsize
+
+
+def _numbers(reader: WeightReader, parameter: ParameterSpec, dtype: torch.dtype) -> Tensor:
+    """A file's parameter as plain numbers."""
+    return reader.read_stored(parameter, dtype).dense() if "/" in parameter.dtype else reader.read(parameter).to(dtype)
