@@ -12,12 +12,13 @@ import torch
 
 from mesh_codec.errors import CodecError
 from mesh_core.errors import CheckpointMismatch, MeshError, PlanDoesNotFit, PlanError
-from mesh_core.host.options import SessionOptions
+from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.progress import Activity
 from mesh_core.host.runner import Placement, Workers, place
 from mesh_core.host.session import Session
 from mesh_core.model.numerics import usual_numerics
 
+from .arithmetic import numerics_of
 from .compatibility import require_supported
 from .cut import cut_at
 from .identity import recognised
@@ -59,7 +60,7 @@ def _cut(patcher: Any, wanted: SplitSettings, pack: PackState, node: str) -> Any
     if wanted.local == spec.blocks:
         return _all_here(patcher, source, pack, node)
     settings, device = wanted.of_session(), torch.device(patcher.load_device)
-    numerics = usual_numerics(spec, _compute_type(patcher), device, pack.plugins.weight_formats())
+    numerics = numerics_of(source.checkpoint, patcher.model, _compute_type(patcher), device, pack.weight_formats())
     options = SessionOptions(numerics, device, wanted.quality, settings, watch=raise_if_interrupted)
     placement = _place(source, wanted, pack, options, device)
     if not placement.remotes:
@@ -160,11 +161,8 @@ def _opened(source: WeightSource, placement: Placement, options: SessionOptions,
     mismatch: CheckpointMismatch | None = None
     try:
         for identity in source.identities(report):
-            # A file may hold quantised what is in memory as plain numbers.
-            formats, before = pack.plugins.weight_formats(), options.numerics
-            numerics = usual_numerics(identity.spec, before.dtype, options.device, formats)
             try:
-                of_file = replace(options, numerics=numerics)
+                of_file = _of_file(options, identity, source, pack)
                 return _open(Session(identity, hops, of_file, pack.plugins, report), pack, node)
             except CheckpointMismatch as error:
                 mismatch = mismatch or error
@@ -180,6 +178,14 @@ def _opened(source: WeightSource, placement: Placement, options: SessionOptions,
         "The weights that ComfyUI holds are not those of a file, so no worker can have them.",
         hint="the loader's weight_dtype 'default', and merges or LoRAs behind Mesh Split",
     )
+
+
+def _of_file(options: SessionOptions, identity: ModelIdentity, source: WeightSource, pack: PackState) -> SessionOptions:
+    """A file may hold quantised what is in memory as plain numbers."""
+    if identity.spec.dtypes == source.checkpoint.spec.dtypes:
+        return options
+    dtype, formats = options.numerics.dtype, pack.weight_formats()
+    return replace(options, numerics=usual_numerics(identity.spec, dtype, options.device, formats))
 
 
 def _open(session: Session, pack: PackState, node: str) -> Session:
