@@ -28,7 +28,7 @@ from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.comfy import ComfySide, header_of
 from mesh_core.programs.comfy_recognition import recognise_module
-from mesh_core.programs.comfy_weights import apart, stored_weight, tensors_of
+from mesh_core.programs.comfy_weights import apart, stored_weight
 from mesh_core.programs.identity import identify
 from mesh_core.system.logs import logger
 
@@ -39,21 +39,10 @@ log = logger(__name__)
 _FOLDERS = ("diffusion_models", "checkpoints")
 
 
-class _KnownIdentities:
-    """Identities of one model, found one after the other and remembered."""
+_Known = dict[str, ModelIdentity | None]
+"""What was found of one model, by what was tried; None: it cannot be that."""
 
-    def __init__(self, more: Iterator[ModelIdentity]) -> None:
-        self._found: list[ModelIdentity] = []
-        self._more = more
-
-    def __iter__(self) -> Iterator[ModelIdentity]:
-        yield from self._found
-        for identity in self._more:
-            self._found.append(identity)
-            yield identity
-
-
-_known_identities: WeakKeyDictionary[Any, _KnownIdentities] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 
 def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
@@ -78,22 +67,10 @@ def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
 
 def unpatched_weights(patcher: Any) -> Callable[[str], Tensor]:
     """The unpatched weights of a patcher's model by ComfyUI's names of them."""
-    own, kept = dict(patcher.model.diffusion_model.named_parameters()), _kept(patcher)
-    return lambda name: kept[name] if name in kept else own[name]
-
-
-def _unpatched_tensors(patcher: Any) -> Callable[[str], Tensor]:
-    """The same as a file holds them: quantised ones as several tensors."""
-    found = tensors_of(patcher.model.diffusion_model)
-    for name, weight in _kept(patcher).items():
-        found |= apart(name, weight)
-    return found.__getitem__
-
-
-def _kept(patcher: Any) -> dict[str, Tensor]:
-    """What the patcher put aside when it patched."""
+    own = dict(patcher.model.diffusion_model.named_parameters())
     kept = {name.removeprefix(ROOT): entry.weight for name, entry in patcher.backup.items()}
-    return kept | {name.removeprefix(ROOT): entry[0] for name, entry in patcher.hook_backup.items()}
+    kept |= {name.removeprefix(ROOT): entry[0] for name, entry in patcher.hook_backup.items()}
+    return lambda name: kept[name] if name in kept else own[name]
 
 
 def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[ModelIdentity]:
@@ -102,38 +79,48 @@ def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[ModelIdentity]:
     Raises:
         CheckpointUnrecognised: while iterating: no file of this model can hold these weights.
     """
-    if patcher.model not in _known_identities:
-        weights = _Weights(checkpoint, _unpatched_tensors(patcher))
-        _known_identities[patcher.model] = _KnownIdentities(_find(checkpoint.spec, weights))
-    return _known_identities[patcher.model]
+    weights = _Weights(checkpoint, unpatched_weights(patcher))
+    return _find(checkpoint.spec, weights, _known.setdefault(patcher.model, {}))
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """A model's parameters from the tensors of its checkpoint, which ``tensor`` gives by name."""
+    """A model's parameters, from weights that ``held`` gives by ComfyUI's names."""
 
     checkpoint: Checkpoint
-    tensor: Callable[[str], Tensor]
+    held: Callable[[str], Tensor]
 
     def __call__(self, name: str) -> Tensor:
         """On the CPU; a `StoredWeight` if it is stored in a format."""
         parameter = self.checkpoint.spec.parameters[name]
         if "/" in parameter.dtype:
-            return stored_weight(parameter, self.checkpoint.header, self.tensor, torch.float32)
-        pieces = [self.tensor(p.tensor).detach()[p.start : p.stop].cpu() for p in parameter.pieces]
+            return stored_weight(parameter, self.checkpoint.header, self._tensor, torch.float32)
+        pieces = [self.held(p.tensor).detach()[p.start : p.stop].cpu() for p in parameter.pieces]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    def _tensor(self, name: str) -> Tensor:
+        """One of those that a file holds for a weight: scales are parameters, or parts of the quantised weight."""
+        weight = f"{name.rpartition('.')[0]}.weight"
+        if name != weight:
+            try:
+                return self.held(name)
+            except KeyError:
+                pass
+        return apart(weight, self.held(weight))[name]
 
-def _find(spec: ModelSpec, weights: _Weights) -> Iterator[ModelIdentity]:
+
+def _find(spec: ModelSpec, weights: _Weights, known: _Known) -> Iterator[ModelIdentity]:
     seen: set[str] = set()
     for claimed in _as_in_files(spec):
         structure = fingerprint.structure(claimed)
         if structure not in seen:
             seen.add(structure)
-            identity = _hashed(claimed, structure, weights)
+            if structure not in known:
+                known[structure] = _hashed(claimed, structure, weights)
+            identity = known[structure]
             if identity is not None:
                 yield identity
-    yield from _from_wider_files(spec, weights)
+    yield from _from_wider_files(spec, weights, known)
 
 
 def _candidates() -> Iterator[Path]:
@@ -203,7 +190,7 @@ def _hashed(spec: ModelSpec, structure: str, weights: _Weights) -> ModelIdentity
         return None
 
 
-def _from_wider_files(spec: ModelSpec, weights: _Weights) -> Iterator[ModelIdentity]:
+def _from_wider_files(spec: ModelSpec, weights: _Weights, known: _Known) -> Iterator[ModelIdentity]:
     """Files with more bits than ComfyUI kept, or quantised ones that it holds as plain numbers: what they hold is, in
     the types in memory, what is in memory."""
     if _stored(spec):
@@ -213,8 +200,13 @@ def _from_wider_files(spec: ModelSpec, weights: _Weights) -> Iterator[ModelIdent
         wider = all("/" in p.dtype or _itemsize(p) >= _itemsize(spec.parameters[n]) for n, p in _parameters(found))
         if not wider or found.spec.dtypes == spec.dtypes:
             continue
-        if all(torch.equal(_numbers(reader, p, held.dtype), held) for p, held in _beside(found, weights)):
-            yield identify(found)
+        key = repr(sorted(found.header.stamps.items()))
+        if key not in known:
+            same = all(torch.equal(_numbers(reader, p, held.dtype), held) for p, held in _beside(found, weights))
+            known[key] = identify(found) if same else None
+        identity = known[key]
+        if identity is not None:
+            yield identity
 
 
 def _parameters(found: Checkpoint) -> Iterable[tuple[str, ParameterSpec]]:
