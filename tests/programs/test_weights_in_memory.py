@@ -167,12 +167,12 @@ def with_weight(make: Callable[[torch.Tensor], Any]) -> Change:
     return change
 
 
-def with_a_scale_beside_it(model: Any) -> None:
-    model.get_submodule(REMOTE).register_buffer("scale", torch.ones(1))
+def with_a_buffer_beside_it(model: Any) -> None:
+    model.get_submodule(REMOTE).register_buffer("extra", torch.ones(1))
 
 
 def with_another_parameter(model: Any) -> None:
-    model.get_submodule(REMOTE).scale = nn.Parameter(torch.ones(1))
+    model.get_submodule(REMOTE).extra = nn.Parameter(torch.ones(1))
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,13 @@ def with_another_parameter(model: Any) -> None:
         (with_weight(lambda w: nn.Parameter(Packed(w), requires_grad=False)), "to_out.weight is a Packed"),
         (with_weight(lambda w: Params4bit(w.to(torch.uint8), requires_grad=False)), "to_out.weight is a Params4bit"),
         (with_weight(lambda w: nn.Parameter(w.to(torch.int8), requires_grad=False)), "to_out.weight as I8"),
-        (with_weight(lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False)), "to_out.weight as F8"),
+        (
+            with_weight(lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False)),
+            "to_out.weight is torch",
+        ),
         (with_weight(lambda w: nn.Parameter(w.to("meta"), requires_grad=False)), "to_out.weight holds no data"),
-        (with_a_scale_beside_it, "to_out.scale is in memory and in no Flux2Transformer2DModel"),
-        (with_another_parameter, "to_out.scale is in memory and in no Flux2Transformer2DModel"),
+        (with_a_buffer_beside_it, "to_out.extra beside the weights of that layer"),
+        (with_another_parameter, "to_out.extra beside the weights of that layer"),
     ],
     ids=["a subclass", "4 bit", "int8", "fp8", "offloaded", "a buffer", "a parameter"],
 )

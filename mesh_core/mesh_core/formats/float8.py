@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mesh_core.errors import CheckpointCorrupt
-from mesh_core.model.stored import StoredTensor
+from mesh_core.model.stored import Parts, StoredTensor
 
 E4M3 = "F8_E4M3"
 E5M2 = "F8_E5M2"
@@ -55,11 +55,12 @@ def checked_scales(stored: StoredTensor, role: str, scales: Tensor, count: int) 
     return scales.reshape(count).contiguous()
 
 
-def in_float32(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The products of ``codes`` [rows, columns] and ``scales`` [rows or 1], rounded once.
+def in_float32(parts: Parts, dtype: torch.dtype) -> Tensor:
+    """The products of ``codes`` [rows, columns] and ``scale`` [rows or 1], rounded once.
 
     No more than `AT_ONCE` of them are in float32 at a time, or one row.
     """
+    codes, scales = parts["codes"], parts["scale"]
     made = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     rows = max(1, AT_ONCE // max(1, codes.shape[1]))
     for start in range(0, codes.shape[0], rows):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mesh_core.errors import CheckpointUnrecognised
+from mesh_core.formats import fused
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.float8 import TYPES, checked_codes
 from mesh_core.formats.markers import COMPANIONS, marked_layers
@@ -59,7 +60,7 @@ class Fp8CastFormat(WeightFormat):
         """The codes in another type."""
         codes = parts["codes"]
         _, made_in = way_and_type(self, kind, arithmetic, (CAST,), dtype, codes.device)
-        return codes.to(made_in).to(dtype)
+        return fused.numbers("fp8", parts, shape, made_in, lambda some: some["codes"].to(made_in)).to(dtype)
 
 
 def _alone(header: Header, name: str, names: Sequence[str]) -> bool:

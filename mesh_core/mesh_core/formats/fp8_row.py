@@ -6,11 +6,13 @@ looks at.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mesh_core.errors import CheckpointCorrupt
-from mesh_core.formats import float8
+from mesh_core.formats import float8, fused
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.companions import SCALAR
 from mesh_core.formats.float8 import E4M3, E4M3_MAX, checked_codes, checked_scales
@@ -89,7 +91,8 @@ class Fp8RowFormat(WeightFormat):
         """As diffusers does; also of a weight that is multiplied with as it is."""
         codes = parts["codes"]
         _, made_in = way_and_type(self, kind, arithmetic, (DEQUANT, MATMUL), dtype, codes.device)
-        return float8.in_float32(codes, parts["scale"], made_in).to(dtype)
+        plain = partial(float8.in_float32, dtype=made_in)
+        return fused.numbers("fp8-once", parts, shape, made_in, plain).to(dtype)
 
     def linear(
         self,

@@ -8,13 +8,14 @@ kernels multiply and divide in float32 and round once (``kitchen-cuda/...``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from mesh_core.errors import CheckpointUnrecognised
-from mesh_core.formats import float8, fp8_scaled_layouts
+from mesh_core.formats import float8, fp8_scaled_layouts, fused
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.float8 import E4M3, E4M3_MAX, E5M2, checked_codes, checked_scales
 from mesh_core.formats.fp8_scaled_layouts import FULL
@@ -136,9 +137,10 @@ def multiplied(x: Tensor, parts: Parts, bias: Tensor | None, way: str) -> Tensor
 
 
 def _numbers(codes: Tensor, scale: Tensor, dtype: torch.dtype, way: str) -> Tensor:
+    parts, shape = {"codes": codes, "scale": scale}, tuple(codes.shape)
     if way == DEQUANT_ONCE:
-        return float8.in_float32(codes, scale, dtype)
-    return codes.to(dtype).mul_(scale.to(dtype))
+        return fused.numbers("fp8-once", parts, shape, dtype, partial(float8.in_float32, dtype=dtype))
+    return fused.numbers("fp8", parts, shape, dtype, lambda some: some["codes"].to(dtype).mul_(some["scale"].to(dtype)))
 
 
 def _quantised(x: Tensor, scale: Tensor, way: str) -> Tensor:

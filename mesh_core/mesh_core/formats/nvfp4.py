@@ -13,10 +13,13 @@ so that any rows stand alone, and weights with different scales can be joined.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mesh_core.errors import CheckpointUnrecognised
+from mesh_core.formats import fused
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.blocks import check_block_scales, from_tiles, tiled_shape
 from mesh_core.formats.companions import SCALAR, claim_layers, companion, matrix, row_scales
@@ -91,14 +94,11 @@ class Nvfp4Format(WeightFormat):
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
     ) -> Tensor:
         """A look-up, and one product in place."""
-        codes, blocks, scale = parts["codes"], parts["block_scales"], parts["scale"]
-        way, made_in = way_and_type(self, kind, arithmetic, (KITCHEN, DIFFUSERS), dtype, codes.device)
-        numbers = unpacked(codes, made_in)
+        device = parts["codes"].device
+        way, made_in = way_and_type(self, kind, arithmetic, (KITCHEN, DIFFUSERS), dtype, device)
         # A product of two types is made in float32 and rounded when it is stored.
-        precision = made_in if way == KITCHEN else torch.float32
-        scales = blocks.to(precision).mul_(scale[:, None].to(precision))
-        numbers.view(*blocks.shape, _BLOCK).mul_(scales[..., None])
-        return numbers.to(dtype)
+        plain = partial(_numbers, dtype=made_in, precision=made_in if way == KITCHEN else torch.float32)
+        return fused.numbers("nvfp4" if way == KITCHEN else "nvfp4-once", parts, shape, made_in, plain).to(dtype)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """The numbers, and the indices of a look-up or the scales of blocks."""
@@ -116,6 +116,14 @@ class Nvfp4Format(WeightFormat):
             "scale": companion(header, f"{layer}.weight_scale_2", ("F32",), SCALAR),
         }
         return StoredTensor(self, "E2M1", (rows, columns), parts)
+
+
+def _numbers(parts: Parts, dtype: torch.dtype, precision: torch.dtype) -> Tensor:
+    blocks = parts["block_scales"]
+    numbers = unpacked(parts["codes"], dtype)
+    scales = blocks.to(precision).mul_(parts["scale"][:, None].to(precision))
+    numbers.view(*blocks.shape, _BLOCK).mul_(scales[..., None])
+    return numbers
 
 
 def _modelopt_config(header: Header) -> frozenset[str]:

@@ -146,9 +146,10 @@ class WeightFormat(ABC):
             CheckpointCorrupt: scales that are no positive finite numbers, or content that cannot be.
         """
 
-    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | None:
+    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | Tensor | None:
         """What a program holds in memory in a class of its own for this format: the kind, the shape of the numbers and
-        the parts. None for a tensor that is none of it; the default knows no such class."""
+        the parts; or the numbers, where the class only wraps them. None for a tensor that is none of it; the default
+        knows no such class."""
         return None
 
     def join(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:

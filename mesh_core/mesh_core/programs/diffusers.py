@@ -38,7 +38,7 @@ from mesh_core.programs.identity import (
 )
 from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded, numerics_in_memory
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
-from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, take_off
+from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, refuse_merging, take_off
 from mesh_core.programs.pipeline_arguments import (
     DtypeChoice,
     Dtypes,
@@ -175,7 +175,8 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
     try:
         stage = _read_stage(wish, placement.plan.local)
         look_loaded(stage.model, checkpoint, options.numerics)
-        attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.numerics)
+        runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
+        attach(stage.model, runner, options.device, options.numerics)
         pipeline = pipeline_around(stage.model, checkpoint.header, loading.dtype, loading.arguments)
         pipeline = pipeline.to(options.device)
         guard(pipeline)
@@ -201,6 +202,7 @@ def split(
     quality: Quality = EXACT,
     codec: str | None = None,
     loras: Sequence[LoraChoice] | None = None,
+    source: str | Path | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
     report: ProgressReport | None = None,
@@ -210,7 +212,8 @@ def split(
     Blocks that run remotely are moved to the CPU until `unsplit`, so that they free the device's memory; those of a
     pipeline from `load_pipeline` are dropped, and read when they become local. Workers load or free only the
     difference. LoRAs that diffusers loaded stay. When this fails, the pipeline is as it was. Arguments as for
-    `load_pipeline`; ``loras`` left out keeps those that it has.
+    `load_pipeline`; ``loras`` left out keeps those that it has. ``source`` is the single file that the transformer was
+    loaded from: diffusers forgets it, and may have cast a part of it. It is compared bit by bit.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
     model = _transformer_of(pipeline)
@@ -219,7 +222,7 @@ def split(
         refuse_replaced_forward(model)
     taken = take_off(pipeline) if old is None else UnloadedLoras()
     try:
-        checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
+        checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins, source)
         device = _running_device(model)
         numerics = usual_numerics(checkpoint.spec, model.dtype, device, plugins.weight_formats())
         numerics = numerics_in_memory(numerics, model, checkpoint)
@@ -234,7 +237,7 @@ def split(
         put_back(pipeline, taken)
         raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
-    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
     attach(model, runner, torch.device(model.device), options.numerics, wanted)
     unwrap(pipeline)
     guard(pipeline)
@@ -295,11 +298,15 @@ def unsplit(pipeline: Any) -> Any:
 
     Remote blocks that were never read on this machine are read now. LoRAs that diffusers' own calls loaded stay;
     those of ``loras=`` and `set_loras` end with the split.
+
+    Raises:
+        UnsupportedInput: LoRAs are fused, and weights are not stored as their numbers; the pipeline stays split.
     """
     model = _transformer_of(pipeline)
     if isinstance(model, SplitModel):
         runner, device, numerics, loras = model.mesh, model.device, model._mesh_numerics, model._mesh_loras
         whole = BlockSpan(0, runner.checkpoint.spec.blocks)
+        refuse_merging(loras)
         runner.restore_local()
         hold_only(model, checkpoint_of(runner), whole, device, numerics)
         runner.close()

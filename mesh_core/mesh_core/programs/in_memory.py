@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,15 @@ from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.tensors import computed_tensors, emptied, stored_tensors, types_beside
 from mesh_core.model.weights import WeightReader, assign, moved
 from mesh_core.plugins.registry import Plugins
-from mesh_core.programs.held_weights import as_stored
+from mesh_core.programs.held_weights import as_stored, refuse_other_arithmetic
 
 _MARKER = 1 << 16
 """Bytes of a tensor that may name a format."""
 
 _MEMORY = Path("(weights in memory)")
 """Stands for the file of a model that diffusers loaded."""
+
+_COMPUTED_IN = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def header_in_memory(
@@ -68,17 +71,25 @@ def _stored_info(name: str, weight: StoredWeight, place: Path) -> TensorInfo:
     return TensorInfo(name, stored.label, stored.shape, place, 0, weight.nbytes, stored)
 
 
-def checkpoint_in_memory(model: nn.Module, plugins: Plugins) -> Checkpoint:
+def checkpoint_in_memory(
+    model: nn.Module, plugins: Plugins, source: str | os.PathLike[str] | None = None
+) -> Checkpoint:
     """The checkpoint that a model of diffusers is.
+
+    Args:
+        source: what it was loaded from, where the model itself does not know.
 
     Raises:
         CheckpointUnrecognised: no adapter knows it, its weights are in a form that none computes with, or it holds
             more than its class has.
     """
     config = {**model.config, "_class_name": type(model).__name__}  # type: ignore[dict-item]
+    if source is not None:
+        config["_name_or_path"] = str(source)
     parameters = stored_tensors(model)
     checkpoint = recognise(header_in_memory(parameters, _MEMORY, plugins, config), plugins)
     _refuse_bare_codes(parameters)
+    refuse_other_arithmetic(model)
     known = {piece.tensor for p in checkpoint.spec.parameters.values() for piece in p.pieces}
     known |= _computed_by_class(checkpoint)
     for name in (*parameters, *(name for name, _ in model.named_buffers())):
@@ -111,7 +122,8 @@ def numerics_in_memory(numerics: Numerics, model: nn.Module, checkpoint: Checkpo
     """``numerics`` with the types that a model in memory holds its parameters in, and the tensors beside them.
 
     Raises:
-        CheckpointUnrecognised: it lacks a tensor that its class computes.
+        CheckpointUnrecognised: it lacks a tensor that its class computes, or has parameters in other types than models
+            compute in.
     """
     held, names = computed_tensors(model), _computed_by_class(checkpoint)
     # More than these is what a model that ran keeps of its inputs.
@@ -123,7 +135,14 @@ def numerics_in_memory(numerics: Numerics, model: nn.Module, checkpoint: Checkpo
                 hint="the model as it was loaded, or all of it on this machine",
             )
     computed = tuple(sorted(hashes({name: held[name] for name in names}).items()))
-    return replace(numerics, others=types_beside(stored_tensors(model), numerics.dtype), computed=computed)
+    others = types_beside(stored_tensors(model), numerics.dtype)
+    for name, dtype in others:
+        if dtype not in _COMPUTED_IN:
+            raise CheckpointUnrecognised(
+                f"{name} is {dtype} in memory; workers compute in float32, float16 and bfloat16.",
+                hint="the transformer in such a type, for example pipe.transformer.to(torch.bfloat16)",
+            )
+    return replace(numerics, others=others, computed=computed)
 
 
 def _computed_by_class(checkpoint: Checkpoint) -> set[str]:
