@@ -19,10 +19,14 @@ EXPECTED = (
     Expected("comfy.model_patcher", "ModelPatcher.set_attachments"),
     Expected("comfy.patcher_extension", "WrappersMP.DIFFUSION_MODEL"),
     Expected("comfy.patcher_extension", "WrappersMP.OUTER_SAMPLE"),
+    Expected("comfy.patcher_extension", "WrapperExecutor.__init__", ("original", "class_obj", "wrappers")),
     Expected("comfy.samplers", "CFGGuider.outer_sample"),
     Expected("comfy.model_management", "throw_exception_if_processing_interrupted"),
     Expected("comfy.model_management", "load_models_gpu", ("models",)),
     Expected("comfy.model_base", "BaseModel.get_dtype"),
+    Expected("comfy.model_detection", "model_config_from_unet", ("state_dict", "unet_key_prefix", "metadata")),
+    Expected("comfy.supported_models_base", "BASE.process_unet_state_dict", ("state_dict",)),
+    Expected("comfy.supported_models_base", "BASE.get_model", ("state_dict", "prefix", "device")),
 )
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ModelSpec
 from mesh_core.programs.comfy import ComfySide
 
 from .partial_model import ROOT
-from .weight_source import WeightSource, names_of
+from .weight_source import WeightSource, elsewhere
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,5 @@ class ModelCut:
 
 def cut_at(source: WeightSource, local: int) -> ModelCut:
     """The cut of ``source``'s model behind its first ``local`` blocks."""
-    checkpoint = source.checkpoint
-    everything, here = BlockSpan(0, checkpoint.spec.blocks), BlockSpan(0, local)
-    remote = names_of(checkpoint, everything) - names_of(checkpoint, here)
-    names = frozenset(ROOT + name.removeprefix(source.prefix) for name in remote)
-    return ModelCut(checkpoint, source.side, local, names)
+    names = frozenset(ROOT + name for name in elsewhere(source, local))
+    return ModelCut(source.checkpoint, source.side, local, names)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
@@ -11,13 +12,13 @@ import torch
 
 from mesh_codec.errors import CodecError
 from mesh_core.errors import CheckpointMismatch, MeshError, PlanDoesNotFit, PlanError
-from mesh_core.host.options import SessionOptions
+from mesh_core.host.options import ModelIdentity, SessionOptions
 from mesh_core.host.progress import Activity
 from mesh_core.host.runner import Placement, Workers, place
 from mesh_core.host.session import Session
 from mesh_core.model.numerics import usual_numerics
-from mesh_core.model.spans import BlockSpan
 
+from .arithmetic import numerics_of
 from .compatibility import require_supported
 from .cut import cut_at
 from .identity import recognised
@@ -59,7 +60,7 @@ def _cut(patcher: Any, wanted: SplitSettings, pack: PackState, node: str) -> Any
     if wanted.local == spec.blocks:
         return _all_here(patcher, source, pack, node)
     settings, device = wanted.of_session(), torch.device(patcher.load_device)
-    numerics = usual_numerics(spec, _compute_type(patcher), device, pack.plugins.weight_formats())
+    numerics = numerics_of(source.checkpoint, patcher.model, _compute_type(patcher), device, pack.weight_formats())
     options = SessionOptions(numerics, device, wanted.quality, settings, watch=raise_if_interrupted)
     placement = _place(source, wanted, pack, options, device)
     if not placement.remotes:
@@ -70,10 +71,10 @@ def _cut(patcher: Any, wanted: SplitSettings, pack: PackState, node: str) -> Any
     pack.status.start(node, reached, spec.blocks, local)
     session = _opened(source, placement, options, pack, node)
     pack.keep(node, session)
-    model = _local_part(patcher, source, local, pack, node)
+    split = Split(pack, node, source, cut_at(source, local), session, wanted.on_failure, weakref.WeakSet())
+    result = attach(patcher, _local_part(patcher, source, local, pack, node), split)
     pack.status.change(node, NodeState.CONNECTED)
-    split = Split(pack, node, source, cut_at(source, local), session, wanted.on_failure, weakref.ref(model))
-    return attach(patcher, model, split)
+    return result
 
 
 def _all_here(patcher: Any, source: WeightSource, pack: PackState, node: str) -> Any:
@@ -94,10 +95,15 @@ def _weight_source(patcher: Any, pack: PackState) -> WeightSource:
     return LoadedModel(patcher, checkpoint, side)
 
 
-def _local_part(patcher: Any, source: WeightSource, local: int, pack: PackState, node: str) -> Any:
-    model = partial_copy(patcher.model, source.weights(BlockSpan(0, local)))
-    pack.status.holds(node, nbytes(model.diffusion_model), source.bytes_read)
-    return model
+def _local_part(patcher: Any, source: WeightSource, local: int, pack: PackState, node: str) -> Callable[[], Any]:
+    """Makes copies of the model with the blocks that are here."""
+
+    def make() -> Any:
+        model = partial_copy(patcher.model, source.weights(local))
+        pack.status.holds(node, nbytes(model.diffusion_model), source.bytes_read)
+        return model
+
+    return make
 
 
 def _compute_type(patcher: Any) -> torch.dtype:
@@ -156,17 +162,30 @@ def _opened(source: WeightSource, placement: Placement, options: SessionOptions,
     try:
         for identity in source.identities(report):
             try:
-                return _open(Session(identity, hops, options, pack.plugins, report), pack, node)
+                of_file = _of_file(options, identity, source, pack)
+                return _open(Session(identity, hops, of_file, pack.plugins, report), pack, node)
             except CheckpointMismatch as error:
                 mismatch = mismatch or error
     except BaseException:
         placement.close()
         raise
     placement.close()
+    if mismatch is not None and any("/" in dtype for dtype in source.checkpoint.spec.dtypes):
+        # The loader may have made them: what it rounds to fp8 is in no file.
+        hint = "the loader's weight_dtype 'default', and the same quantised file on all machines"
+        raise CheckpointMismatch(mismatch.message, hint=hint) from mismatch
     raise mismatch or CheckpointMismatch(
         "The weights that ComfyUI holds are not those of a file, so no worker can have them.",
         hint="the loader's weight_dtype 'default', and merges or LoRAs behind Mesh Split",
     )
+
+
+def _of_file(options: SessionOptions, identity: ModelIdentity, source: WeightSource, pack: PackState) -> SessionOptions:
+    """A file may hold quantised what is in memory as plain numbers."""
+    if identity.spec.dtypes == source.checkpoint.spec.dtypes:
+        return options
+    dtype, formats = options.numerics.dtype, pack.weight_formats()
+    return replace(options, numerics=usual_numerics(identity.spec, dtype, options.device, formats))
 
 
 def _open(session: Session, pack: PackState, node: str) -> Session:

@@ -7,7 +7,7 @@ is in the file. So the hash is taken over the weights in memory, in the types th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,12 +20,15 @@ from mesh_core.errors import CheckpointError, CheckpointUnrecognised
 from mesh_core.host.options import ModelIdentity
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
+from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.model.spec import ModelSpec, ParameterSpec
+from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.comfy import ComfySide, header_of
 from mesh_core.programs.comfy_recognition import recognise_module
+from mesh_core.programs.comfy_weights import apart, stored_weight
 from mesh_core.programs.identity import identify
 from mesh_core.system.logs import logger
 
@@ -36,21 +39,10 @@ log = logger(__name__)
 _FOLDERS = ("diffusion_models", "checkpoints")
 
 
-class _KnownIdentities:
-    """Identities of one model, found one after the other and remembered."""
+_Known = dict[str, ModelIdentity | None]
+"""What was found of one model, by what was tried; None: it cannot be that."""
 
-    def __init__(self, more: Iterator[ModelIdentity]) -> None:
-        self._found: list[ModelIdentity] = []
-        self._more = more
-
-    def __iter__(self) -> Iterator[ModelIdentity]:
-        yield from self._found
-        for identity in self._more:
-            self._found.append(identity)
-            yield identity
-
-
-_known_identities: WeakKeyDictionary[Any, _KnownIdentities] = WeakKeyDictionary()
+_known: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 
 def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
@@ -60,11 +52,12 @@ def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
         CheckpointUnrecognised: no adapter knows it, or its weights are in a form that none computes with.
         PluginNotFound: the adapter does not know ComfyUI.
     """
+    header = with_stored_weights(header_of(model.diffusion_model), plugins.weight_formats().values())
     try:
         return recognise_module(model.diffusion_model, plugins)
     except CheckpointUnrecognised as error:
         kind = type(model).__name__
-        found = ", ".join(sorted({t.dtype for t in header_of(model.diffusion_model).tensors.values()}))
+        found = ", ".join(sorted({t.dtype for t in header.tensors.values()}))
         families = ", ".join(sorted(plugins.adapters())) or "none"
         raise CheckpointUnrecognised(
             f"No installed adapter can cut this model ({kind}, weights {found}). Installed: {families}.",
@@ -73,7 +66,7 @@ def recognised(model: Any, plugins: Plugins) -> tuple[Checkpoint, ComfySide]:
 
 
 def unpatched_weights(patcher: Any) -> Callable[[str], Tensor]:
-    """The unpatched weights of a patcher's model by the name that a file gives them."""
+    """The unpatched weights of a patcher's model by ComfyUI's names of them."""
     own = dict(patcher.model.diffusion_model.named_parameters())
     kept = {name.removeprefix(ROOT): entry.weight for name, entry in patcher.backup.items()}
     kept |= {name.removeprefix(ROOT): entry[0] for name, entry in patcher.hook_backup.items()}
@@ -86,21 +79,48 @@ def identities(patcher: Any, checkpoint: Checkpoint) -> Iterable[ModelIdentity]:
     Raises:
         CheckpointUnrecognised: while iterating: no file of this model can hold these weights.
     """
-    if patcher.model not in _known_identities:
-        _known_identities[patcher.model] = _KnownIdentities(_find(checkpoint.spec, unpatched_weights(patcher)))
-    return _known_identities[patcher.model]
+    weights = _Weights(checkpoint, unpatched_weights(patcher))
+    return _find(checkpoint.spec, weights, _known.setdefault(patcher.model, {}))
 
 
-def _find(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[ModelIdentity]:
+@dataclass(frozen=True)
+class _Weights:
+    """A model's parameters, from weights that ``held`` gives by ComfyUI's names."""
+
+    checkpoint: Checkpoint
+    held: Callable[[str], Tensor]
+
+    def __call__(self, name: str) -> Tensor:
+        """On the CPU; a `StoredWeight` if it is stored in a format."""
+        parameter = self.checkpoint.spec.parameters[name]
+        if "/" in parameter.dtype:
+            return stored_weight(parameter, self.checkpoint.header, self._tensor, torch.float32)
+        pieces = [self.held(p.tensor).detach()[p.start : p.stop].cpu() for p in parameter.pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _tensor(self, name: str) -> Tensor:
+        """One of those that a file holds for a weight: scales are parameters, or parts of the quantised weight."""
+        weight = f"{name.rpartition('.')[0]}.weight"
+        if name != weight:
+            try:
+                return self.held(name)
+            except KeyError:
+                pass
+        return apart(weight, self.held(weight))[name]
+
+
+def _find(spec: ModelSpec, weights: _Weights, known: _Known) -> Iterator[ModelIdentity]:
     seen: set[str] = set()
     for claimed in _as_in_files(spec):
         structure = fingerprint.structure(claimed)
         if structure not in seen:
             seen.add(structure)
-            identity = _hashed(claimed, structure, weights)
+            if structure not in known:
+                known[structure] = _hashed(claimed, structure, weights)
+            identity = known[structure]
             if identity is not None:
                 yield identity
-    yield from _from_wider_files(spec, weights)
+    yield from _from_wider_files(spec, weights, known)
 
 
 def _candidates() -> Iterator[Path]:
@@ -128,12 +148,18 @@ def _files_like(spec: ModelSpec) -> Iterator[Checkpoint]:
             yield found
 
 
+def _stored(spec: ModelSpec) -> dict[str, str]:
+    """The parameters that are stored in a format, with its label: they are what they are in memory and in files."""
+    return {name: p.dtype for name, p in spec.parameters.items() if "/" in p.dtype}
+
+
 def _as_in_files(spec: ModelSpec) -> Iterator[ModelSpec]:
     """The types that a file may have: those of files here with these shapes, one for all, those in memory."""
     for found in _files_like(spec):
-        yield _retyped(spec, {name: p.dtype for name, p in found.spec.parameters.items()})
+        if _stored(found.spec) == _stored(spec):
+            yield _retyped(spec, {name: p.dtype for name, p in found.spec.parameters.items()})
     for dtype in ("BF16", "F16", "F32"):
-        yield _retyped(spec, dict.fromkeys(spec.parameters, dtype))
+        yield _retyped(spec, {**dict.fromkeys(spec.parameters, dtype), **_stored(spec)})
     yield spec
 
 
@@ -141,15 +167,16 @@ def _retyped(spec: ModelSpec, dtypes: Mapping[str, str]) -> ModelSpec:
     return replace(spec, parameters={n: replace(p, dtype=dtypes[n]) for n, p in spec.parameters.items()})
 
 
-def _hashed(spec: ModelSpec, structure: str, weights: Callable[[str], Tensor]) -> ModelIdentity | None:
+def _hashed(spec: ModelSpec, structure: str, weights: _Weights) -> ModelIdentity | None:
     """The identity of the weights in the types of ``spec``; None when that would change a weight."""
 
     class Loses(Exception):
         pass
 
     def value(name: str) -> Tensor:
-        parameter = spec.parameters[name]
-        held = joined(parameter, weights)
+        held, parameter = weights(name), spec.parameters[name]
+        if isinstance(held, StoredWeight):
+            return held
         cast = held.to(from_safetensors(parameter.dtype).torch)
         if cast.dtype != held.dtype and not torch.equal(cast.to(held.dtype), held):
             raise Loses
@@ -163,24 +190,39 @@ def _hashed(spec: ModelSpec, structure: str, weights: Callable[[str], Tensor]) -
         return None
 
 
-def joined(parameter: ParameterSpec, weights: Callable[[str], Tensor]) -> Tensor:
-    """A parameter of the model from the rows of file tensors that make it."""
-    pieces = [weights(p.tensor).detach()[p.start : p.stop].cpu() for p in parameter.pieces]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _from_wider_files(spec: ModelSpec, weights: Callable[[str], Tensor]) -> Iterator[ModelIdentity]:
-    """Files with more bits than ComfyUI kept, whose weights round to what is in memory."""
+def _from_wider_files(spec: ModelSpec, weights: _Weights, known: _Known) -> Iterator[ModelIdentity]:
+    """Files with more bits than ComfyUI kept, or quantised ones that it holds as plain numbers: what they hold is, in
+    the types in memory, what is in memory."""
+    if _stored(spec):
+        return
     for found in _files_like(spec):
         reader = WeightReader(found.header)
-        wider = all(
-            from_safetensors(p.dtype).itemsize >= from_safetensors(spec.parameters[n].dtype).itemsize
-            for n, p in found.spec.parameters.items()
-        )
+        wider = all("/" in p.dtype or _itemsize(p) >= _itemsize(spec.parameters[n]) for n, p in _parameters(found))
         if not wider or found.spec.dtypes == spec.dtypes:
             continue
-        if all(
-            torch.equal(reader.read(p).to(held.dtype), held)
-            for p, held in ((p, joined(spec.parameters[n], weights)) for n, p in found.spec.parameters.items())
-        ):
-            yield identify(found)
+        key = repr(sorted(found.header.stamps.items()))
+        if key not in known:
+            same = all(torch.equal(_numbers(reader, p, held.dtype), held) for p, held in _beside(found, weights))
+            known[key] = identify(found) if same else None
+        identity = known[key]
+        if identity is not None:
+            yield identity
+
+
+def _parameters(found: Checkpoint) -> Iterable[tuple[str, ParameterSpec]]:
+    return found.spec.parameters.items()
+
+
+def _beside(found: Checkpoint, weights: _Weights) -> Iterator[tuple[ParameterSpec, Tensor]]:
+    """A file's parameters with what is in memory."""
+    for name, parameter in _parameters(found):
+        yield parameter, weights(name)
+
+
+def _itemsize(parameter: ParameterSpec) -> int:
+    return from_safetensors(parameter.dtype).itemsize
+
+
+def _numbers(reader: WeightReader, parameter: ParameterSpec, dtype: torch.dtype) -> Tensor:
+    """A file's parameter as plain numbers."""
+    return reader.read_stored(parameter, dtype).dense() if "/" in parameter.dtype else reader.read(parameter).to(dtype)

@@ -17,6 +17,7 @@ from .status import Statuses
 
 if TYPE_CHECKING:
     from mesh_core.host.session import Session
+    from mesh_core.model.stored import WeightFormat
     from mesh_core.plugins.registry import Plugins
 
 
@@ -42,6 +43,10 @@ class PackState:
         from mesh_core.builtin import installed_plugins
 
         return installed_plugins()
+
+    def weight_formats(self) -> Mapping[str, WeightFormat]:
+        """The ways to store weights that are read, by name; raises as `plugins`."""
+        return self.plugins.weight_formats()
 
     def keep(self, node: str, session: Session) -> None:
         """Note the session of a node; closes the one that it had."""

@@ -8,7 +8,8 @@ unloads or measures, and they cannot run. Knows no mesh and no model family.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -30,9 +31,19 @@ _STATE = frozenset(
         "current_weight_patches_uuid",
         "model_offload_buffer_memory",
         "comfy_patched_weights",
+        "dynamic_vbars",
+        "dynamic_pins",
     }
 )
-"""What ComfyUI notes on modules about being loaded: not true of a copy."""
+_STATE_LIKE = re.compile(r"_v|_v_.*|_pin|_pin_.*|_prefetch|.*_lowvram_function")
+"""What ComfyUI notes on modules about being loaded: not true of a copy. With dynamic VRAM it names pages of the GPU and
+pinned memory that belong to the module it is on."""
+_EMPTY: Mapping[str, Callable[[], Any]] = {
+    "weight_function": list,
+    "bias_function": list,
+    "_resident_bank": lambda: None,
+}
+"""What every module has, as it is before anything is loaded."""
 
 
 class Elsewhere(nn.Module):
@@ -64,20 +75,19 @@ def nbytes(model: nn.Module) -> int:
 def _copy(module: nn.Module, weights: Weights, prefix: str) -> nn.Module:
     own = _own_class(module)
     copy = own.__new__(own)
-    copy.__dict__.update({name: _own(value) for name, value in module.__dict__.items() if name not in _STATE})
+    copy.__dict__.update({name: _own(value) for name, value in module.__dict__.items() if not _is_state(name)})
     if "prev_comfy_cast_weights" in copy.__dict__:
         copy.__dict__["comfy_cast_weights"] = copy.__dict__.pop("prev_comfy_cast_weights")
-    for name in ("weight_function", "bias_function"):
-        if name in copy.__dict__:
-            copy.__dict__[name] = []
+    copy.__dict__.update({name: empty() for name, empty in _EMPTY.items() if name in copy.__dict__})
     here = elsewhere = 0
     parameters: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
         data = weights(prefix + name) if parameter is not None else None
         if parameter is not None:
             here, elsewhere = here + (data is not None), elsewhere + (data is None)
-            held = torch.empty_like(parameter, device="meta") if data is None else data
-            parameters[name] = nn.Parameter(held, requires_grad=False)
+            # A plain tensor, whatever class a quantised one has.
+            none = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            parameters[name] = nn.Parameter(none if data is None else data, requires_grad=False)
         else:
             parameters[name] = None
     copy.__dict__["_parameters"] = parameters
@@ -95,6 +105,10 @@ def _copy(module: nn.Module, weights: Weights, prefix: str) -> nn.Module:
     elif here and elsewhere:
         raise RuntimeError(f"{prefix}: some weights of one layer are here and some are not.")
     return copy
+
+
+def _is_state(name: str) -> bool:
+    return name in _STATE or _STATE_LIKE.fullmatch(name) is not None
 
 
 def _own(value: Any) -> Any:

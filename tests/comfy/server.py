@@ -126,9 +126,9 @@ class Server:
         """The latents that the node ``save`` of a graph wrote."""
         return self.saved(self.run(graph))
 
-    def saved(self, outputs: Mapping[str, Any]) -> torch.Tensor:
-        """The latents among the outputs of a run."""
-        found = outputs["save"]["latents"][0]
+    def saved(self, outputs: Mapping[str, Any], node: str = "save") -> torch.Tensor:
+        """The latents that ``node`` wrote in a run of these outputs."""
+        found = outputs[node]["latents"][0]
         return load_file(self.base / "output" / found["subfolder"] / found["filename"])["latent_tensor"]
 
     def ran(self, node: str) -> bool:

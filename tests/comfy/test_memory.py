@@ -9,6 +9,7 @@ import torch
 
 from tests.comfy import graphs
 from tests.comfy.graphs import Graph, node
+from tests.comfy.install import ComfyUI
 from tests.comfy.server import Server
 from tests.support.workers import ProcessWorker, wait_until
 
@@ -65,3 +66,37 @@ def test_freed_between_two_runs(server: Server, worker: ProcessWorker, loader: s
     assert torch.equal(server.saved(outputs), first)
     assert 0.9 * held < outputs["memory"]["loaded"][0]
     assert server.state("split")["held"] == held
+
+
+@pytest.fixture
+def dynamic(comfy: ComfyUI) -> Graph:
+    if "class ModelPatcherDynamic" not in (comfy.folder / "comfy" / "model_patcher.py").read_text("utf-8"):
+        pytest.skip("this ComfyUI has no dynamic memory management")
+    graph = graphs.text_to_latent(seed=42)
+    graphs.insert(graph, "dynamic", node("TestDynamic"))
+    return graph
+
+
+def test_nothing_is_shared_under_dynamic_memory_management(
+    server: Server, worker: ProcessWorker, dynamic: Graph
+) -> None:
+    """The whole model was loaded before it is split: GPU pages and pins of its modules stay its own."""
+    whole = server.latent(dynamic)
+    split = graphs.with_split(dynamic, worker.address, 3)
+    split["pages"] = node("TestPages", one=["dynamic", 0], other=["split", 0], after=["sample", 0])
+    outputs = server.run(split)
+    assert not server.ran("dynamic")
+    torch.testing.assert_close(server.saved(outputs), whole, rtol=0, atol=1e-5)
+    found = outputs["pages"]
+    assert found["kinds"] == ["OnCpu", "OnCpu"]
+    assert found["shared"] == [0] and found["owners"] == [1, 1]
+    assert 0 < found["pages"][1] < found["pages"][0]
+    torch.testing.assert_close(server.latent(graphs.text_to_latent(seed=42)), whole, rtol=0, atol=0)
+
+
+def test_another_copy_for_hooks_is_split_too(server: Server, worker: ProcessWorker, dynamic: Graph) -> None:
+    whole = server.latent(dynamic)
+    split = graphs.with_split(dynamic, worker.address, 3)
+    graphs.insert(split, "plain", node("TestNotDynamic"))
+    torch.testing.assert_close(server.latent(split), whole, rtol=0, atol=1e-5)
+    assert server.state("split")["steps"] == 2

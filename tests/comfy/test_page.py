@@ -116,7 +116,8 @@ def test_the_examples_open_without_missing_nodes(page: Page, file: Path) -> None
     assert missing == []
     _load(page, workflow)
     assert page.evaluate("window.app.graph.nodes.length") == len(workflow["nodes"])
-    assert page.evaluate("window.app.graph.nodes.every(node => !node.has_errors)")
+    marked = page.evaluate("window.app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
+    assert all("Load" in kind for kind in marked), marked  # later pages mark those whose file is not here
     # What the workflow stores is where the node expects it.
     values = page.evaluate(f"Object.fromEntries({_WIDGETS}.map(w => [w.name, w.value]))")
     assert values["quality"] == "lossless" and values["on_failure"] == "wait for it" and values["address"] == ""

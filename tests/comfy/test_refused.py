@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.comfy import graphs
 from tests.comfy.graphs import Graph, node
@@ -42,6 +43,49 @@ def test_it_is_named(server: Server, worker: ProcessWorker, case: str, behind: b
     with pytest.raises(RunFailed) as failed:
         server.run(graph)
     assert text in failed.value.text and "Try:" in failed.value.text
+
+
+LATE = {
+    "skipped layers": ("SkipLayerGuidanceDiT", {"scale": 3.0, "rescaling_scale": 0.0}),
+    "skipped layers, simple": ("SkipLayerGuidanceDiTSimple", {}),
+}
+
+
+def _skipping(kind: str, double: str, single: str) -> Graph:
+    node_type, inputs = LATE[kind]
+    graph = graphs.text_to_latent(steps=1, cfg=2.0)
+    layers = {"double_layers": double, "single_layers": single, "start_percent": 0.0, "end_percent": 1.0}
+    graphs.insert(graph, "late", node(node_type, **inputs, **layers))
+    return graph
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_layers_skipped_by_guidance(server: Server, worker: ProcessWorker, kind: str) -> None:
+    """These nodes change the options while sampling, long after the model was looked at."""
+    here = _skipping(kind, "1", "")
+    whole = server.latent(here)
+    assert (whole - server.latent(graphs.text_to_latent(steps=1, cfg=2.0))).abs().max() > 0.1
+    torch.testing.assert_close(server.latent(graphs.with_split(here, worker.address, 2)), whole, rtol=0, atol=6e-5)
+    for double, single, text, enough in [("3", "", "double_block 3", 4), ("0", "0, 2", "single_block 2", 7)]:
+        with pytest.raises(RunFailed) as failed:
+            server.run(graphs.with_split(_skipping(kind, double, single), worker.address, 2))
+        assert f"a replacement of dit {text} (patches_replace)" in failed.value.text
+        assert f"local_blocks {enough} or more" in failed.value.text
+
+
+@pytest.mark.parametrize("kind", ["function", "wrapper"])
+@pytest.mark.parametrize("behind", [False, True], ids=["before the node", "behind the node"])
+def test_what_is_put_in_while_sampling(server: Server, worker: ProcessWorker, kind: str, behind: bool) -> None:
+    late = node("TestLate", kind=kind, name="single_block", number=7)
+    graph = graphs.text_to_latent(steps=1)
+    if behind:
+        graph = graphs.with_split(graph, worker.address, 2)
+        graphs.insert(graph, "late", late)
+    else:
+        graphs.insert(graph, "late", late)
+        graph = graphs.with_split(graph, worker.address, 2)
+    with pytest.raises(RunFailed, match=r"dit single_block 7 \(patches_replace\)"):
+        server.run(graph)
 
 
 def test_a_patch_of_a_local_block_works(server: Server, worker: ProcessWorker) -> None:

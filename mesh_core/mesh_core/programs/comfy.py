@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -21,13 +20,10 @@ from mesh_core.builtin import installed_plugins
 from mesh_core.model.adapter import ModelAdapter
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spec import Conditioning, ModelSpec, State
-from mesh_core.programs.in_memory import header_in_memory
+from mesh_core.programs.comfy_weights import header_of_tensors, tensors_of
 
 # What a family's comfy.py imports; the rest is the node pack's.
 __all__ = ["ComfySide", "Expected", "HandOver", "RemotePart", "hand_over_at", "intercepted"]
-
-MEMORY = Path("(weights in ComfyUI)")
-"""Stands for the file of a model that ComfyUI loaded."""
 
 RemotePart = Callable[[State, Conditioning], State]
 """The blocks behind the cut: the state at the cut in, the state at cut N out."""
@@ -121,8 +117,12 @@ class ComfySide(ABC):
 
 
 def header_of(model: nn.Module) -> CheckpointHeader:
-    """The tensors of ComfyUI's ``model`` as the header of a file would list them."""
-    return header_in_memory(model.state_dict(), MEMORY, installed_plugins())
+    """The tensors of ComfyUI's ``model`` as the header of a file would list them.
+
+    Raises:
+        CheckpointUnrecognised: one is of a class that is not known.
+    """
+    return header_of_tensors(tensors_of(model), installed_plugins())
 
 
 def hand_over_at(options: Mapping[str, Any], key: tuple[str, int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from mesh_core.errors import CheckpointUnrecognised, PluginNotFound
 from mesh_core.model.adapter import ModelAdapter
+from mesh_core.model.claims import with_stored_weights
 from mesh_core.model.library import Checkpoint, recognise
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.comfy import ComfySide, header_of
@@ -34,19 +35,19 @@ def recognise_module(model: nn.Module, plugins: Plugins) -> tuple[Checkpoint, Co
     except CheckpointUnrecognised:
         # Names and shapes alone do not say it; a family may know more of its own models.
         for adapter in plugins.adapters().values():
-            found = _recognised_by(adapter, model)
+            found = _recognised_by(adapter, model, plugins)
             if found is not None:
                 return found
         raise
     return checkpoint, side_of(checkpoint.adapter)
 
 
-def _recognised_by(adapter: ModelAdapter, model: nn.Module) -> tuple[Checkpoint, ComfySide] | None:
+def _recognised_by(adapter: ModelAdapter, model: nn.Module, plugins: Plugins) -> tuple[Checkpoint, ComfySide] | None:
     if _HOST not in adapter.hosts:
         return None
     try:
         side = side_of(adapter)
-        header = side.header(model)
+        header = with_stored_weights(side.header(model), plugins.weight_formats().values())
         spec = adapter.recognise(header)
     except ImportError as error:
         log.debug("%s is not asked, its side does not load in this ComfyUI: %s", adapter.family, error)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from . import dynamic, ltx
+
 
 class _OnModel:
     RETURN_TYPES = ("MODEL",)
@@ -54,6 +56,31 @@ class TestInjection(_OnModel):
 class TestObjectPatch(_OnModel):
     def put(self, model: Any, name: str) -> None:
         model.add_object_patch(name, model.get_model_object(name))
+
+
+class TestLate(_OnModel):
+    """Replaces a block while sampling, as guidance nodes do: in a function around the model, or in an inner wrapper."""
+
+    def put(self, model: Any, kind: str, name: str, number: int) -> None:
+        def with_replaced(options: dict[str, Any]) -> dict[str, Any]:
+            def replaced(arguments: dict[str, Any], extra: dict[str, Any]) -> Any:
+                return arguments
+
+            return {**options, "patches_replace": {"dit": {(name, number): replaced}}}
+
+        def around(apply: Any, given: dict[str, Any]) -> Any:
+            conditioning = {**given["c"], "transformer_options": with_replaced(given["c"]["transformer_options"])}
+            return apply(given["input"], given["timestep"], **conditioning)
+
+        def inside(executor: Any, *args: Any, **kwargs: Any) -> Any:
+            return executor(*(with_replaced(a) if isinstance(a, dict) else a for a in args), **kwargs)
+
+        if kind == "function":
+            model.set_model_unet_function_wrapper(around)
+        else:
+            from comfy.patcher_extension import WrappersMP
+
+            model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", inside)
 
 
 class TestResiduals:
@@ -131,8 +158,11 @@ _NODES = (
     TestAttention,
     TestInjection,
     TestObjectPatch,
+    TestLate,
     TestControl,
     TestMask,
     TestMemory,
+    *dynamic.NODES,
+    *ltx.NODES,
 )
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
