@@ -24,6 +24,9 @@ from mesh_core.model.stored import TensorInfo
 from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.tensors import stored_place
 
+_EXPONENTS = getattr(torch, "float8_e8m0fnu", None)
+"""Torch's type of scales that are exponents alone."""
+
 _Held = TypeVar("_Held", bound=Tensor)
 
 
@@ -151,7 +154,7 @@ class WeightReader:
         self, infos: Sequence[TensorInfo], rows: Sequence[tuple[int, int]], shape: tuple[int, ...] | None
     ) -> Tensor:
         held = [self.header.values[info.name].detach() for info in infos]
-        held = [t.view(torch.uint8) if info.dtype == "F8_E8M0" else t for t, info in zip(held, infos, strict=True)]
+        held = [t.view(torch.uint8) if t.dtype == _EXPONENTS else t for t in held]
         pieces = [t[start:stop] if t.dim() else t for t, (start, stop) in zip(held, rows, strict=True)]
         made = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return made if shape is None else made.reshape(shape)

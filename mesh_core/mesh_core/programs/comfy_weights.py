@@ -7,7 +7,8 @@ class of their own, which are taken apart here. Imports nothing of ComfyUI.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spec import ParameterSpec
 from mesh_core.model.stored_weight import StoredWeight
+from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.in_memory import header_in_memory
 
@@ -87,24 +89,26 @@ def stored_weight(
         CheckpointCorrupt: they hold what cannot be.
         CheckpointUnrecognised: they cannot be one weight.
     """
-    pieces, stored = [], None
-    for piece in parameter.pieces:
-        stored = header.tensors[piece.tensor].stored
-        assert stored is not None, piece.tensor
-        stop = piece.stop if piece.stop is not None else (stored.shape[0] if stored.shape else 1)
-        parts = {role: _plain(tensor(info.name)) for role, info in stored.parts.items()}
-        rows = {role: p[piece.start : stop] if role in stored.format.rows_in_file else p for role, p in parts.items()}
-        pieces.append(stored.format.in_memory(stored, rows, piece.start, stop))
-    assert stored is not None, parameter
-    format, kind = stored.format, stored.kind
-    joined = pieces[0] if len(pieces) == 1 else format.join(pieces)
-    arithmetic = format.arithmetics(kind, dtype, torch.device("cpu"))[0]
-    return StoredWeight(format, kind, parameter.shape, dtype, joined, arithmetic)
+    return WeightReader(replace(header, values=_OnTheCpu(header, tensor))).read_stored(parameter, dtype)
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    held = tensor.detach().cpu()
-    return held.view(torch.uint8) if _is_exponents(held) else held
+class _OnTheCpu(Mapping[str, Tensor]):
+    """Tensors that are fetched when they are asked for."""
+
+    def __init__(self, header: CheckpointHeader, tensor: Callable[[str], Tensor]) -> None:
+        self._header, self._tensor = header, tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensor(name).detach().cpu()
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header.tensors)
+
+    def __len__(self) -> int:
+        return len(self._header.tensors)
 
 
 def _is_exponents(tensor: Tensor) -> bool:
