@@ -12,11 +12,13 @@ message, which keeps the order; a frame that finds no room crosses there itself.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
 from mesh_core.errors import WireMalformed
+from mesh_core.system.config import parse_bytes
 from mesh_core.system.logs import logger
 from mesh_core.transport.shared_memory import SharedMemory, available
 from mesh_core.transport.slots import Place, SlotReader, SlotWriter
@@ -26,6 +28,9 @@ log = logger(__name__)
 
 ROOM = 512 << 20
 """Bytes for each direction of a connection. Taken from the system only as far as messages need them."""
+
+SWITCH = "MESH_SHARED_MEMORY"
+"""Environment variable: another size, or 0 to share nothing."""
 
 NAME = "shared memory"
 """What people read."""
@@ -37,6 +42,7 @@ _MARK = b"\xc1mesh memory 1 "
 """Begins what this module sends; 0xc1 begins no message of msgpack."""
 
 _OFFER, _ANSWER, _MESSAGE = (_MARK + kind for kind in (b"offer", b"answer", b"placed"))
+_PAGE = 4096
 _OFFERED = struct.Struct("<IIQ")
 _PLACED = struct.Struct("<HHQQQ")
 
@@ -174,6 +180,16 @@ class MemoryLinks:
         memory = SharedMemory.open(maker, number, room)
         self._links[route] = MemoryLink(memory, 1)
         return memory.nonce
+
+
+def room() -> int:
+    """Bytes for each direction, as the user wants it.
+
+    Raises:
+        ConfigError: the environment says something that is no size.
+    """
+    said = os.environ.get(SWITCH, "")
+    return min(ROOM, parse_bytes(said) // _PAGE * _PAGE) if said else ROOM
 
 
 def offer(room: int) -> MemoryOffer | None:

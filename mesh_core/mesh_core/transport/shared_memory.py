@@ -56,7 +56,7 @@ class SharedMemory:
 
     def __init__(self, descriptor: int, room: int) -> None:
         """Takes ``descriptor`` over."""
-        self.room, self._descriptor = room, descriptor
+        self.room, self._descriptor, self._fcntl = room, descriptor, _linux().fcntl
         self.maker, self.number = os.getpid(), descriptor
         memory = mmap.mmap(descriptor, _HEAD + 2 * room)
         # Views keep the mapping; it goes with the last of them.
@@ -130,20 +130,19 @@ class SharedMemory:
 
     def abandoned(self) -> bool:
         """Whether the maker has closed it or is gone; for the process that opened it."""
-        fcntl = _linux().fcntl
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            self._fcntl.flock(self._descriptor, self._fcntl.LOCK_SH | self._fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True
 
     def close(self) -> None:
         """Tell the other process that nothing follows. What was handed out stays readable. May be called twice."""
-        descriptor, self._descriptor = self._descriptor, -1
+        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
         if descriptor >= 0:
             with suppress(OSError):
                 # The mapping has the file open as well, and would keep the lock.
-                _linux().fcntl.flock(descriptor, _linux().fcntl.LOCK_UN)
+                self._fcntl.flock(descriptor, self._fcntl.LOCK_UN)
             os.close(descriptor)
 
     def __del__(self) -> None:
