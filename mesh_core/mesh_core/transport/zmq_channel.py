@@ -134,6 +134,7 @@ class ZmqChannel(Channel):
             self.socket.close()
         if self._memory is not None:
             self._memory.close()
+            self._memory = None
 
     def _checked(self, frames: list[memoryview]) -> list[memoryview]:
         if _refusal(frames):
