@@ -43,12 +43,17 @@ class Link:
     Attributes:
         bandwidth: bytes per second, one way.
         latency: seconds for a small message there and back.
-        way: how states cross, for people; "" where nothing but the bandwidth tells.
+        way: what people call it between processes of one user on one machine; else empty.
     """
 
     bandwidth: float
     latency: float
     way: str = ""
+
+    @property
+    def near(self) -> bool:
+        """Whether it is between processes of one user on one machine."""
+        return bool(self.way)
 
     def seconds(self, nbytes: float) -> float:
         """What ``nbytes`` take to get there."""

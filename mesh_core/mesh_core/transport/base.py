@@ -42,6 +42,7 @@ class Peer:
     Attributes:
         route: where an answer goes; opaque, and no other peer's for as long as the listener lives.
         key: the proven public key of the peer (Z85 text), or "" on transports without keys.
+        near: the same user's as this process, on this machine, and both have proven it.
         trust: ``member``: may do everything; ``enrolling``: came in on a one-time invite, may only enrol;
             ``neighbour``: another worker, admitted for sessions that its host named.
     """
@@ -49,6 +50,7 @@ class Peer:
     route: bytes
     key: str = ""
     trust: Trust = "member"
+    near: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Channel(ABC):
 
     @property
     def way(self) -> str:
-        """How large frames cross, for people, where that is another way than the address says; else empty."""
+        """What people call the way between processes of one user on one machine, once both have proven that; else
+        empty."""
         return ""
 
     @abstractmethod

@@ -104,6 +104,7 @@ class MemoryOffer:
     def __init__(self, room: int) -> None:
         """Raises OSError: the system has no memory to share."""
         self._memory = SharedMemory.make(room)
+        self._memory.hold()
         offered = _OFFERED.pack(self._memory.maker, self._memory.number, room)
         self.frames = [memoryview(_OFFER + offered)]
         self.waiting = True

@@ -84,7 +84,6 @@ class SharedMemory:
             os.ftruncate(descriptor, _HEAD + 2 * room)
             fcntl = system.fcntl
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             made = cls(descriptor, room)
         except BaseException:
             os.close(descriptor)
@@ -128,12 +127,17 @@ class SharedMemory:
             return False
         return True
 
+    def hold(self) -> None:
+        """Be known as one who uses it, until it is closed or the process ends."""
+        self._fcntl.flock(self._descriptor, self._fcntl.LOCK_SH)
+
     def abandoned(self) -> bool:
-        """Whether the maker has closed it or is gone; for the process that opened it."""
+        """Whether the other process does not `hold` it any more; for one that does not itself."""
         try:
-            self._fcntl.flock(self._descriptor, self._fcntl.LOCK_SH | self._fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._fcntl.flock(self._descriptor, self._fcntl.LOCK_EX | self._fcntl.LOCK_NB)
+        except OSError:
             return False
+        self._fcntl.flock(self._descriptor, self._fcntl.LOCK_UN)
         return True
 
     def close(self) -> None:

@@ -178,7 +178,7 @@ class ZmqListener(Listener):
             return None
         if not self._doors.spoke(first.get(zmq.SRCFD), key) or frames == HERE:
             return None
-        peer = Peer(route, key, trust)
+        peer = Peer(route, key, trust, near=self._memories.get(route) is not None)
         if (answer := self._memories.answer(route, key, frames)) is not None:
             self._outbox.append((route, answer))
             self._flush()
