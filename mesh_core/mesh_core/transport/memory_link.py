@@ -26,7 +26,7 @@ from mesh_core.wire.limits import MessageLimits
 
 log = logger(__name__)
 
-ROOM = 512 << 20
+ROOM = 256 << 20
 """Bytes for each direction of a connection. Taken from the system only as far as messages need them."""
 
 SWITCH = "MESH_SHARED_MEMORY"
