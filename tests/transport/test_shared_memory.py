@@ -23,7 +23,7 @@ from mesh_core.transport import memory_link
 from mesh_core.transport.base import Address, Channel, Listener, Peer, UnfitMessage
 from mesh_core.transport.memory_link import NAME, SWITCH
 from mesh_core.transport.shared_memory import SLOTS, SharedMemory
-from mesh_core.transport.slots import Place, SlotReader, SlotWriter
+from mesh_core.transport.slots import SlotPlace, SlotReader, SlotWriter
 from mesh_core.transport.zeromq import ZeroMqTransport
 
 from .conftest import LOOPBACK, Bench
@@ -353,7 +353,7 @@ def test_slots_are_given_back_with_the_last_view_and_used_again() -> None:
     part, _ = kept[5:10], reader.take(second)
     del kept, _
     third = writer.put(quarter)
-    assert third == Place(second.slot, second.use + 1, ROOM // 4, ROOM // 4)
+    assert third == SlotPlace(second.slot, second.use + 1, ROOM // 4, ROOM // 4)
     del part
     fourth = writer.put(quarter)
     assert fourth is not None and fourth.offset == 0

@@ -6,7 +6,7 @@ file that only this user can read; and it is used only once the listener has ans
 alone, so that both are on one machine. An end that knows nothing of this answers an offer in some other way: then
 nothing is shared.
 
-A message with frames in memory says where they lie: number of the frame, and `Place`. It crosses the socket as every
+A message with frames in memory says where they lie: number of the frame, and `SlotPlace`. It crosses the socket as every
 message, which keeps the order; a frame that finds no room crosses there itself.
 """
 
@@ -21,7 +21,7 @@ from mesh_core.errors import WireMalformed
 from mesh_core.system.config import parse_bytes
 from mesh_core.system.logs import logger
 from mesh_core.transport.shared_memory import SharedMemory, available
-from mesh_core.transport.slots import Place, SlotReader, SlotWriter
+from mesh_core.transport.slots import SlotPlace, SlotReader, SlotWriter
 from mesh_core.wire.limits import MessageLimits
 
 log = logger(__name__)
@@ -38,7 +38,7 @@ NAME = "shared memory"
 _WORTH_IT = 64 << 10
 """Bytes from which a frame goes through the memory."""
 
-_MARK = b"\xc1mesh memory 1 "
+_MARK = b"\xc1mesh-memory 1 "
 """Begins what this module sends; 0xc1 begins no message of msgpack."""
 
 _OFFER, _ANSWER, _MESSAGE = (_MARK + kind for kind in (b"offer", b"answer", b"placed"))
@@ -205,12 +205,12 @@ def _begins(frames: Sequence[memoryview], mark: bytes) -> bool:
     return bool(frames) and frames[0][: len(mark)] == mark
 
 
-def _places(said: memoryview) -> dict[int, Place]:
+def _places(said: memoryview) -> dict[int, SlotPlace]:
     """Where frames lie, by their numbers. Raises WireMalformed: it is no such list."""
     rows = said[len(_MESSAGE) :]
     if rows.nbytes % _PLACED.size or not 0 < rows.nbytes <= _PLACED.size * 256:
         raise WireMalformed("A message does not say where in a shared memory its frames lie.")
-    found = {number: Place(*place) for number, *place in _PLACED.iter_unpack(rows)}
+    found = {number: SlotPlace(*place) for number, *place in _PLACED.iter_unpack(rows)}
     if len(found) * _PLACED.size != rows.nbytes or 0 in found:
         raise WireMalformed("A message names a frame in a shared memory twice, or one that never is there.")
     return found

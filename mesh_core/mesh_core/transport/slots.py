@@ -1,6 +1,6 @@
 """One direction of shared memory: the sender puts bytes into slots, the receiver reads them there and gives them back.
 
-Where a slot lies is the sender's affair, and is told in the message: `Place`. The receiver believes none of it. A slot
+Where a slot lies is the sender's affair, and is told in the message: `SlotPlace`. The receiver believes none of it. A slot
 is free again when the receiver has written the number of its use into the slot's flag. Neither ever waits for the
 other: what finds no room is sent in another way.
 """
@@ -20,7 +20,7 @@ from mesh_core.transport.shared_memory import SLOTS, Bytes, Numbers, SharedMemor
 _PAGE = 4096
 
 
-class Place(NamedTuple):
+class SlotPlace(NamedTuple):
     """Where bytes lie: slot, the number of its use (from 1), bytes from the start of the area, bytes."""
 
     slot: int
@@ -53,7 +53,7 @@ class SlotWriter:
         self._reserved = 0
         self._lock = threading.Lock()
 
-    def put(self, data: memoryview) -> Place | None:
+    def put(self, data: memoryview) -> SlotPlace | None:
         """Copy ``data`` into a slot; None where there is no room now."""
         place = self._allocate(data.nbytes)
         if place is not None:
@@ -65,7 +65,7 @@ class SlotWriter:
         with self._lock:
             self._used.pop(slot, None)
 
-    def _allocate(self, size: int) -> Place | None:
+    def _allocate(self, size: int) -> SlotPlace | None:
         pages = -(-size // _PAGE) * _PAGE
         with self._lock:
             freed = [number for number, used in self._used.items() if int(self._flags[number]) == used.use]
@@ -81,7 +81,7 @@ class SlotWriter:
                 self._reserved = start + pages
             self._uses[slot] += 1
             self._used[slot] = _Used(self._uses[slot], start, start + pages)
-            return Place(slot, self._uses[slot], start, size)
+            return SlotPlace(slot, self._uses[slot], start, size)
 
     def _gap(self, pages: int) -> int | None:
         """The lowest place with so much room: memory that was used before is there already, and fast."""
@@ -107,7 +107,7 @@ class SlotReader:
         # The garbage collector may drop a view in the thread that holds it.
         self._lock = threading.RLock()
 
-    def take(self, place: Place) -> memoryview:
+    def take(self, place: SlotPlace) -> memoryview:
         """The bytes at ``place``; the slot is given back with the last view of them.
 
         Raises:
