@@ -335,8 +335,8 @@ def test_a_worker_that_did_not_see_the_memory_is_not_believed(bench: Bench, monk
 def test_offers_are_taken_up_to_a_number(bench: Bench) -> None:
     transport: ZeroMqTransport = bench.mesh(shared=ROOM)
     serving = bench.serve(transport, LOOPBACK)
-    channels = [settled(bench.connect(transport, serving.address)) for _ in range(34)]
-    assert [channel.way for channel in channels] == [NAME] * 32 + [""] * 2
+    channels = [settled(bench.connect(transport, serving.address)) for _ in range(66)]
+    assert [channel.way for channel in channels] == [NAME] * 64 + [""] * 2
 
 
 # One direction by itself.

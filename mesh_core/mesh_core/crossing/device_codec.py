@@ -73,10 +73,11 @@ class DeviceEncoder(Encoder):
     def __init__(self, driver: DeviceDriver) -> None:
         self._driver, self._plain = driver, RawCodec().encoder({})
         self._memory: Exported | None = None
+        self._refused = False
 
     def encode(self, tensor: Tensor) -> Encoded:
         form = form_of(tensor)
-        if tensor.device.type != self._driver.kind or form.nbytes < _WORTH_IT:
+        if tensor.device.type != self._driver.kind or form.nbytes < _WORTH_IT or self._refused:
             return self._plain.encode(tensor)
         try:
             flat = uint8_view(tensor.detach().resolve_conj().resolve_neg().contiguous())
@@ -85,13 +86,13 @@ class DeviceEncoder(Encoder):
                 self._memory = Exported(self._driver, tensor.device, form.nbytes)
             said = self._memory.put(flat.data_ptr(), form.nbytes)
         except CodecUnsupported as error:
-            log.warning("a state crosses outside of the GPU's memory: %s", error)
-            said = None
+            log.warning("states cross outside of the GPU's memory: %s", error)
+            said, self._refused = None, True
         return Encoded({**form.header(), "memory": said}, ()) if said is not None else self._plain.encode(tensor)
 
     def reset(self) -> None:
         """A message may be lost, and with it a slot that nobody gives back."""
-        self._memory = None
+        self._memory, self._refused = None, False
 
 
 class DeviceDecoder(Decoder):

@@ -18,6 +18,9 @@ from typing import Any
 import torch
 
 from mesh_codec.errors import CodecUnsupported
+from mesh_core.system.logs import logger
+
+log = logger(__name__)
 
 HANDLE_BYTES = 64
 
@@ -88,23 +91,28 @@ class CudaDriver(DeviceDriver):
     def __init__(self) -> None:
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._lock = Lock()
+        self._works: bool | None = None
 
     def available(self) -> bool:
-        return self._works
+        """Not before torch uses a GPU here: a first use takes hundreds of megabytes of its memory."""
+        if self._works is None and sys.platform == "linux" and torch.version.cuda and torch.cuda.is_initialized():
+            self._works = self._tried()
+        return self._works is True
 
-    @cached_property
-    def _works(self) -> bool:
-        """Found out once: some virtual machines and containers have a driver that exports nothing."""
-        if sys.platform != "linux" or torch.version.cuda is None or not torch.cuda.is_available():
-            return False
+    def _tried(self) -> bool | None:
+        """Some virtual machines and containers have a driver that exports nothing. None while no GPU is in use."""
         try:
-            device = torch.device("cuda", self._used())
+            number = self._used()
+            if number is None:
+                return None
+            device = torch.device("cuda", number)
             address = self.allocate(device, 1 << 21)
             try:
                 self.export(device, address)
             finally:
                 self.free(device, address)
-        except (CodecUnsupported, OSError, AttributeError):
+        except (CodecUnsupported, OSError, AttributeError) as error:
+            log.info("no memory of GPUs is handed over: %s", error)
             return False
         return True
 
@@ -171,14 +179,14 @@ class CudaDriver(DeviceDriver):
         self._call("cuDeviceGetByPCIBusId", ctypes.byref(ordinal), place.encode())
         return torch.device("cuda", ordinal.value)
 
-    def _used(self) -> int:
-        """A device that this process uses already: a first use would take hundreds of megabytes of another's memory."""
+    def _used(self) -> int | None:
+        """A GPU that this process uses already."""
         flags, active = ctypes.c_uint(), ctypes.c_int()
         for number in range(torch.cuda.device_count()):
             self._call("cuDevicePrimaryCtxGetState", number, ctypes.byref(flags), ctypes.byref(active))
             if active.value:
                 return number
-        return torch.cuda.current_device()
+        return None
 
     def _ordinal(self, device: torch.device) -> int:
         return device.index if device.index is not None else torch.cuda.current_device()

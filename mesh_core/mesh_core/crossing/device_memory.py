@@ -147,7 +147,8 @@ def _retire(driver: DeviceDriver, device: torch.device, address: int, flags: Sha
         _retired.append((driver, device, address, flags))
         if not _reaper or not _reaper[0].is_alive():
             _reaper[:] = [threading.Thread(target=_reap, name="device-memory", daemon=True)]
-            _reaper[0].start()
+            with suppress(RuntimeError):  # the process ends, and all of it is freed
+                _reaper[0].start()
 
 
 def _reap() -> None:

@@ -6,8 +6,8 @@ file that only this user can read; and it is used only once the listener has ans
 alone, so that both are on one machine. An end that knows nothing of this answers an offer in some other way: then
 nothing is shared.
 
-A message with frames in memory says where they lie: number of the frame, and `SlotPlace`. It crosses the socket as every
-message, which keeps the order; a frame that finds no room crosses there itself.
+A message with frames in memory says where they lie: number of the frame, and `SlotPlace`. It crosses the socket as
+every message, which keeps the order; a frame that finds no room crosses there itself.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class MemoryLinks:
         key: that proves the listener's own user; "" to share with nobody.
     """
 
-    def __init__(self, key: str, limits: MessageLimits, most: int = 32) -> None:
+    def __init__(self, key: str, limits: MessageLimits, most: int = 64) -> None:
         self._key, self._limits, self._most = key, limits, most
         self._links: dict[bytes, MemoryLink] = {}
 

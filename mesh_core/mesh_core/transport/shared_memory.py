@@ -84,6 +84,7 @@ class SharedMemory:
             os.ftruncate(descriptor, _HEAD + 2 * room)
             fcntl = system.fcntl
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            os.posix_fallocate(descriptor, 0, _HEAD)
             made = cls(descriptor, room)
         except BaseException:
             os.close(descriptor)

@@ -1,7 +1,7 @@
 """One direction of shared memory: the sender puts bytes into slots, the receiver reads them there and gives them back.
 
-Where a slot lies is the sender's affair, and is told in the message: `SlotPlace`. The receiver believes none of it. A slot
-is free again when the receiver has written the number of its use into the slot's flag. Neither ever waits for the
+Where a slot lies is the sender's affair, and is told in the message: `SlotPlace`. The receiver believes none of it. A
+slot is free again when the receiver has written the number of its use into the slot's flag. Neither ever waits for the
 other: what finds no room is sent in another way.
 """
 
