@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -190,6 +192,15 @@ def test_memory_that_cannot_be_opened_is_unsupported(other: Other, what: str) ->
     coded = encoder.encode(STATE)
     said = {**coded.header["memory"], "label": os.urandom(16), what: memory[what]}
     assert other.decode(replace(coded, header={**coded.header, "memory": said})) == "CodecUnsupported"
+
+
+def test_memory_that_its_maker_keeps_locked_is_not_waited_for(other: Other) -> None:
+    encoder = DeviceCodec(EmulatedDevice()).encoder(SETTINGS)
+    coded = encoder.encode(STATE)
+    fcntl.flock(coded.header["memory"]["flags"], fcntl.LOCK_EX)
+    began = monotonic()
+    assert other.decode(coded) == "CodecUnsupported"
+    assert monotonic() - began < 5
 
 
 def test_it_is_offered_only_where_both_ends_can(monkeypatch: pytest.MonkeyPatch) -> None:

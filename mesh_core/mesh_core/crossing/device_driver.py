@@ -95,7 +95,7 @@ class CudaDriver(DeviceDriver):
 
     def available(self) -> bool:
         """Not before torch uses a GPU here: a first use takes hundreds of megabytes of its memory."""
-        if self._works is None and sys.platform == "linux" and torch.version.cuda and torch.cuda.is_initialized():
+        if self._works is None and sys.platform == "linux" and torch.version.cuda and _torch_uses_one():
             self._works = self._tried()
         return self._works is True
 
@@ -216,3 +216,7 @@ class _DriverError(CodecUnsupported):
     def __init__(self, name: str, number: int) -> None:
         super().__init__(f"The GPU's driver refuses {name}: error {number}.", hint="--codec raw")
         self.number = number
+
+
+def _torch_uses_one() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -99,9 +99,9 @@ class Imported:
         self.label, self._driver = label_of(said), driver
         try:
             self._flags = SharedMemory.open(maker, number, _FLAGS)
+            self._flags.hold()
         except (OSError, WireMalformed) as error:
             raise CodecUnsupported(f"The memory of process {maker} cannot be opened: {error}.") from error
-        self._flags.hold()
         if self._flags.flags[1][0]:
             raise CodecUnsupported(f"Process {maker} has given its memory up.")
         owner, self._address, self._room = driver.open(device, handle, place)

@@ -15,6 +15,7 @@ import os
 import sys
 from contextlib import suppress
 from secrets import token_bytes
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ _HEAD = 2 * _PAGE
 """Bytes before the data: a page with the nonce, then `SLOTS` numbers of 8 bytes for each direction."""
 
 _LARGEST = 4 << 30
+_TRIES, _PAUSE = 100, 1e-3
 _NAME = "comfyui-mesh"
 
 Bytes = NDArray[np.uint8]
@@ -129,8 +131,18 @@ class SharedMemory:
         return True
 
     def hold(self) -> None:
-        """Be known as one who uses it, until it is closed or the process ends."""
-        self._fcntl.flock(self._descriptor, self._fcntl.LOCK_SH)
+        """Be known as one who uses it, until it is closed or the process ends.
+
+        Raises:
+            OSError: another process keeps that from happening.
+        """
+        for _ in range(_TRIES):
+            try:
+                self._fcntl.flock(self._descriptor, self._fcntl.LOCK_SH | self._fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                sleep(_PAUSE)  # `abandoned` takes no longer
+        raise BlockingIOError("another process has locked the memory")
 
     def abandoned(self) -> bool:
         """Whether the other process does not `hold` it any more; for one that does not itself."""
