@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import multiprocessing
 import os
@@ -195,6 +194,8 @@ def test_memory_that_cannot_be_opened_is_unsupported(other: Other, what: str) ->
 
 
 def test_memory_that_its_maker_keeps_locked_is_not_waited_for(other: Other) -> None:
+    import fcntl
+
     encoder = DeviceCodec(EmulatedDevice()).encoder(SETTINGS)
     coded = encoder.encode(STATE)
     fcntl.flock(coded.header["memory"]["flags"], fcntl.LOCK_EX)
