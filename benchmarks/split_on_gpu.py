@@ -30,6 +30,16 @@ if TYPE_CHECKING:
     from mesh_core.crossing.stats import StepStats
 
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "flux2-dev": (
+        "Flux2Transformer2DModel",
+        {
+            "num_layers": 8,
+            "num_single_layers": 48,
+            "num_attention_heads": 48,
+            "joint_attention_dim": 15360,
+            "guidance_embeds": True,
+        },
+    ),
     "klein-9b": (
         "Flux2Transformer2DModel",
         {"num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288},
@@ -196,14 +206,25 @@ def generate(
     return tuple(given[name] for name in states), median(times[1:] or times)
 
 
-def random_model(geometry: str, device: Any) -> Any:
+def empty_model(geometry: str, **others: Any) -> Any:
+    """Without memory for its weights, in float32.
+
+    Args:
+        others: arguments of the model class in place of the geometry's.
+    """
     import diffusers
     import torch
 
     name, config = GEOMETRIES[geometry]
     with torch.device("meta"):
-        model = getattr(diffusers, name)(**COMMON[name], **config)
-    model = model.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+        return getattr(diffusers, name)(**{**COMMON[name], **config, **others})
+
+
+def random_model(geometry: str, device: Any, **others: Any) -> Any:
+    """See `empty_model`; with random weights in bfloat16."""
+    import torch
+
+    model = empty_model(geometry, **others).to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name and parameter.ndim == 1:
@@ -229,7 +250,9 @@ def picture_inputs(model: Any, pixels: int) -> dict[str, Any]:
     img_ids[:, 2] = torch.arange(side).repeat(side)
     txt_ids = torch.zeros(TEXT_TOKENS, 4, dtype=torch.int64)
     txt_ids[:, 3] = torch.arange(TEXT_TOKENS)
+    guidance = {"guidance": torch.full((1,), 4.0).bfloat16()} if model.config.guidance_embeds else {}
     return {
+        **guidance,
         "hidden_states": torch.randn(1, side * side, model.config.in_channels, generator=generator).bfloat16(),
         "encoder_hidden_states": torch.randn(
             1, TEXT_TOKENS, model.config.joint_attention_dim, generator=generator
@@ -265,8 +288,16 @@ def video_inputs(model: Any, width: int, height: int, frames: int) -> dict[str, 
     }
 
 
-def start_worker(stack: ExitStack, folder: Path, name: str, device: str, memory: str = "30GB") -> str:
-    command = [sys.executable, "-m", "mesh_core.cli", "serve", str(folder / "models"), "--port", "0"]
+def start_worker(
+    stack: ExitStack,
+    folder: Path,
+    name: str,
+    device: str,
+    memory: str = "30GB",
+    program: Sequence[str] = ("-m", "mesh_core.cli"),
+) -> str:
+    """The address of a worker process that ends with ``stack``; ``program`` is what Python runs as ``mesh``."""
+    command = [sys.executable, *program, "serve", str(folder / "models"), "--port", "0"]
     process = stack.enter_context(
         subprocess.Popen(
             [*command, "--name", name, "--device", device, "--memory", memory], stderr=subprocess.PIPE, text=True

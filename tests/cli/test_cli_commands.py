@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image, ImageChops
 
+from benchmarks.quantise.gguf import write_gguf
 from mesh_codec import EntropyCodec
 from mesh_codec.qualities import names
 from mesh_core.builtin import installed_plugins
@@ -50,6 +51,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worker(models: Path, home: Path) -> Iterator[ProcessWorker]:
     with process_worker(models, "--device", "cpu", name="attic") as running:
         yield running
+
+
+def in_gguf(path: Path) -> Path:
+    """A Klein in blocks of 8 bits, under the names that its authors give."""
+    return write_gguf(path, tiny.to_original(tiny.transformer(guidance=False)), "Q8_0")
 
 
 def mesh(*arguments: object) -> Result:
@@ -91,6 +97,7 @@ def test_serve_says_what_it_left_out_and_why(models: Path, tmp_path: Path) -> No
     for i in range(6):
         (tmp_path / f"z{i}.safetensors").write_bytes(bytes(4))
     shutil.copy(models / "dev.safetensors", tmp_path)
+    in_gguf(tmp_path / "klein-Q8_0.gguf")
     with process_worker(tmp_path, "--device", "cpu") as worker:
         said = list(worker.log)
     left_out = [line for line in said if "not served: " in line]
@@ -108,6 +115,7 @@ def test_serve_says_what_it_left_out_and_why(models: Path, tmp_path: Path) -> No
     assert len(reasons) == 10
     assert any("and 2 more files that are not served" in line for line in said)
     assert "notes.txt" not in "".join(said) and any("dev.safetensors: flux2" in line for line in said)
+    assert any("klein-Q8_0.gguf: klein" in line for line in said)
 
 
 def test_serve_ends_when_asked(tmp_path: Path) -> None:
@@ -142,6 +150,14 @@ def test_inspect_describes_a_single_file(models: Path) -> None:
     assert facts["family"] == "flux2"
     assert [b["kind"] for b in facts["blocks"]] == ["double"] * 2 + ["single"] * 3
     assert facts["bytes"] == sum(p.nbytes for p in tiny.transformer(guidance=True).parameters())
+
+
+def test_inspect_describes_a_gguf_file(tmp_path: Path) -> None:
+    file = in_gguf(tmp_path / "klein-Q8_0.gguf")
+    facts = json.loads(mesh("inspect", file, "--json").stdout)
+    assert facts["family"] == "klein" and facts["dtypes"] == ["F32", "gguf/Q8_0"]
+    shown = mesh("inspect", file).stdout
+    assert "gguf/Q8_0" in shown and "5 blocks" in shown
 
 
 def test_inspect_suggests_a_cut_that_fits(models: Path) -> None:

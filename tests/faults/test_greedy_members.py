@@ -46,6 +46,7 @@ def opening(case: Case, plugins: Plugins, **changes: object) -> wire.Open:
         "dtype": "float32",
         "others": {},
         "arithmetic": {},
+        "computed": None,
         "loras": [],
         "inputs": dict.fromkeys(spec.states[1], RAW),
         "outputs": dict.fromkeys(spec.states[-1], RAW),

@@ -198,6 +198,7 @@ def request(quick: Case, plugins: Plugins, **changes: object) -> wire.Open:
         "dtype": "float32",
         "others": {},
         "arithmetic": {},
+        "computed": None,
         "loras": [],
         "inputs": dict.fromkeys(states[0], raw),
         "outputs": dict.fromkeys(states[-1], raw),

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.quantise import nvfp4
 from benchmarks.quantise.kinds import WRITERS
 from benchmarks.quantise.original import original
 from mesh_core.builtin import load_plugins
 from mesh_core.model.library import Checkpoint
 from mesh_core.plugins.registry import Plugins
-from tests.adapters import tiny
+from tests.adapters import tiny, tiny_ltx
 from tests.support.splitting import checkpoint_at, split
 from tests.support.workers import thread_workers
 
@@ -64,7 +67,13 @@ def check(file: Path, inputs: Mapping[str, Any], plugins: Plugins, cuts: Sequenc
     return checkpoint_at(file, plugins)
 
 
-ALIKE = {"Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"}
+ALIKE = {"Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"} | {
+    "fp8-e5m2",
+    "fp8-scaled-metadata",
+    "fp8-scaled-old",
+    "fp8-scaled-e5m2",
+    "int8",
+}
 """Kinds whose rows are cut as those of others of their format are: at some blocks only."""
 
 
@@ -77,5 +86,37 @@ def test_a_trained_model_cut_at_every_block(
     found = check(file, klein_inputs(batch=2, height=4, width=6), plugins, cuts)
     stored = [p for p in found.spec.parameters.values() if p.stored_bytes is not None]
     held = sum(p.elements for p in stored)
-    assert held > 0.9 * sum(p.elements for p in found.spec.parameters.values())
+    assert held > (0.5 if kind == "fp8-mixed" else 0.9) * sum(p.elements for p in found.spec.parameters.values())
     assert sum(p.stored_bytes or 0 for p in stored) < 1.1 * held
+
+
+@pytest.mark.parametrize("kind", ["fp8-scaled", "nvfp4", "Q8_0"])
+def test_flux2_and_ltx_too(kind: str, tmp_path: Path, plugins: Plugins) -> None:
+    """Formats know no family, and families no format."""
+    dev = tmp_path / "dev.safetensors"
+    tiny.save_single_file(tiny.transformer(guidance=True, dtype=torch.bfloat16), dev)
+    ltx = tmp_path / "ltx.safetensors"
+    wide = {"attention_head_dim": 32, "audio_attention_head_dim": 32}
+    wide |= {"cross_attention_dim": 64, "audio_cross_attention_dim": 64}
+    tiny_ltx.save_single_file(tiny_ltx.transformer("2.0", dtype=torch.bfloat16, **wide), ltx)
+    for file, inputs in (
+        (dev, tiny.inputs(guidance=True, references=1, dtype=torch.bfloat16)),
+        (ltx, tiny_ltx.inputs("2.0", batch=2, dtype=torch.bfloat16)),
+    ):
+        checkpoint, tensors = original(file)
+        written = WRITERS[kind](tensors, tmp_path / f"{file.stem}-{kind}", checkpoint.header.metadata)
+        found = check(written, inputs, plugins, range(checkpoint.spec.blocks))
+        assert any(p.stored_bytes for p in found.spec.parameters.values())
+
+
+def test_a_folder_in_nvfp4_as_diffusers_reads_it(folder: Path, plugins: Plugins) -> None:
+    source, target = TRAINED / "transformer", folder / "nvfp4"
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    which = [name for name, t in tensors.items() if "blocks." in name and name.endswith(".weight") and t.dim() == 2]
+    target.mkdir()
+    save_file(nvfp4.quantise_for_diffusers(tensors, which), target / file.name)
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | nvfp4.CONFIG))
+    found = check(target, klein_inputs(), plugins, cuts=(0, 5))
+    assert sum(p.dtype == "nvfp4/E2M1" for p in found.spec.parameters.values()) == len(which)

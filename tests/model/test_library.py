@@ -24,6 +24,12 @@ def plugins() -> Plugins:
     return load_plugins()
 
 
+def in_int8(path: Path) -> Path:
+    """Codes without scales and without a word of what they mean."""
+    save_file({name: t.to(torch.int8) for name, t in MODEL.state_dict().items()}, path)
+    return path
+
+
 def in_fp8(path: Path) -> Path:
     save_file({name: t.to(torch.float8_e4m3fn) for name, t in MODEL.state_dict().items()}, path)
     return path
@@ -34,7 +40,7 @@ def gguf(path: Path) -> Path:
     return path
 
 
-def test_the_same_file_in_fp8_is_named_with_what_to_do(plugins: Plugins, tmp_path: Path) -> None:
+def test_another_type_of_the_same_model_is_named_with_what_to_do(plugins: Plugins, tmp_path: Path) -> None:
     here = tmp_path / "host.safetensors"
     save_file(dict(MODEL.state_dict()), here)
     mine = recognise(read_header(here), plugins)
@@ -45,15 +51,19 @@ def test_the_same_file_in_fp8_is_named_with_what_to_do(plugins: Plugins, tmp_pat
     with pytest.raises(CheckpointMismatch) as told:
         library.find(*wanted)
     assert told.value.hint == "the same file on both machines"
-    in_fp8(folder / "klein-fp8.safetensors")
+    other = in_fp8(folder / "klein-fp8.safetensors")
+    with pytest.raises(CheckpointMismatch, match=r"klein-fp8\.safetensors \(custom .*fp8-cast/F8_E4M3\)"):
+        library.find(*wanted)
+    other.unlink()
+    in_int8(folder / "klein-int8.safetensors")
     for find in (lambda: library.find(*wanted), lambda: library.like(*wanted[:2])):
-        with pytest.raises(CheckpointMismatch, match=r"klein-fp8\.safetensors stores .* as F8_E4M3") as told:
+        with pytest.raises(CheckpointMismatch, match=r"klein-int8\.safetensors stores .* as I8") as told:
             find()
         assert "bfloat16 copy" in told.value.hint and str(tmp_path) not in str(told.value)
 
 
 def test_a_scan_knows_what_it_left_out_and_why(plugins: Plugins, tmp_path: Path) -> None:
-    fp8, packed, broken = in_fp8(tmp_path / "a.safetensors"), gguf(tmp_path / "b.gguf"), tmp_path / "c.safetensors"
+    codes, packed, broken = in_int8(tmp_path / "a.safetensors"), gguf(tmp_path / "b.gguf"), tmp_path / "c.safetensors"
     save_file(dict(MODEL.state_dict()), broken)
     broken.write_bytes(broken.read_bytes()[:-1])
     other = tmp_path / "d.safetensors"
@@ -62,7 +72,7 @@ def test_a_scan_knows_what_it_left_out_and_why(plugins: Plugins, tmp_path: Path)
     library = CheckpointLibrary([tmp_path], plugins)
     assert library.scan() == []
     assert {path: type(error) for path, error in library.skipped.items()} == {
-        fp8: CheckpointUnrecognised,
+        codes: CheckpointUnrecognised,
         packed: CheckpointUnrecognised,
         broken: CheckpointCorrupt,
         other: CheckpointUnrecognised,

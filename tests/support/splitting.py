@@ -14,7 +14,7 @@ from mesh_core.host.progress import ProgressReport
 from mesh_core.host.runner import SplitRunner, Workers, open_session, place
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint, recognise
-from mesh_core.model.numerics import usual_numerics
+from mesh_core.model.numerics import Numerics, usual_numerics
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.identity import identify
@@ -38,18 +38,19 @@ def split(
     codec: str | None = None,
     settings: Settings | None = None,
     report: ProgressReport | None = None,
+    numerics: Numerics | None = None,
 ) -> Iterator[SplitRunner]:
     """The model at ``path``, its first span here and the others on ``workers``."""
     checkpoint = checkpoint_at(path, plugins)
     addresses = [w.address if isinstance(w, ThreadWorker) else w for w in workers]
-    numerics = usual_numerics(checkpoint.spec, dtype, torch.device("cpu"), plugins.weight_formats())
+    numerics = numerics or usual_numerics(checkpoint.spec, dtype, torch.device("cpu"), plugins.weight_formats())
     options = SessionOptions(numerics, torch.device("cpu"), quality, settings or Settings(), codec)
     placement = place(checkpoint, local, addresses, plugins, options, None)
     session = open_session(lambda: identify(checkpoint), placement, options, plugins, report)
     stage = checkpoint.adapter.build_stage(
         checkpoint.spec, placement.plan.local, WeightReader(checkpoint.header), device="cpu", numerics=options.numerics
     )
-    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
     try:
         yield runner
     finally:

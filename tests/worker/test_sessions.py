@@ -77,6 +77,7 @@ class Host:
             dtype="float32",
             others={},
             arithmetic={},
+            computed=None,
             loras=[],
             inputs=dict.fromkeys(spec.states[cut.start], RAW),
             outputs=dict.fromkeys(spec.states[cut.stop], RAW),

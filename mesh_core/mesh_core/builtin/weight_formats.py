@@ -17,6 +17,21 @@ class CoreWeightFormats:
     @hookimpl
     def mesh_register_weight_formats(self, register: Callable[[WeightFormat], None]) -> None:
         """All that the core has."""
+        from mesh_core.formats.fp8_cast import Fp8CastFormat
+        from mesh_core.formats.fp8_row import Fp8RowFormat
+        from mesh_core.formats.fp8_scaled import Fp8ScaledFormat
         from mesh_core.formats.gguf import GgufFormat
+        from mesh_core.formats.int8 import Int8Format
+        from mesh_core.formats.mxfp8 import Mxfp8Format
+        from mesh_core.formats.nvfp4 import Nvfp4Format
 
-        register(GgufFormat())
+        for format in (
+            Fp8CastFormat(),
+            Fp8RowFormat(),
+            Fp8ScaledFormat(),
+            GgufFormat(),
+            Int8Format(),
+            Mxfp8Format(),
+            Nvfp4Format(),
+        ):
+            register(format)

@@ -7,17 +7,16 @@ it stand alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 
 import torch
 from torch import Tensor
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
-from mesh_core.formats import ggml
-from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.formats import fused, ggml
 from mesh_core.model.gguf import DTYPE_PREFIX, QUANTISED, GgufType
-from mesh_core.model.safetensors import TensorInfo
-from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, TensorInfo, WeightFormat
 
 _SCALES: Mapping[str, tuple[int, ...]] = {
     "Q4_0": (0,),
@@ -40,6 +39,9 @@ KINDS: Mapping[int, str] = {t.number: t.name for t in QUANTISED.values() if t.na
 
 _TYPES: Mapping[str, GgufType] = {t.name: t for t in QUANTISED.values()}
 
+_BF16 = 30
+"""ggml's number of bfloat16."""
+
 _AT_ONCE = 1 << 24
 """Numbers that are made at once: the temporaries of more would take more memory than the weight itself."""
 
@@ -52,7 +54,7 @@ class GgufFormat(WeightFormat):
 
     name = "gguf"
 
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """Every tensor of a quantised type."""
         quantised = [info for info in header.tensors.values() if info.dtype.startswith(DTYPE_PREFIX)]
         if not quantised:
@@ -76,6 +78,17 @@ class GgufFormat(WeightFormat):
             raise CheckpointCorrupt(f"{stored.parts['codes'].name} has scales that are no finite numbers.")
         return {"codes": codes}
 
+    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | Tensor | None:
+        """diffusers' ``GGUFParameter``, which also wraps numbers in bfloat16."""
+        if type(tensor).__name__ != "GGUFParameter" or not hasattr(tensor, "quant_type"):
+            return None
+        if int(tensor.quant_type) == _BF16:
+            return tensor.as_subclass(Tensor).detach().view(torch.bfloat16)
+        kind = KINDS.get(int(tensor.quant_type))
+        if kind is None:
+            return None
+        return kind, shape_of(tensor, kind), parts_of(tensor, kind)
+
     def nbytes(self, stored: StoredTensor, rows: int) -> int:
         """Of whole blocks."""
         return rows * _row_bytes(stored.kind, stored.shape)
@@ -94,15 +107,10 @@ class GgufFormat(WeightFormat):
         self, parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype, arithmetic: str
     ) -> Tensor:
         """See `mesh_core.formats.ggml`."""
-        codes = parts["codes"]
-        size = _TYPES[kind].block_bytes
-        numbers = torch.empty(shape[0], prod(shape[1:]), dtype=dtype, device=codes.device)
-        step = _rows_at_once(shape)
-        for start in range(0, shape[0], step):
-            made = numbers[start : start + step]
-            blocks = codes[start : start + step].reshape(-1, size)
-            made.copy_(ggml.blocks_as_numbers(blocks, kind).view(made.shape))
-        return numbers.view(shape)
+        plain = partial(_numbers, kind=kind, shape=shape, dtype=dtype)
+        # The kernels make the bits that are known here; a library of others goes on making its own.
+        fast = kind if arithmetic == ggml.ARITHMETIC else ""
+        return fused.numbers(fast, parts, shape, dtype, plain)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """The numbers, and what is held while a part of them is made."""
@@ -110,7 +118,7 @@ class GgufFormat(WeightFormat):
         at_once = min(_rows_at_once(shape), shape[0]) * columns
         return shape[0] * columns * dtype.itemsize + at_once * ggml.temporary(kind)
 
-    def _stored(self, header: CheckpointHeader, info: TensorInfo) -> StoredTensor:
+    def _stored(self, header: Header, info: TensorInfo) -> StoredTensor:
         kind = info.dtype.removeprefix(DTYPE_PREFIX)
         if kind not in _SCALES:
             raise CheckpointUnrecognised(
@@ -159,6 +167,19 @@ def shape_of(data: Tensor, kind: str) -> tuple[int, int]:
     """The shape of the numbers in ``data``, as for `parts_of`."""
     type = _TYPES[kind]
     return data.shape[0], data.shape[1] // type.block_bytes * type.block_size
+
+
+def _numbers(parts: Parts, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Of all rows of ``codes``, of which there may be fewer than in ``shape``."""
+    codes = parts["codes"]
+    size = _TYPES[kind].block_bytes
+    numbers = torch.empty(codes.shape[0], prod(shape[1:]), dtype=dtype, device=codes.device)
+    step = _rows_at_once(shape)
+    for start in range(0, codes.shape[0], step):
+        made = numbers[start : start + step]
+        blocks = codes[start : start + step].reshape(-1, size)
+        made.copy_(ggml.blocks_as_numbers(blocks, kind).view(made.shape))
+    return numbers.view(-1, *shape[1:])
 
 
 def _row_bytes(kind: str, shape: tuple[int, ...]) -> int:

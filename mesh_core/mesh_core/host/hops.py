@@ -15,7 +15,7 @@ from mesh_core.errors import MeshError
 from mesh_core.host.options import ModelIdentity
 from mesh_core.host.remote import Remote
 from mesh_core.host.routes import Route, RouteStats
-from mesh_core.model.numerics import Numerics, labels_of
+from mesh_core.model.numerics import LORA, Numerics, labels_of
 from mesh_core.model.spans import BlockSpan
 
 _MAX_REMEMBERED = 256
@@ -67,6 +67,7 @@ class RemoteHop:
         """
         own = identity.spec.parameters_of(self.span)
         stored = labels_of(own.values())
+        asked = {*stored, LORA} if stored else ()
         return wire.Open(
             id=wire.next_id(),
             session=self.remote.session,
@@ -76,7 +77,8 @@ class RemoteHop:
             span=[self.span.start, self.span.stop],
             dtype=from_torch(numerics.dtype).name,
             others={name: from_torch(dtype).name for name, dtype in numerics.others if name in own},
-            arithmetic={label: how for label, how in numerics.arithmetic if label in stored},
+            arithmetic={label: how for label, how in numerics.arithmetic if label in asked},
+            computed=None if numerics.computed is None else dict(numerics.computed),
             loras=self.loras,
             inputs=_plain(inputs),
             outputs=_plain(outputs),

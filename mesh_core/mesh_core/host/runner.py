@@ -24,6 +24,7 @@ from mesh_core.loras.apply import PatchedModel
 from mesh_core.loras.lora import Applied
 from mesh_core.model.adapter import Stage
 from mesh_core.model.library import Checkpoint
+from mesh_core.model.numerics import Numerics
 from mesh_core.model.plan import Plan, WorkerInfo, check, make
 from mesh_core.model.spec import Conditioning, ModelSpec, State
 from mesh_core.plugins.registry import Plugins
@@ -36,12 +37,17 @@ Workers = str | Sequence[str | tuple[str, str]]
 
 @dataclass
 class SplitRunner:
-    """``local`` runs the plan's first span; ``session`` the rest, None when nothing is remote."""
+    """``local`` runs the plan's first span; ``session`` the rest, None when nothing is remote.
+
+    Attributes:
+        numerics: in which ``local`` computes; by default those of the session.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     local: Stage
     session: Session | None
+    numerics: Numerics | None = None
     _patched: PatchedModel | None = None
 
     @property
@@ -89,7 +95,9 @@ class SplitRunner:
             )
         if self._patched is None:
             parameters = self.checkpoint.spec.parameters_of(self.plan.local)
-            self._patched = PatchedModel(self.local.model, parameters)
+            numerics = self.numerics or (self.session.options.numerics if self.session is not None else None)
+            beside = numerics is None or numerics.loras_beside
+            self._patched = PatchedModel(self.local.model, parameters, beside=beside)
         try:
             if self.session is not None:
                 self.session.set_loras(loras)

@@ -20,7 +20,7 @@ from mesh_core.loras.part import read_part
 from mesh_core.loras.read import read_lora
 from mesh_core.loras.received import ReceivedLoras
 from mesh_core.loras.stamped import Stamped
-from mesh_core.loras.stored import StoredTensor
+from mesh_core.loras.stored import TensorOnDisk
 from mesh_core.model import fingerprint
 from mesh_core.model.library import Checkpoint
 from mesh_core.system.config import Settings, data_dir
@@ -92,14 +92,14 @@ class LoraLibrary:
         whole = read_part(path, checkpoint.spec) if path in self.received else read_lora(path, checkpoint)
         return whole.restricted(parameters)
 
-    def tensors(self, hashes: Collection[str], checkpoint: Checkpoint) -> dict[str, StoredTensor]:
+    def tensors(self, hashes: Collection[str], checkpoint: Checkpoint) -> dict[str, TensorOnDisk]:
         """Tensors of received LoRAs for that model whose hash is among ``hashes``, by hash."""
-        found: dict[str, StoredTensor] = {}
+        found: dict[str, TensorOnDisk] = {}
         for path in self.received.files():
             lora = self._parse(path, checkpoint)
             for source in (s for p in (lora.patches if lora is not None else ()) for s in p.tensors.values()):
                 with suppress(LoraError):  # the file went to make room for another
-                    if isinstance(source, StoredTensor) and (digest := source.digest()) in hashes:
+                    if isinstance(source, TensorOnDisk) and (digest := source.digest()) in hashes:
                         found[digest] = source
         return found
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from mesh_core.errors import ConfigError, LoraError, LoraMissing, LoraTooLarge
 from mesh_core.loras.lora import Lora
-from mesh_core.loras.stored import StoredTensor, TensorFile
+from mesh_core.loras.stored import TensorFile, TensorOnDisk
 from mesh_core.system.config import atomic_write
 from mesh_core.system.file_stamp import FileStamp
 from mesh_core.system.logs import logger
@@ -159,7 +159,7 @@ class ReceivedLoras:
 
     def _stems(self, loras: Collection[Lora]) -> list[str]:
         sources = (s for lora in loras for p in lora.patches for s in p.tensors.values())
-        return sorted(p.stem for p in {s.file.path for s in sources if isinstance(s, StoredTensor)} if p in self)
+        return sorted(p.stem for p in {s.file.path for s in sources if isinstance(s, TensorOnDisk)} if p in self)
 
 
 def _note(path: Path) -> Path:

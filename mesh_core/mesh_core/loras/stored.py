@@ -18,7 +18,8 @@ from mesh_codec.dtypes import from_safetensors
 from mesh_codec.memory import bytes_of
 from mesh_core.errors import CheckpointError, LoraError
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
-from mesh_core.model.safetensors import TensorInfo, opened, read_into
+from mesh_core.model.safetensors import opened, read_into
+from mesh_core.model.stored import TensorInfo
 from mesh_core.system.file_stamp import FileStamp
 from mesh_core.system.forks import hash_threads
 from mesh_core.system.remembered import Remembered
@@ -55,9 +56,9 @@ class TensorFile:
         if self._look() != self.stamp:
             raise LoraError(f"{self.path} changed while it was in use.", hint="the same again, once it is written")
 
-    def source(self, name: str) -> StoredTensor:
+    def source(self, name: str) -> TensorOnDisk:
         """The tensor of that name in the file; KeyError if it has none."""
-        return StoredTensor(self, self.header.tensors[name])
+        return TensorOnDisk(self, self.header.tensors[name])
 
     def digests(self, progress: ReadingProgress | None = None) -> Mapping[str, str]:
         """The digest of every tensor by name, see `Source.digest`. Read once per file and content; then remembered.
@@ -102,7 +103,7 @@ class TensorFile:
         self._digests = found
 
 
-class StoredTensor:
+class TensorOnDisk:
     """A `Source` in a `TensorFile`."""
 
     def __init__(self, file: TensorFile, info: TensorInfo) -> None:

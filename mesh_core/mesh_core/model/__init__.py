@@ -10,11 +10,10 @@ import typing
 if typing.TYPE_CHECKING:
     from mesh_core.model.adapter import ModelAdapter, Stage
     from mesh_core.model.checkpoint import CheckpointHeader, read_header
-    from mesh_core.model.safetensors import TensorInfo
     from mesh_core.model.shapes import Dimensions
     from mesh_core.model.spans import BlockSpan
     from mesh_core.model.spec import Conditioning, ModelSpec, ParameterSpec, Piece, Role, State
-    from mesh_core.model.stored import Claim, Parts, StoredTensor, WeightFormat
+    from mesh_core.model.stored import Claim, Parts, StoredTensor, TensorInfo, WeightFormat
     from mesh_core.model.weights import WeightReader
 
 _HOMES = {
@@ -32,7 +31,7 @@ _HOMES = {
     "Stage": "adapter",
     "State": "spec",
     "StoredTensor": "stored",
-    "TensorInfo": "safetensors",
+    "TensorInfo": "stored",
     "WeightFormat": "stored",
     "WeightReader": "weights",
     "read_header": "checkpoint",

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from mesh_core.model.attention import use_backend
-from mesh_core.model.carried import refuse_kept_in_float32, refuse_other_tensors
 from mesh_core.model.checkpoint import CheckpointHeader
+from mesh_core.model.constructing import without_weights
 from mesh_core.model.numerics import Numerics
 from mesh_core.model.shapes import Dimensions
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec, Piece, State
+from mesh_core.model.tensors import move_computed_buffers
 from mesh_core.model.weights import WeightReader
 
 
@@ -28,7 +29,8 @@ class Stage(nn.Module, ABC):
     """A span of blocks on a device.
 
     ``model`` is an instance of the family's model class. Only the parameters that the span needs hold data; the
-    others stay on the meta device, so names and structure are complete.
+    others stay on the meta device, so names and structure are complete. What the class computes itself is there:
+    buffers on the stage's device, plain attributes where the class made them, on the CPU, as ``Model.to`` leaves them.
     """
 
     span: BlockSpan
@@ -82,7 +84,8 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def skeleton(self, spec: ModelSpec) -> nn.Module:
-        """The family's model with all parameters of ``spec``; called on the meta device."""
+        """The family's model with all parameters of ``spec``; called on the meta device, and where its class computes
+        tensors that are no parameters, once more for them."""
 
     @abstractmethod
     def stage(self, spec: ModelSpec, span: BlockSpan, model: nn.Module) -> Stage:
@@ -146,12 +149,12 @@ class ModelAdapter(ABC):
 
         Raises:
             CheckpointError: a tensor is missing or damaged, or the model has what a stage cannot carry.
+            CheckpointMismatch: its class computes other tensors here than ``numerics`` says.
         """
-        with torch.device("meta"):
-            model = self.skeleton(spec).eval().requires_grad_(False)
-        refuse_other_tensors(model)
-        refuse_kept_in_float32(model, numerics.dtype)
+        model = without_weights(lambda: self.skeleton(spec), numerics.dtype, numerics.computed)
+        model = model.eval().requires_grad_(False)
         weights.fill(model, spec.parameters_of(span), device=torch.device(device), numerics=numerics)
+        move_computed_buffers(model, torch.device(device))
         return self.stage(spec, span, model).eval()
 
     def layouts(self, spec: ModelSpec) -> Sequence[Mapping[str, tuple[Piece, ...]]]:

@@ -13,18 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torch import Tensor
+
+from mesh_codec.memory import bytes_of
 from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
 from mesh_core.model.gguf import read_gguf_header
 from mesh_core.model.gguf_values import MAGIC
 from mesh_core.model.safetensors import (
     MAX_HEADER_BYTES,
     FileHeader,
-    TensorInfo,
     opened,
     read_into,
     read_safetensors_header,
     refuse_lfs_pointer,
 )
+from mesh_core.model.stored import TensorInfo
 from mesh_core.model.variants import default_file, files_of, variant_of
 from mesh_core.system.file_stamp import FileStamp
 
@@ -42,6 +45,7 @@ class CheckpointHeader:
         metadata: of the files, all shards together: texts by name.
         config: ``config.json`` of a diffusers model folder, else empty.
         pipeline: ``model_index.json`` of a diffusers pipeline folder, else empty.
+        values: tensors that are in memory, by name; they are not looked for in a file.
         folder: of that pipeline: `path`, or where a single file's other components are; None without a pipeline.
         variant: that was asked for, of a folder that holds several; None for the plain weights.
         stamps: of each file, from when its header was read.
@@ -55,6 +59,7 @@ class CheckpointHeader:
     stamps: Mapping[Path, FileStamp] = field(default_factory=dict)
     variant: str | None = None
     folder: Path | None = None
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -74,6 +79,8 @@ class CheckpointHeader:
         """
         if info.nbytes > most:
             raise CheckpointCorrupt(f"{self.path}: {info.name} has {info.nbytes} bytes; at most {most} are expected.")
+        if info.name in self.values:
+            return bytes(bytes_of(self.values[info.name].detach().to("cpu").contiguous()))
         found = bytearray(info.nbytes)
         with self.opened(info.file) as stream:
             stream.seek(info.offset)

@@ -11,8 +11,7 @@ from dataclasses import replace
 
 from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
-from mesh_core.model.safetensors import TensorInfo
-from mesh_core.model.stored import Claim, StoredTensor, WeightFormat
+from mesh_core.model.stored import Claim, StoredTensor, TensorInfo, WeightFormat
 
 _NOTES = ("_quantization_metadata",)
 """Entries of a file's metadata that say how weights are stored."""

@@ -22,6 +22,7 @@ from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.safetensors import read_into
 from mesh_core.model.spec import ModelSpec, ParameterSpec
 from mesh_core.model.stored_weight import StoredWeight
+from mesh_core.model.tensors import stored_tensors
 from mesh_core.model.weights import WeightReader
 from mesh_core.system.forks import hash_threads
 from mesh_core.system.remembered import Remembered
@@ -71,7 +72,7 @@ def _memory(header: CheckpointHeader, spec: ModelSpec) -> Remembered:
 
 def of_model(spec: ModelSpec, model: nn.Module) -> str:
     """The fingerprint of a model in memory whose parameters are all present."""
-    return of_values(spec, dict(model.named_parameters()).__getitem__)
+    return of_values(spec, stored_tensors(model).__getitem__)
 
 
 def of_values(spec: ModelSpec, value: Callable[[str], Tensor]) -> str:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
 from mesh_core.model.gguf_values import MAGIC, Cursor, Value
-from mesh_core.model.safetensors import MAX_HEADER_BYTES, FileHeader, TensorInfo, opened
+from mesh_core.model.safetensors import MAX_HEADER_BYTES, FileHeader, opened
+from mesh_core.model.stored import TensorInfo
 from mesh_core.system.file_stamp import FileStamp
 
 DTYPE_PREFIX = "GGUF:"

@@ -11,17 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import Annotated, BinaryIO
 
 import msgspec
 
 from mesh_codec.dtypes import from_safetensors
 from mesh_codec.errors import CodecUnsupported
 from mesh_core.errors import CheckpointChanged, CheckpointCorrupt, CheckpointError, CheckpointUnrecognised
+from mesh_core.model.stored import TensorInfo
 from mesh_core.system.file_stamp import FileStamp
-
-if TYPE_CHECKING:
-    from mesh_core.model.stored import StoredTensor
 
 MAX_HEADER_BYTES = 32 << 20
 """Of a header that is read. The format allows 100 MB; a model's thousands of tensors take less than one."""
@@ -45,26 +43,6 @@ _ENTRY = msgspec.json.Decoder(HeaderEntry)
 _METADATA = msgspec.json.Decoder(dict[str, str] | None)
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a checkpoint: where its bytes are.
-
-    Attributes:
-        dtype: as safetensors names it, known to us or not; of a stored weight its label.
-        shape: of its numbers.
-        offset: of its first byte in the file.
-        stored: what its numbers follow from, where they are not what lies in the file.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
-    stored: StoredTensor | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from mesh_codec.dtypes import from_safetensors
 from mesh_core.model.spans import BlockSpan
 
 State = dict[str, Tensor]
@@ -35,12 +37,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """Where one parameter of the model comes from, and which blocks need it.
+    """Where one parameter, or persistent buffer, of the model comes from, and which blocks need it.
 
     Attributes:
         shape: of the parameter in the model.
-        dtype: in the file, as safetensors names it (``"BF16"``, ``"F32"``, ``"F16"``); of a stored weight its label,
-            see `mesh_core.model.stored.StoredTensor`.
+        dtype: in the file, as safetensors names it (``"BF16"``, ``"F32"``, ``"F16"``; whole numbers are never cast);
+            of a stored weight its label, see `mesh_core.model.stored.StoredTensor`.
         pieces: rows of file tensors, concatenated along dimension 0, that make the parameter.
         scope: the blocks that need the parameter. A block's own parameters: that block. Input layers: ``0:1``.
             Output layers: the last block. Shared modulation: all blocks that use it.
@@ -61,6 +63,12 @@ class ParameterSpec:
         return self.elements * itemsize if self.stored_bytes is None else self.stored_bytes
 
     @property
+    def whole_numbers(self) -> torch.dtype | None:
+        """Its type if it holds no fractions: such a buffer keeps it, whatever the stage computes in."""
+        found = None if "/" in self.dtype else from_safetensors(self.dtype).torch
+        return None if found is None or found.is_floating_point else found
+
+    @property
     def elements(self) -> int:
         """Numbers that the parameter holds."""
         return prod(self.shape)
@@ -77,8 +85,8 @@ class ModelSpec:
         block_kinds: one word per block in execution order (``"double"``, ``"single"``); their number is N.
         states: N + 1 mappings: names and roles of the state at cut 0 (the model's input) to cut N (its output).
         constants: names of the tensors that are constant for a generation, and the blocks that need them.
-        parameters: every parameter of the model by its name in the model class. Names are those of diffusers,
-            whatever the file calls them, so two layouts of the same weights are the same model.
+        parameters: every parameter and persistent buffer of the model by its name in the model class. Names are those
+            of diffusers, whatever the file calls them, so two layouts of the same weights are the same model.
         defaults: arguments of the pipeline's call that the model's authors recommend.
         optional: names of state tensors and constants that may be missing, as an argument of forward() may be.
         invisible: arguments of the model class that change what it computes and show in no parameter's name or shape

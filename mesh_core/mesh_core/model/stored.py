@@ -12,7 +12,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,15 +21,58 @@ from torch.nn.functional import linear
 
 from mesh_core.errors import CheckpointUnrecognised
 
-if TYPE_CHECKING:
-    from mesh_core.model.checkpoint import CheckpointHeader
-    from mesh_core.model.safetensors import TensorInfo
-
 Parts = Mapping[str, Tensor]
 """What a stored weight consists of, by role, in the layout that its format has in memory whatever file it came from.
 
 ``codes`` is always among them, and its dimension 0 is the rows of the weight. A part with another number of rows is of
 the whole weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint: where its bytes are.
+
+    Attributes:
+        dtype: as safetensors names it, known to us or not; of a stored weight its label.
+        shape: of its numbers.
+        offset: of its first byte in the file.
+        stored: what its numbers follow from, where they are not what lies in the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+    stored: StoredTensor | None = None
+
+
+class Header(Protocol):
+    """What a format sees of a checkpoint: a `mesh_core.model.CheckpointHeader`."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that the user named."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By the name in the file."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Of the file."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """``config.json`` of a diffusers model folder, else empty."""
+
+    def content(self, info: TensorInfo, most: int = 1 << 16) -> bytes:
+        """The bytes of a small tensor.
+
+        Raises:
+            CheckpointError: it has more than ``most`` bytes, or cannot be read.
+        """
 
 
 @dataclass(frozen=True)
@@ -80,11 +124,11 @@ class WeightFormat(ABC):
     needs are read."""
 
     @abstractmethod
-    def claim(self, header: CheckpointHeader) -> Claim:
+    def claim(self, header: Header) -> Claim:
         """What is stored in this format; an empty claim if nothing is.
 
         Looks at names, shapes, types, metadata and config, and at the content of marker tensors of a few hundred bytes
-        (`CheckpointHeader.content`). Another format's tensors are left alone.
+        (`Header.content`). Another format's tensors are left alone.
 
         Raises:
             CheckpointCorrupt: a companion is missing or does not fit its codes.
@@ -101,6 +145,12 @@ class WeightFormat(ABC):
         Raises:
             CheckpointCorrupt: scales that are no positive finite numbers, or content that cannot be.
         """
+
+    def held(self, tensor: Tensor) -> tuple[str, tuple[int, ...], Parts] | Tensor | None:
+        """What a program holds in memory in a class of its own for this format: the kind, the shape of the numbers and
+        the parts; or the numbers, where the class only wraps them. None for a tensor that is none of it; the default
+        knows no such class."""
+        return None
 
     def join(self, pieces: Sequence[Parts]) -> dict[str, Tensor]:
         """Pieces of one layout, one above the other, as one weight. The default joins all parts by rows.

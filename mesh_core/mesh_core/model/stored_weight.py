@@ -7,13 +7,26 @@ any model class computes with it, and nothing of the model is replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from mesh_core.errors import UnsupportedInput
 from mesh_core.model.stored import WeightFormat
+
+
+class Change(Protocol):
+    """What is computed with a stored weight beside what is stored: a LoRA."""
+
+    def linear(self, x: Tensor, weight: StoredWeight, bias: Tensor | None) -> Tensor:
+        """What a linear layer with the changed weight gives for ``x``. ``weight`` is the unchanged one."""
+        ...
+
+    def numbers(self, weight: StoredWeight) -> Tensor:
+        """The changed numbers, a new tensor in the type of ``weight``, which is the unchanged one."""
+        ...
 
 
 class StoredWeight(Tensor):
@@ -22,12 +35,14 @@ class StoredWeight(Tensor):
     Attributes:
         format, kind, arithmetic: see `WeightFormat`.
         parts: by role; all on one device.
+        change: what it is computed with, None for the weight as it is stored.
     """
 
     format: WeightFormat
     kind: str
     parts: Mapping[str, Tensor]
     arithmetic: str
+    change: Change | None
 
     @staticmethod
     def __new__(
@@ -38,11 +53,13 @@ class StoredWeight(Tensor):
         dtype: torch.dtype,
         parts: Mapping[str, Tensor],
         arithmetic: str,
+        change: Change | None = None,
     ) -> StoredWeight:
         made = cast(Any, Tensor)._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=parts["codes"].device, requires_grad=False
         )
         made.format, made.kind, made.parts, made.arithmetic = format, kind, dict(parts), arithmetic
+        made.change = change
         return cast(StoredWeight, made)
 
     def __init__(self, *_: object, **__: object) -> None:
@@ -55,17 +72,31 @@ class StoredWeight(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Of what is held."""
+        """Of what is stored."""
         return sum(part.nbytes for part in self.parts.values())
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The numbers in ``dtype``, by default the weight's own; rounded twice where that is another one."""
+        if self.change is not None:
+            return self.change.numbers(self.changed_by(None)).to(dtype or self.dtype)
         numbers = self.format.dequantise(self.parts, self.kind, tuple(self.shape), self.dtype, self.arithmetic)
         return numbers.to(dtype or self.dtype)
 
     def with_parts(self, parts: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> StoredWeight:
         """The same weight held in other tensors, or with numbers of another type."""
-        return StoredWeight(self.format, self.kind, tuple(self.shape), dtype or self.dtype, parts, self.arithmetic)
+        shape, dtype = tuple(self.shape), dtype or self.dtype
+        return StoredWeight(self.format, self.kind, shape, dtype, parts, self.arithmetic, self.change)
+
+    def changed_by(self, change: Change | None) -> StoredWeight:
+        """The weight as it is stored, held in the same tensors, with this change instead of the one that it has."""
+        shape = tuple(self.shape)
+        return StoredWeight(self.format, self.kind, shape, self.dtype, self.parts, self.arithmetic, change)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x`` [..., columns] times the weight, [..., rows] in the type of ``x``."""
+        if self.change is not None:
+            return self.change.linear(x, self.changed_by(None), bias)
+        return self.format.linear(x, self.parts, self.kind, tuple(self.shape), bias, self.arithmetic)
 
     def on(self, device: torch.device | str) -> StoredWeight:
         """The weight on another device."""
@@ -80,13 +111,13 @@ class StoredWeight(Tensor):
         roles = sorted(self.parts)
         for role in roles:
             setattr(self, f"_part_{role}", self.parts[role])
-        return [f"_part_{role}" for role in roles], (self.format, self.kind, self.dtype, self.arithmetic)
+        return [f"_part_{role}" for role in roles], (self.format, self.kind, self.dtype, self.arithmetic, self.change)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, outer_size: Any, outer_stride: Any) -> StoredWeight:
-        format, kind, dtype, arithmetic = meta
+        format, kind, dtype, arithmetic, change = meta
         parts = {name.removeprefix("_part_"): part for name, part in inner.items()}
-        return StoredWeight(format, kind, tuple(outer_size), dtype, parts, arithmetic)
+        return StoredWeight(format, kind, tuple(outer_size), dtype, parts, arithmetic, change)
 
     def __repr__(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
         return f"StoredWeight({self.label}, {tuple(self.shape)}, {self.dtype}, {self.device})"
@@ -98,8 +129,7 @@ class StoredWeight(Tensor):
         if func is torch.nn.functional.linear:
             x, weight, bias = _linear_arguments(*args, **(kwargs or {}))
             if isinstance(weight, StoredWeight) and not isinstance(x, StoredWeight):
-                shape = tuple(weight.shape)
-                return weight.format.linear(x, weight.parts, weight.kind, shape, numbers(bias), weight.arithmetic)
+                return weight.linear(x, numbers(bias))
         # Not the inherited one, which would call every result a stored weight.
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -113,7 +143,16 @@ class StoredWeight(Tensor):
             return args[0].with_parts(args[0].parts)
         if func is torch.ops.aten._to_copy.default and set(kwargs) <= {"device", "dtype", "non_blocking"}:
             return _moved(args[0], **kwargs)
+        if any(_writes(a) and isinstance(v, StoredWeight) for a, v in zip(func._schema.arguments, args, strict=False)):
+            raise UnsupportedInput(
+                f"{func} would change a weight that is stored as {args[0].label}: its numbers are made for the moment.",
+                hint="the model in bfloat16, not quantised",
+            )
         return func(*tree_map(numbers, args), **tree_map(numbers, kwargs))
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and bool(argument.alias_info.is_write)
 
 
 def _linear_arguments(

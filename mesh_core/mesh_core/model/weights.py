@@ -7,6 +7,7 @@ another device or dtype), so the peak of host memory is the stage plus one param
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,13 @@ from mesh_core.errors import CheckpointCorrupt
 from mesh_core.model.checkpoint import CheckpointHeader, ReadingProgress
 from mesh_core.model.numerics import Numerics
 from mesh_core.model.pool import ParameterPool, PoolKey
-from mesh_core.model.safetensors import TensorInfo, read_into
+from mesh_core.model.safetensors import read_into
 from mesh_core.model.spec import ParameterSpec, Piece
+from mesh_core.model.stored import TensorInfo
 from mesh_core.model.stored_weight import StoredWeight
+from mesh_core.model.tensors import stored_place
+
+_Held = TypeVar("_Held", bound=Tensor)
 
 
 class WeightReader:
@@ -78,7 +83,7 @@ class WeightReader:
                 self._progress(done, total)
 
     def _on(self, device: torch.device, name: str, spec: ParameterSpec, numerics: Numerics) -> nn.Parameter:
-        dtype = numerics.dtype_of(name)
+        dtype = numerics.dtype_of(name, spec)
         if "/" not in spec.dtype:
             data = self.read(spec).to(device, dtype)
         else:
@@ -123,6 +128,8 @@ class WeightReader:
     ) -> Tensor:
         """Rows of tensors in the file, one below the other; all of one type and width."""
         first = infos[0]
+        if first.name in self.header.values:
+            return self._held_rows(infos, rows, shape)
         count = sum(stop - start for start, stop in rows)
         made = torch.empty(shape or (count, *first.shape[1:])[: max(len(first.shape), 0)], dtype=_type_of(first))
         target, filled = bytes_of(made), 0
@@ -140,6 +147,15 @@ class WeightReader:
         self.bytes_read += filled
         return made
 
+    def _held_rows(
+        self, infos: Sequence[TensorInfo], rows: Sequence[tuple[int, int]], shape: tuple[int, ...] | None
+    ) -> Tensor:
+        held = [self.header.values[info.name].detach() for info in infos]
+        held = [t.view(torch.uint8) if info.dtype == "F8_E8M0" else t for t, info in zip(held, infos, strict=True)]
+        pieces = [t[start:stop] if t.dim() else t for t, (start, stop) in zip(held, rows, strict=True)]
+        made = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return made if shape is None else made.reshape(shape)
+
 
 def _rows(piece: Piece, info: TensorInfo) -> tuple[int, int]:
     return piece.start, piece.stop if piece.stop is not None else _all(info)[1]
@@ -154,15 +170,17 @@ def _type_of(info: TensorInfo) -> torch.dtype:
     return torch.uint8 if info.dtype == "F8_E8M0" else from_safetensors(info.dtype).torch
 
 
-def moved(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """The parameter on ``device``; itself if it is there."""
+def moved(parameter: _Held, device: torch.device) -> _Held:
+    """The parameter or buffer on ``device``; itself if it is there."""
+    if parameter.device == device:
+        return parameter
     data = parameter.on(device) if isinstance(parameter, StoredWeight) else parameter.data.to(device)
-    return parameter if parameter.device == device else nn.Parameter(data, requires_grad=False)
+    return cast(_Held, nn.Parameter(data, requires_grad=False) if isinstance(parameter, nn.Parameter) else data)
 
 
 def pool_key(model: str, name: str, spec: ParameterSpec, device: torch.device, numerics: Numerics) -> PoolKey:
     """Under which stages share a parameter of a model, before it is there."""
-    return model, name, device, numerics.dtype_of(name), numerics.arithmetic_of(spec)
+    return model, name, device, numerics.dtype_of(name, spec), numerics.arithmetic_of(spec)
 
 
 def key_of(model: str, name: str, parameter: nn.Parameter) -> PoolKey:
@@ -170,15 +188,14 @@ def key_of(model: str, name: str, parameter: nn.Parameter) -> PoolKey:
     return model, name, parameter.device, parameter.dtype, getattr(parameter, "arithmetic", "")
 
 
-def assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Put ``parameter`` in the place of the model's parameter ``name``, on whatever device that is.
+def assign(model: nn.Module, name: str, parameter: Tensor) -> None:
+    """Put ``parameter`` in the place of the model's parameter or persistent buffer ``name``, on whatever device it is.
 
     Raises:
         CheckpointCorrupt: another shape.
     """
-    owner_name, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    placeholder = owner._parameters[leaf]
+    place, leaf = stored_place(model, name)
+    placeholder = place[leaf]
     if placeholder is None or placeholder.shape != parameter.shape:
         raise CheckpointCorrupt(f"{name} has shape {tuple(parameter.shape)}, the model needs another.")
-    owner._parameters[leaf] = parameter
+    place[leaf] = parameter

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from mesh_core.builtin import installed_plugins
 from mesh_core.model.adapter import ModelAdapter
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spec import Conditioning, ModelSpec, State
@@ -121,7 +122,7 @@ class ComfySide(ABC):
 
 def header_of(model: nn.Module) -> CheckpointHeader:
     """The tensors of ComfyUI's ``model`` as the header of a file would list them."""
-    return header_in_memory(model.state_dict(), MEMORY)
+    return header_in_memory(model.state_dict(), MEMORY, installed_plugins())
 
 
 def hand_over_at(options: Mapping[str, Any], key: tuple[str, int]) -> dict[str, Any]:

@@ -22,9 +22,11 @@ from mesh_core.host.progress import THIS_MACHINE, Activity, Phase, ProgressRepor
 from mesh_core.host.runner import Placement, SplitRunner, Workers, open_session, place
 from mesh_core.host.session import Session
 from mesh_core.model.adapter import Stage
-from mesh_core.model.library import Checkpoint, recognise
-from mesh_core.model.numerics import usual_numerics
+from mesh_core.model.constructing import as_loaded
+from mesh_core.model.library import Checkpoint
+from mesh_core.model.numerics import Numerics, usual_numerics
 from mesh_core.model.spans import BlockSpan
+from mesh_core.model.tensors import stored_tensors
 from mesh_core.model.weights import WeightReader
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.identity import (
@@ -34,9 +36,9 @@ from mesh_core.programs.identity import (
     identify,
     identify_in_memory,
 )
-from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded
+from mesh_core.programs.in_memory import checkpoint_in_memory, hold_only, look_loaded, numerics_in_memory
 from mesh_core.programs.loras import LoraChoice, chosen, give, refuse_what_is_not_here
-from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, take_off
+from mesh_core.programs.peft_transfer import UnloadedLoras, loras_of, put_back, put_on_again, refuse_merging, take_off
 from mesh_core.programs.pipeline_arguments import (
     DtypeChoice,
     Dtypes,
@@ -47,11 +49,10 @@ from mesh_core.programs.pipeline_calls import guard, unwrap, wrap_again
 from mesh_core.programs.pipeline_folder import (
     pipeline_arguments,
     pipeline_around,
-    pipeline_header,
-    refuse_another_model,
+    pipeline_checkpoint,
 )
 from mesh_core.programs.replaced_parts import offloading_hook, refuse_replaced_forward, refuse_replaced_parts
-from mesh_core.programs.same_weights import checkpoint_of, refuse_several_types
+from mesh_core.programs.same_weights import checkpoint_of
 from mesh_core.programs.split_model import SplitModel, attach, detach, model_of
 from mesh_core.system.config import Settings
 from mesh_core.system.device import checked_device, default_device, free_memory
@@ -103,6 +104,11 @@ class _Loading:
     dtype: Dtypes
     arguments: Mapping[str, Any]
 
+    @property
+    def transformer(self) -> torch.dtype:
+        """In which the transformer computes."""
+        return dtype_of_transformer(self.dtype)
+
 
 def load_pipeline(
     path: str | Path,
@@ -142,21 +148,24 @@ def load_pipeline(
         others: as ``DiffusionPipeline.from_pretrained`` takes them, see `mesh_core.programs.pipeline_arguments`.
 
     Raises:
-        ConfigError: an argument that has no meaning here; names it.
-        CheckpointError, PlanError, TransportError, PluginError: see their hints.
+        ConfigError, CheckpointError, PlanError, TransportError, PluginError: see their hints.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
-    checkpoint = recognise(pipeline_header(path, variant, others, components), plugins)
-    refuse_another_model(checkpoint)
+    checkpoint = pipeline_checkpoint(path, plugins, variant, others, components)
     named = {**others, "variant": variant} if variant else others
     arguments = pipeline_arguments(checkpoint.header, named, inspect.signature(load_pipeline).parameters)
     loading = _Loading(dtype_choice(dtype, torch_dtype) or file_dtype(checkpoint), arguments)
     target = checked_device(str(device)) if device is not None else default_device()
-    dtype = dtype_of_transformer(loading.dtype)
-    numerics = usual_numerics(checkpoint.spec, dtype, target, plugins.weight_formats())
+    numerics = _as_loaded(checkpoint, loading.transformer, target, plugins)
     options = SessionOptions(numerics, target, quality, settings, codec)
     wish = _Wish(checkpoint, local, workers, options, plugins, report)
     return _load(wish, wish.chosen(loras), loading)
+
+
+def _as_loaded(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, plugins: Plugins) -> Numerics:
+    """In what ``from_pretrained`` has a model compute."""
+    usual = usual_numerics(checkpoint.spec, dtype, device, plugins.weight_formats())
+    return as_loaded(usual, lambda: checkpoint.adapter.skeleton(checkpoint.spec))
 
 
 def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
@@ -165,8 +174,9 @@ def _load(wish: _Wish, given: tuple[AnyLora, ...], loading: _Loading) -> Any:
     session = open_session(lambda: identify(checkpoint, wish.report), placement, options, wish.plugins, wish.report)
     try:
         stage = _read_stage(wish, placement.plan.local)
-        look_loaded(stage.model, checkpoint, options.dtype)
-        attach(stage.model, SplitRunner(checkpoint, placement.plan, stage, session), options.device, options.numerics)
+        look_loaded(stage.model, checkpoint, options.numerics)
+        runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
+        attach(stage.model, runner, options.device, options.numerics)
         pipeline = pipeline_around(stage.model, checkpoint.header, loading.dtype, loading.arguments)
         pipeline = pipeline.to(options.device)
         guard(pipeline)
@@ -192,6 +202,7 @@ def split(
     quality: Quality = EXACT,
     codec: str | None = None,
     loras: Sequence[LoraChoice] | None = None,
+    source: str | Path | None = None,
     plugins: Plugins | None = None,
     settings: Settings | None = None,
     report: ProgressReport | None = None,
@@ -201,7 +212,8 @@ def split(
     Blocks that run remotely are moved to the CPU until `unsplit`, so that they free the device's memory; those of a
     pipeline from `load_pipeline` are dropped, and read when they become local. Workers load or free only the
     difference. LoRAs that diffusers loaded stay. When this fails, the pipeline is as it was. Arguments as for
-    `load_pipeline`; ``loras`` left out keeps those that it has.
+    `load_pipeline`; ``loras`` left out keeps those that it has. ``source`` is the single file that the transformer was
+    loaded from: diffusers forgets it, and may have cast a part of it. It is compared bit by bit.
     """
     plugins, settings = plugins or installed_plugins(), settings or Settings.load()
     model = _transformer_of(pipeline)
@@ -210,9 +222,10 @@ def split(
         refuse_replaced_forward(model)
     taken = take_off(pipeline) if old is None else UnloadedLoras()
     try:
-        checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins)
+        checkpoint = checkpoint_of(old) if old is not None else checkpoint_in_memory(model, plugins, source)
         device = _running_device(model)
         numerics = usual_numerics(checkpoint.spec, model.dtype, device, plugins.weight_formats())
+        numerics = numerics_in_memory(numerics, model, checkpoint)
         options = SessionOptions(numerics, device, quality, settings, codec)
         wish = _Wish(checkpoint, local, workers, options, plugins, report)
         wanted = model._mesh_loras if isinstance(model, SplitModel) else loras_of(taken, checkpoint, model)
@@ -224,7 +237,7 @@ def split(
         put_back(pipeline, taken)
         raise
     stage = checkpoint.adapter.stage(checkpoint.spec, placement.plan.local, model)
-    runner = SplitRunner(checkpoint, placement.plan, stage, session)
+    runner = SplitRunner(checkpoint, placement.plan, stage, session, options.numerics)
     attach(model, runner, torch.device(model.device), options.numerics, wanted)
     unwrap(pipeline)
     guard(pipeline)
@@ -260,11 +273,10 @@ def _prepared(
 def _session(model: Any, wish: _Wish, placement: Placement, old: SplitRunner | None) -> Session | None:
     """An open session; that of ``old`` makes room when a worker cannot hold both."""
     checkpoint, plugins = wish.checkpoint, wish.plugins
-    held = {**dict(model.named_parameters()), **(old.untouched if old is not None else {})}
+    held = {**stored_tensors(model), **(old.untouched if old is not None else {})}
     remote = {name for hop in placement.plan.remote for name in checkpoint.spec.parameters_of(hop.span)}
 
     def identity() -> ModelIdentity:
-        refuse_several_types(held, remote, wish.options.dtype)
         return identify_in_memory(checkpoint, held, remote, plugins, wish.report)
 
     try:
@@ -286,11 +298,15 @@ def unsplit(pipeline: Any) -> Any:
 
     Remote blocks that were never read on this machine are read now. LoRAs that diffusers' own calls loaded stay;
     those of ``loras=`` and `set_loras` end with the split.
+
+    Raises:
+        UnsupportedInput: LoRAs are fused, and weights are not stored as their numbers; the pipeline stays split.
     """
     model = _transformer_of(pipeline)
     if isinstance(model, SplitModel):
         runner, device, numerics, loras = model.mesh, model.device, model._mesh_numerics, model._mesh_loras
         whole = BlockSpan(0, runner.checkpoint.spec.blocks)
+        refuse_merging(loras)
         runner.restore_local()
         hold_only(model, checkpoint_of(runner), whole, device, numerics)
         runner.close()

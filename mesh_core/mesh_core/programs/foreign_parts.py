@@ -33,8 +33,8 @@ class PartElsewhere(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for parameter in self._parameters.values():
-            if parameter is not None and fn(torch.empty(0, dtype=parameter.dtype)).dtype != parameter.dtype:
+        for tensor in (*self._parameters.values(), *self._buffers.values()):
+            if tensor is not None and fn(torch.empty(0, dtype=tensor.dtype)).dtype != tensor.dtype:
                 raise _refusal(self, "another type")
         return cast(Any, super())._apply(fn, recurse)
 

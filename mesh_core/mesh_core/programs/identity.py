@@ -17,6 +17,7 @@ from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
 from mesh_core.model.library import Checkpoint, recognise, variants_at
 from mesh_core.plugins.registry import Plugins
+from mesh_core.programs.held_weights import as_stored
 from mesh_core.programs.same_weights import first_difference, fits
 from mesh_core.system.logs import logger
 
@@ -64,11 +65,13 @@ def identify_in_memory(
             raise CheckpointMismatch(_changed(changed, checkpoint), hint=CHANGED_HINT)
         return identify(checkpoint, report)
     spec = checkpoint.spec
+    held = {name: as_stored(name, tensor, plugins) for name, tensor in held.items()}
     for on_disk in _on_disk(checkpoint, plugins):
         cast = fingerprint.structure(on_disk.spec) != fingerprint.structure(spec)
         if cast and first_difference(on_disk, held, remote) is None:
             return identify(on_disk, report)
-    return ModelIdentity(spec, fingerprint.structure(spec), fingerprint.of_values(spec, held.__getitem__))
+    content = fingerprint.of_values(spec, held.__getitem__)
+    return ModelIdentity(spec, fingerprint.structure(spec), content)
 
 
 def changed_after_loading(

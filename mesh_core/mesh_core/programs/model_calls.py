@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mesh_core.errors import UnsupportedInput
 from mesh_core.host.runner import SplitRunner
+from mesh_core.model.tensors import stored_tensors
 from mesh_core.model.weights import WeightReader
 from mesh_core.programs.foreign_parts import UNSPLIT_HINT
 from mesh_core.programs.peft import PeftLoras
@@ -76,12 +77,12 @@ class ModelCalls(nn.Module):
             )
         found = cast("dict[str, Any]", super().state_dict(*args, **kwargs))
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        missing = {name for name, parameter in self.named_parameters() if parameter.is_meta}
+        missing = {name for name, tensor in stored_tensors(self).items() if tensor.is_meta}
         for name, parameter in self._mesh_read(missing).items():
             found[prefix + name] = parameter if kwargs.get("keep_vars") else parameter.detach()
         return found
 
-    def _mesh_read(self, names: set[str]) -> dict[str, nn.Parameter]:
+    def _mesh_read(self, names: set[str]) -> dict[str, Tensor]:
         if not names:
             return {}
         checkpoint = checkpoint_of(self.mesh)
@@ -90,7 +91,7 @@ class ModelCalls(nn.Module):
         wanted = {name: checkpoint.spec.parameters[name] for name in names}
         numerics = cast(Any, self)._mesh_numerics
         WeightReader(checkpoint.header).fill(whole, wanted, device=torch.device("cpu"), numerics=numerics)
-        return {name: parameter for name, parameter in whole.named_parameters() if name in names}
+        return {name: tensor for name, tensor in stored_tensors(whole).items() if name in names}
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: UnsupportedInput. Workers would go on with the weights that they have."""

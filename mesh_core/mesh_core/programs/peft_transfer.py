@@ -87,6 +87,20 @@ def loras_of(taken: UnloadedLoras, checkpoint: Checkpoint, model: nn.Module) -> 
     return loras
 
 
+def refuse_merging(loras: PeftLoras) -> None:
+    """Raises:
+    UnsupportedInput: a whole model would have LoRAs merged into weights that stay as they are stored.
+    """
+    parameters = loras.checkpoint.spec.parameters
+    for where, entries in (*loras.merged.items(), *loras.kept.items()):
+        name = f"{where}.weight"
+        if entries and name in parameters and parameters[name].stored_bytes is not None:
+            raise UnsupportedInput(
+                f"On a whole model, fused LoRAs cannot be merged into {name}, which stays as it is stored.",
+                hint="pipe.unfuse_lora() first, or the pipeline loaded anew",
+            )
+
+
 def put_on_again(model: Any, loras: PeftLoras) -> None:
     """Have PEFT load into a whole model what it had while it was split."""
     for where, entries in loras.merged.items():

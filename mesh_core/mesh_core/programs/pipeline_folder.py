@@ -86,7 +86,24 @@ def _file_for(file: Path, folder: Path, variant: str | None, given: Collection[s
     return replace(read_header(file), pipeline=pipeline, folder=folder)
 
 
-def refuse_another_model(checkpoint: Checkpoint) -> None:
+def pipeline_checkpoint(
+    path: str | Path,
+    plugins: Plugins,
+    variant: str | None = None,
+    given: Collection[str] = (),
+    components: str | Path | None = None,
+) -> Checkpoint:
+    """The transformer of a pipeline. Arguments as for `pipeline_header`.
+
+    Raises:
+        ConfigError, CheckpointError: as `pipeline_header`, or no family's, or a single file of another model.
+    """
+    checkpoint = recognise(pipeline_header(path, variant, given, components), plugins)
+    _refuse_another_model(checkpoint)
+    return checkpoint
+
+
+def _refuse_another_model(checkpoint: Checkpoint) -> None:
     """Refuse a single file whose model is not that of the pipeline that it is to be a part of.
 
     Raises:
@@ -147,9 +164,8 @@ def check_call(
         ConfigError: an argument that the model does not accept, or a pipeline that diffusers does not have.
         CheckpointError: its transformer is none of an installed family.
     """
-    header = pipeline_header(path, variant, components=components)
-    checkpoint = recognise(header, plugins or installed_plugins())
-    refuse_another_model(checkpoint)
+    checkpoint = pipeline_checkpoint(path, plugins or installed_plugins(), variant, components=components)
+    header = checkpoint.header
     checkpoint.adapter.check_call(checkpoint.spec, header, arguments)
     found = _class_of(header)
     known = inspect.signature(found.__call__).parameters

@@ -16,6 +16,7 @@ from mesh_core.errors import CheckpointUnrecognised, UnsupportedInput
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.spans import BlockSpan
 from mesh_core.programs.foreign_parts import UNSPLIT_HINT, parts_elsewhere, unmarked
+from mesh_core.programs.held_weights import is_gguf_layer
 
 
 def refuse_replaced_parts(model: nn.Module, checkpoint: Checkpoint, local: BlockSpan) -> None:
@@ -29,7 +30,9 @@ def refuse_replaced_parts(model: nn.Module, checkpoint: Checkpoint, local: Block
         own = dict(checkpoint.adapter.skeleton(checkpoint.spec).named_modules())
     for name, (module, _) in parts_elsewhere(model, checkpoint.spec, local).items():
         expected = own.get(name)
-        if type(expected) is not unmarked(type(module)):
+        # A program's own layer for a format computes with the weight as workers do: that is what its arithmetic names.
+        same = type(expected) is nn.Linear and is_gguf_layer(module)
+        if not same and type(expected) is not unmarked(type(module)):
             raise CheckpointUnrecognised(
                 f"{name} is a {type(module).__name__}, which no {type(own['']).__name__} has there: a part of the "
                 "model was replaced, and workers would compute without it.",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mesh_codec.memory import uint8_view
-from mesh_core.errors import CheckpointChanged, CheckpointUnrecognised
+from mesh_core.errors import CheckpointChanged
 from mesh_core.host.runner import SplitRunner
 from mesh_core.model import fingerprint
 from mesh_core.model.checkpoint import read_header
@@ -43,20 +43,6 @@ def fits(checkpoint: Checkpoint, other: Checkpoint) -> bool:
     """Whether both are of one family and have the same parameters, in whatever types."""
     shapes = [{n: p.shape for n, p in c.spec.parameters.items()} for c in (checkpoint, other)]
     return checkpoint.spec.family == other.spec.family and shapes[0] == shapes[1]
-
-
-def refuse_several_types(held: Mapping[str, Tensor], names: Collection[str], dtype: torch.dtype) -> None:
-    """Refuse parameters that workers are to compute with and that are not all of one type here.
-
-    Raises:
-        CheckpointUnrecognised: names the first.
-    """
-    for name in names:
-        if not held[name].is_meta and held[name].dtype != dtype:
-            raise CheckpointUnrecognised(
-                f"{name} is {held[name].dtype} in a model that computes in {dtype}; workers compute in one type only.",
-                hint="the whole transformer in one type, for example pipe.transformer.to(torch.bfloat16)",
-            )
 
 
 def as_it_is_now(checkpoint: Checkpoint, known: str | None) -> Checkpoint:

@@ -19,6 +19,7 @@ from mesh_core.errors import UnsupportedInput
 from mesh_core.host.runner import SplitRunner
 from mesh_core.model.attention import OPTION, attention_layers, backend_in_use
 from mesh_core.model.numerics import Numerics
+from mesh_core.model.tensors import stored_tensors
 from mesh_core.programs.foreign_parts import mark, unmark
 from mesh_core.programs.model_calls import ModelCalls
 from mesh_core.programs.peft import PeftLoras
@@ -75,8 +76,15 @@ class SplitModel(LoraCalls, ModelCalls):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         moved = fn(torch.empty(0, device=self.device, dtype=self.dtype))
         self.refuse_type(moved.dtype)
-        local = {id(p) for name, p in self.named_parameters() if name in self._local_names()}
-        others = {id(p) for p in self.parameters()} - local
+        held, local = stored_tensors(self), self._local_names()
+        # Others may be of other types, and `to(dtype)` would cast those.
+        for dtype in {t.dtype for t in (*held.values(), *self.buffers())}:
+            if fn(torch.empty(0, dtype=dtype)).dtype != dtype:
+                raise UnsupportedInput(
+                    f"This model holds {dtype} beside {self.dtype} on all machines; that cannot be cast here alone.",
+                    hint="to(device) without a type; type(pipe)(**pipe.components) for another pipeline; or unsplit()",
+                )
+        others = {id(tensor) for name, tensor in held.items() if name not in local}
         cast(Any, super())._apply(lambda t: t if t.is_meta or id(t) in others else fn(t), recurse)
         self._mesh_device = moved.device
         if self.mesh.session is not None:

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from mesh_core.model.adapter import ModelAdapter, Stage
 from mesh_core.model.checkpoint import CheckpointHeader, read_header
+from mesh_core.model.library import Checkpoint
 from mesh_core.model.numerics import Numerics
 from mesh_core.model.shapes import foretell, resolve
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import Conditioning, ModelSpec
+from mesh_core.model.tensors import stored_tensors
 from mesh_core.model.weights import WeightReader
+from mesh_core.programs.in_memory import numerics_in_memory
 
 
 def check_every_cut(
@@ -35,18 +38,19 @@ def check_every_cut(
     stage per block.
 
     Args:
-        reference: the whole model with the same weights, on ``device``, in the dtype to test.
+        reference: the whole model with the same weights, on ``device``, in the dtype to test, as diffusers loads it:
+            parameters that it has in another type are so in the stages, and what its class computes besides must equal.
         inputs: one or several sets of arguments of its forward, without ``return_dict``; on ``device``. All are run
             through the same stages, as sessions share them.
 
     Returns the number of compositions that were compared for each.
     """
     spec = _recognised(adapter, header)
-    dtype = next(reference.parameters()).dtype
+    numerics = numerics_in_memory(Numerics(_dtype_of(reference)), reference, Checkpoint(header, spec, adapter))
 
     @cache
     def stage_of(span: BlockSpan) -> Stage:
-        return adapter.build_stage(spec, span, WeightReader(header), device=device, numerics=Numerics(dtype))
+        return adapter.build_stage(spec, span, WeightReader(header), device=device, numerics=numerics)
 
     compositions = [(k,) for k in range(spec.blocks + 1)] + [tuple(range(1, spec.blocks))]
     for given in inputs:
@@ -103,7 +107,7 @@ def check_reads_only_its_own(adapter: ModelAdapter, header: CheckpointHeader) ->
         reader = WeightReader(header)
         stage = adapter.build_stage(spec, span, reader, device="cpu", numerics=Numerics(dtype))
         own = spec.parameters_of(span)
-        held = {name for name, p in stage.model.named_parameters() if not p.is_meta}
+        held = {name for name, tensor in stored_tensors(stage.model).items() if not tensor.is_meta}
         assert held == set(own), f"stage {span} holds {sorted(held ^ set(own))} more or less than the spec says"
         size = sum(_file_bytes(header, spec, name) for name in own)
         assert reader.bytes_read == size, f"stage {span} read {reader.bytes_read} bytes, its parameters have {size}"
@@ -132,6 +136,12 @@ def _recognised(adapter: ModelAdapter, header: CheckpointHeader) -> ModelSpec:
     spec = adapter.recognise(header)
     assert spec is not None, f"{adapter.family} does not recognise {header.path}"
     return spec
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the state; diffusers' models say it."""
+    found = getattr(model, "dtype", None)
+    return found if isinstance(found, torch.dtype) else next(model.parameters()).dtype
 
 
 def _file_bytes(header: CheckpointHeader, spec: ModelSpec, name: str) -> int:

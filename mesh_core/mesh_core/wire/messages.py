@@ -89,6 +89,8 @@ class Open(Message, frozen=True):
 
     ``dtype`` is that of the state and of all parameters but ``others``, of which the type is said there by name.
     ``arithmetic``: how weights are computed with that are not stored as their numbers, by how they are stored.
+    ``computed``: by name, the hash of each tensor of the model that no checkpoint holds; None for those that its class
+    computes when it is loaded in ``dtype``.
     """
 
     session: SessionId
@@ -99,6 +101,7 @@ class Open(Message, frozen=True):
     dtype: str
     others: dict[Label, str]
     arithmetic: dict[Label, Label]
+    computed: dict[Label, Hash] | None
     loras: list[LoraUse]
     inputs: CodecsByTensor
     outputs: CodecsByTensor

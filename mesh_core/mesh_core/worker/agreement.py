@@ -12,9 +12,9 @@ from mesh_codec.dtypes import from_name
 from mesh_codec.errors import CodecUnsupported
 from mesh_core import wire
 from mesh_core.crossing.streams import Streams
-from mesh_core.errors import PlanError, WireMalformed
+from mesh_core.errors import CheckpointUnrecognised, PlanError, WireMalformed
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.numerics import Numerics, labels_of
+from mesh_core.model.numerics import LORA, LORA_ARITHMETICS, Numerics, labels_of, with_loras
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.stored import WeightFormat, format_of, refuse_arithmetic
 from mesh_core.plugins.registry import Plugins
@@ -62,16 +62,29 @@ def numerics_of(
         if name not in parameters:
             raise WireMalformed(f"{name[:80]!r} is no parameter of blocks {span} of {checkpoint.name}.")
     others = tuple(sorted((name, _dtype_of(other)) for name, other in message.others.items()))
-    labels = labels_of(parameters.values())
-    for label in labels:
-        wanted = message.arithmetic.get(label)
-        if wanted is None:
-            raise WireMalformed(f"Nothing was said of how to compute with {label} weights.")
+    agreed: dict[str, str] = {}
+    for label in labels_of(parameters.values()):
         found, kind = format_of(label, formats)
+        agreed[label] = wanted = _said(message, label)
         possible = found.arithmetics(kind, dtype, device)
         if wanted not in possible:
             raise refuse_arithmetic(found, kind, wanted, possible)
-    return Numerics(dtype, others, tuple((label, message.arithmetic[label]) for label in labels))
+    computed = None if message.computed is None else tuple(sorted(message.computed.items()))
+    if not agreed:
+        return Numerics(dtype, others, (), computed)
+    loras = _said(message, LORA)
+    if loras not in LORA_ARITHMETICS:
+        raise CheckpointUnrecognised(
+            f"The host computes LoRAs on quantised weights as {loras[:80]!r}; possible: {', '.join(LORA_ARITHMETICS)}.",
+            hint="the same version of comfyui-mesh on all machines",
+        )
+    return Numerics(dtype, others, with_loras(agreed, loras), computed)
+
+
+def _said(message: wire.Open, label: str) -> str:
+    if label not in message.arithmetic:
+        raise WireMalformed(f"Nothing was said of how to compute with {label} weights.")
+    return message.arithmetic[label]
 
 
 def _dtype_of(name: str) -> torch.dtype:

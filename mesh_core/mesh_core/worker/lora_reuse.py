@@ -17,7 +17,7 @@ from mesh_codec.memory import bytes_of
 from mesh_core.errors import CheckpointError, LoraError
 from mesh_core.loras.bounds import SENT_HEADER
 from mesh_core.loras.library import LoraLibrary
-from mesh_core.loras.stored import StoredTensor
+from mesh_core.loras.stored import TensorOnDisk
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.safetensors import check_header_size, parse_header
 from mesh_core.system.forks import hash_threads
@@ -38,7 +38,7 @@ class KnownTensors:
         tensors: of those, by hash, what is here.
     """
 
-    def __init__(self, size: int, stretches: Sequence[Stretch], tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, size: int, stretches: Sequence[Stretch], tensors: Mapping[str, TensorOnDisk]) -> None:
         def here(start: int, stop: int, digest: str) -> bool:
             return digest in tensors and stop - start == tensors[digest].nbytes and start > 0 and stop <= size
 

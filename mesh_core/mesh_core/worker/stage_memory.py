@@ -5,7 +5,7 @@ Stages that nobody uses are evicted; what patched weights were made from is park
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from itertools import count
 
 import torch
@@ -13,11 +13,15 @@ from torch import nn
 
 from mesh_core.errors import PlanDoesNotFit
 from mesh_core.loras.apply import PatchedModel
+from mesh_core.loras.device_tensors import Held, bytes_of, key_on
+from mesh_core.loras.lora import Applied
+from mesh_core.loras.work import Group, held_beside, transient_of, work_of
 from mesh_core.model.adapter import Stage
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.pool import ParameterPool
+from mesh_core.model.numerics import Numerics
+from mesh_core.model.pool import ParameterPool, PoolKey
 from mesh_core.model.sizes import transient
-from mesh_core.model.spec import ModelSpec
+from mesh_core.model.spec import ModelSpec, ParameterSpec
 from mesh_core.model.weights import key_of, moved, pool_key
 from mesh_core.system.config import in_bytes
 from mesh_core.worker.stage_table import StageKey, StageTable
@@ -46,36 +50,42 @@ class StageMemory:
         return self.pool.nbytes(self.device)
 
     def make_room(
-        self, spec: ModelSpec, key: StageKey, patched: Collection[str] = (), keep: StageKey | None = None,
+        self, spec: ModelSpec, key: StageKey, loras: Sequence[Applied] = (), keep: StageKey | None = None,
         has: Collection[str] = (),
     ) -> None:  # fmt: skip
         """Evict and park until the stage ``key`` fits.
 
         Args:
-            patched: parameters that will be made from loaded ones.
+            loras: those that it will have. Parameters that they are merged into are made from loaded ones; beside those
+                that stay as they are stored, the LoRAs' own tensors are held.
             keep: a stage that stays.
             has: parameters that it has in a patched version, whatever became of the untouched one.
 
         Raises:
             PlanDoesNotFit: the stage is larger than the budget, or than what stages in use leave of it.
+            LoraError: see `work_of`.
         """
         parameters, numerics = spec.parameters_of(key.span), key.numerics
-        # On a GPU, what patched weights were made from moves to host memory when there is no room.
-        twice = patched if self.device.type == "cpu" else ()
-        extra = transient(parameters)
-        extra += sum(p.elements * numerics.dtype_of(name).itemsize for name, p in parameters.items() if name in twice)
+        work = work_of(loras, frozenset(parameters))
+        beside = self._beside(work, parameters, numerics)
+        extra = max(transient(parameters), transient_of(work, parameters, beside=numerics.loras_beside))
+        if self.device.type == "cpu":
+            # On a GPU, what weights were merged from moves to host memory when there is no room.
+            twice = {name for group in work for name in group.parameters if name not in has}
+            extra += sum(numerics.nbytes(n, parameters[n]) for n in twice if parameters[n].stored_bytes is None)
         needed = sum(numerics.nbytes(name, p) for name, p in parameters.items()) + extra
+        needed += sum(bytes_of(held) for held in beside.values())
         if needed > self.budget:
             raise PlanDoesNotFit(
                 f"Blocks {key.span} need {in_bytes(needed)}, this worker offers {in_bytes(self.budget)}.",
                 hint="fewer blocks for this worker, or a larger --memory",
             )
         # Eviction frees parameters that the new stage shares last, so look at what is truly left each time.
-        while self._missing(spec, key, has) + extra + self.nbytes > self.budget:
+        while self._missing(spec, key, has, beside) + extra + self.nbytes > self.budget:
             if not self._table.evict_for(key, keep) and not self._park():
                 break
         held = self.nbytes
-        if self._missing(spec, key, has) + extra + held > self.budget:
+        if self._missing(spec, key, has, beside) + extra + held > self.budget:
             raise PlanDoesNotFit(
                 f"Blocks {key.span} need {in_bytes(needed)}; other sessions use {in_bytes(held)} of "
                 f"{in_bytes(self.budget)}.",
@@ -111,11 +121,21 @@ class StageMemory:
             self.pool.put(key_of(model, name, shared), shared)
             return shared
 
-        return PatchedModel(stage.model, parameters, merged=merged, restored=restored)
+        beside = key.numerics.loras_beside
+        return PatchedModel(stage.model, parameters, beside=beside, pool=self.pool, merged=merged, restored=restored)
 
-    def _missing(self, spec: ModelSpec, key: StageKey, has: Collection[str]) -> int:
+    def _beside(
+        self, work: Sequence[Group], parameters: Mapping[str, ParameterSpec], numerics: Numerics
+    ) -> dict[PoolKey, Held]:
+        """The tensors of LoRAs that have to be here, by what they are shared under."""
+        stored = {n: numerics.dtype_of(n, p) for n, p in parameters.items() if p.stored_bytes is not None}
+        wanted = held_beside(work, stored, beside=numerics.loras_beside)
+        return {key_on(self.device, held): held for held in wanted}
+
+    def _missing(self, spec: ModelSpec, key: StageKey, has: Collection[str], beside: Mapping[PoolKey, Held]) -> int:
         """Bytes that the stage needs and nobody holds."""
-        return sum(
+        loras = sum(bytes_of(held) for shared, held in beside.items() if self.pool.get(shared) is None)
+        return loras + sum(
             key.numerics.nbytes(name, p)
             for name, p in spec.parameters_of(key.span).items()
             if name not in has and self.pool.get(pool_key(key.fingerprint, name, p, self.device, key.numerics)) is None
@@ -125,9 +145,8 @@ class StageMemory:
         """Move untouched versions of patched weights to host memory; whether there were any on a device."""
         any_moved = False
         for key, entry in self._table.items():
-            for name, base in list(entry.patched.base.items()):
-                if base.device.type != "cpu":
-                    parked = entry.patched.park(name)
-                    self.pool.put(key_of(key.fingerprint, name, parked), parked)
-                    any_moved = True
+            for name in entry.patched.merged_on_device:
+                parked = entry.patched.park(name)
+                self.pool.put(key_of(key.fingerprint, name, parked), parked)
+                any_moved = True
         return any_moved

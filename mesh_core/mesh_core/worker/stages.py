@@ -12,6 +12,7 @@ from time import monotonic
 
 import torch
 
+from mesh_core.errors import PlanDoesNotFit
 from mesh_core.loras.lora import Applied, set_key
 from mesh_core.model.adapter import Stage
 from mesh_core.model.checkpoint import ReadingProgress
@@ -79,7 +80,7 @@ class StageStore:
             entry = self.table.use(key, token)
             if entry is not None:
                 return Loaded(key, entry.stage, 0, monotonic() - started, token)
-            self.memory.make_room(checkpoint.spec, key, _patched(loras))
+            self.memory.make_room(checkpoint.spec, key, loras)
             reader = WeightReader(checkpoint.header, model=key.fingerprint, pool=self.memory.pool, progress=progress)
             stage = checkpoint.adapter.build_stage(
                 checkpoint.spec, key.span, reader, device=self.memory.device, numerics=key.numerics
@@ -126,10 +127,20 @@ class StageStore:
     def _change(
         self, checkpoint: Checkpoint, before: StageKey, after: StageKey, entry: StageEntry, loras: Sequence[Applied]
     ) -> None:
-        """Merge other LoRAs into a stage in place; it is as it was when that fails."""
-        has, earlier = entry.patched.base.keys(), entry.loras
-        self.memory.make_room(checkpoint.spec, after, _patched(loras) - has, keep=before, has=has)
+        """Give a stage other LoRAs in place; it is as it was when that fails."""
+        spec, has, earlier = checkpoint.spec, entry.patched.base.keys(), entry.loras
+        full = False
         try:
+            self.memory.make_room(spec, after, loras, keep=before, has=has)
+        except PlanDoesNotFit:
+            full = True
+            if not entry.patched.holds_tensors:
+                raise
+        try:
+            if full:
+                # The LoRAs that it has take room themselves.
+                entry.patched.apply(())
+                self.memory.make_room(spec, after, loras, keep=before)
             self._merge(after, entry, loras)
         except BaseException:
             self._merge(before, entry, earlier)
@@ -149,7 +160,3 @@ class StageStore:
                 for module in block.modules():
                     if module is block or any(p.ndim > 1 for p in module.parameters(recurse=False)):
                         module.register_forward_pre_hook(lambda *_: check())
-
-
-def _patched(loras: Sequence[Applied]) -> set[str]:
-    return {name for applied in loras for patch in applied.lora.patches for name in patch.parameters}

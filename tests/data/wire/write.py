@@ -45,6 +45,7 @@ EXAMPLES: list[tuple[wire.Message, list[bytes]]] = [
             dtype="bfloat16",
             others={"norm.weight": "float32"},
             arithmetic={"fp8-scaled/F8_E4M3": "kitchen/fp8-dequant/bf16"},
+            computed={"rope.freqs": HASH},
             loras=[],
             inputs={"hidden": CHOICE},
             outputs={"hidden": {"codec": "quant", "settings": {"step": 0.25}}},

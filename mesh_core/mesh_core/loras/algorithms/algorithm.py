@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -29,6 +29,9 @@ class Algorithm:
         required, optional: roles of its tensors.
         fits: whether tensors of these shapes give a change of a weight of this shape.
         apply: (weight, tensors, alpha, strength) -> a new weight; changes none of them.
+        copies: of the weight, itself included, that ``apply`` holds at most. With a decomposition there are more, see
+            `most_copies`.
+        most_of_tensors: how much of the tensors themselves it holds at most, in their own size in float32.
         rank_role: the tensor whose first dimension is the rank that ``alpha`` is divided by, if that is all to it.
     """
 
@@ -36,7 +39,13 @@ class Algorithm:
     optional: tuple[str, ...]
     fits: Callable[[tuple[int, ...], Shapes], bool]
     apply: Callable[[Tensor, Tensors, float | None, float], Tensor]
+    copies: int
     rank_role: str = ""
+    most_of_tensors: int = 1
+
+    def most_copies(self, roles: Collection[str]) -> int:
+        """Of the weight, that changing it with tensors of these roles holds at most."""
+        return self.copies + (3 if "dora_scale" in roles else 1 if "magnitude" in roles else 0)
 
     def problem(self, shape: tuple[int, ...], shapes: Shapes) -> str:
         """Why tensors of ``shapes`` cannot patch a weight of ``shape``; empty if they can."""

@@ -45,5 +45,5 @@ def _glora(weight: Tensor, t: Tensors, alpha: float | None, strength: float) -> 
     return add(weight, delta, t, alpha / rank if alpha is not None else 1.0, strength)
 
 
-GLORA = Algorithm(("a1", "a2", "b1", "b2"), DECOMPOSED, _glora_fits, _glora)
+GLORA = Algorithm(("a1", "a2", "b1", "b2"), DECOMPOSED, _glora_fits, _glora, 5)
 """``b1 @ b2 + weight @ a1 @ a2``, and the same in the order of LyCORIS's early versions."""

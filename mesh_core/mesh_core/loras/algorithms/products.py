@@ -88,11 +88,11 @@ def _lokr(weight: Tensor, t: Tensors, alpha: float | None, strength: float) -> T
     return add(weight, delta.reshape(weight.shape), t, scale, strength)
 
 
-LORA = Algorithm(("up", "down"), ("mid", *DECOMPOSED, "magnitude"), _lora_fits, _lora, "down")
+LORA = Algorithm(("up", "down"), ("mid", *DECOMPOSED, "magnitude"), _lora_fits, _lora, 3, "down")
 """``up @ down``, with ``mid`` between them for convolutions."""
 
-LOHA = Algorithm(("w1_a", "w1_b", "w2_a", "w2_b"), ("t1", "t2", *DECOMPOSED), _loha_fits, _loha, "w1_b")
+LOHA = Algorithm(("w1_a", "w1_b", "w2_a", "w2_b"), ("t1", "t2", *DECOMPOSED), _loha_fits, _loha, 4, "w1_b")
 """Two such products, multiplied element by element."""
 
-LOKR = Algorithm((), ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", *DECOMPOSED), _lokr_fits, _lokr)
+LOKR = Algorithm((), ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", *DECOMPOSED), _lokr_fits, _lokr, 3)
 """The Kronecker product of two tensors, each whole or a product."""

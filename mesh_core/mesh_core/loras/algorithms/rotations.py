@@ -36,8 +36,8 @@ def _boft(weight: Tensor, t: Tensors, alpha: float | None, strength: float) -> T
     return add(weight, delta, t, alpha or 0.0, strength, plain=1.0)
 
 
-OFT = Algorithm(("blocks",), ("rescale", *DECOMPOSED), _oft_fits, _oft)
+OFT = Algorithm(("blocks",), ("rescale", *DECOMPOSED), _oft_fits, _oft, 4, most_of_tensors=6)
 """One rotation of each block of rows."""
 
-BOFT = Algorithm(("blocks",), ("rescale", *DECOMPOSED), _boft_fits, _boft)
+BOFT = Algorithm(("blocks",), ("rescale", *DECOMPOSED), _boft_fits, _boft, 4, most_of_tensors=6)
 """Several rotations, each of rows further apart than the last: a butterfly."""

@@ -24,8 +24,8 @@ def _same_size(role: str) -> Callable[[tuple[int, ...], Shapes], bool]:
     return lambda shape, s: s[role] == shape or (prod(s[role]), s[role][:1]) == (prod(shape), shape[:1])
 
 
-DIFF = Algorithm(("diff",), (), _same_size("diff"), _added)
+DIFF = Algorithm(("diff",), (), _same_size("diff"), _added, 3)
 """What is added to the weight, ``alpha`` times."""
 
-SET = Algorithm(("value",), (), _same_size("value"), _replaced)
+SET = Algorithm(("value",), (), _same_size("value"), _replaced, 2)
 """What takes the place of the weight."""

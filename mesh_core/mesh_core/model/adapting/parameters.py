@@ -14,15 +14,18 @@ import torch
 from torch import nn
 
 from mesh_core.errors import CheckpointCorrupt, CheckpointUnrecognised
-from mesh_core.model.carried import refuse_other_tensors
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.claims import refuse_companions
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.spec import ParameterSpec, Piece
 from mesh_core.model.stored import StoredTensor
+from mesh_core.model.tensors import stored_tensors
 
 COMPUTED_TYPES = ("BF16", "F16", "F32")
 """The types of weights that stages compute with, as safetensors names them."""
+
+WHOLE_NUMBERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
+"""The types that buffers without fractions may have."""
 
 
 def diffusers_class(name: str) -> type[nn.Module]:
@@ -48,7 +51,7 @@ def describe_parameters(
     pieces: Callable[[str, int], tuple[Piece, ...]],
     scope: Callable[[str], BlockSpan],
 ) -> dict[str, ParameterSpec]:
-    """Every parameter of a model by its name in the model class.
+    """Every parameter and persistent buffer of a model by its name in the model class.
 
     Args:
         skeleton: makes the model; called on the meta device.
@@ -57,30 +60,30 @@ def describe_parameters(
 
     Raises:
         CheckpointCorrupt: a tensor is missing, or does not have the shape that the model needs.
-        CheckpointUnrecognised: weights of a type that stages do not compute with, or tensors that are no parameters.
+        CheckpointUnrecognised: weights of a type that stages do not compute with.
     """
     with torch.device("meta"):
         model = skeleton()
-    refuse_other_tensors(model)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found: dict[str, ParameterSpec] = {}
-    for name, shape in wanted.items():
-        parts = pieces(name, shape[0])
+    for name, tensor in stored_tensors(model).items():
+        shape = tuple(tensor.shape)
+        parts = pieces(name, shape[0] if shape else 1)
         infos = [header.tensors.get(p.tensor) for p in parts]
         missing = [p.tensor for p, info in zip(parts, infos, strict=True) if info is None]
         if missing:
             raise CheckpointCorrupt(f"{header.path} lacks {missing[0]}.")
         dtypes = {info.dtype for info in infos if info is not None}
         stored = [info.stored for info in infos if info is not None and info.stored is not None]
-        if len(dtypes) > 1 or not (stored or dtypes <= set(COMPUTED_TYPES)):
+        usable = COMPUTED_TYPES if tensor.is_floating_point() else WHOLE_NUMBERS
+        if len(dtypes) > 1 or not (stored or dtypes <= set(usable)):
             raise CheckpointUnrecognised(
                 f"{header.path} stores {parts[0].tensor} as {' and '.join(sorted(dtypes))}; numbers are read as "
-                f"{', '.join(COMPUTED_TYPES)}, and other types in the formats of docs/reference/weights.md.",
+                f"{', '.join(usable)}, and other types in the formats of docs/reference/weights.md.",
                 hint="a bfloat16 copy of the model, on all machines",
             )
         for piece, info in zip(parts, infos, strict=True):
-            rows = piece.stop if piece.stop is not None else shape[0]
-            if info is None or info.shape[1:] != shape[1:] or rows > info.shape[0]:
+            whole = shape if piece.stop is None else (piece.stop, *shape[1:])
+            if info is None or info.shape[1:] != whole[1:] or info.shape[:1] < whole[:1]:
                 raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
         found[name] = ParameterSpec(shape, dtypes.pop(), parts, scope(name))
         if stored and _is_matrix(model, name):
