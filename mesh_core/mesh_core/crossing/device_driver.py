@@ -127,8 +127,13 @@ class CudaDriver(DeviceDriver):
 
     def allocate(self, device: torch.device, nbytes: int) -> int:
         address = ctypes.c_uint64()
+        wanted = ctypes.byref(address), ctypes.c_size_t(nbytes)
         with self._current(device):
-            self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+            try:
+                self._call("cuMemAlloc_v2", *wanted)
+            except CodecUnsupported:
+                torch.cuda.empty_cache()  # what torch holds without using it
+                self._call("cuMemAlloc_v2", *wanted)
         return address.value
 
     def free(self, device: torch.device, address: int) -> None:
