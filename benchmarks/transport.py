@@ -38,7 +38,7 @@ def mesh_echo(pipe: Connection, home: Path, insecure: bool) -> None:
         while True:
             listener.send(*work.get())
 
-    listener = ZeroMqTransport(KeyStore(home)).listen("mesh://127.0.0.1:0", insecure=insecure)
+    listener = ZeroMqTransport(KeyStore(home), shared=0).listen("mesh://127.0.0.1:0", insecure=insecure)
     pipe.send(listener.address)
     Thread(target=compute, daemon=True).start()
     while got := listener.receive(60):

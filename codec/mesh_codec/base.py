@@ -123,6 +123,10 @@ class Codec(ABC):
 
     name: ClassVar[str]
 
+    near: ClassVar[bool] = False
+    """Whether it is only for processes of one user on one machine: payloads name things that mean nothing elsewhere,
+    and that nobody else may reach. Whoever opens streams sees to it."""
+
     @abstractmethod
     def capabilities(self) -> dict[str, Any]:
         """Plain values that the other end needs to know (engines, formats); compared when ends negotiate.

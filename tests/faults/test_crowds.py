@@ -23,6 +23,7 @@ from mesh_core.transport.base import Address, Channel
 from mesh_core.transport.curve import public_of
 from mesh_core.transport.invites import accept_invite, create_invite, parse_invite
 from mesh_core.transport.keys import KeyPair, KeyStore
+from mesh_core.transport.memory_link import SWITCH
 from mesh_core.transport.zeromq import ZeroMqTransport
 from mesh_core.worker.quota import QUOTA
 from tests.faults.conftest import IMPATIENT, Case
@@ -165,7 +166,10 @@ def test_whoever_is_no_member_may_say_little(steady: FastWorker, tmp_path: Path)
     transport.close()
 
 
-def test_answers_that_nobody_reads_are_few(steady: FastWorker, plugins: Plugins) -> None:
+def test_answers_that_nobody_reads_are_few(
+    steady: FastWorker, plugins: Plugins, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, "0")
     greedy = Remote(Address(steady.address), plugins, IMPATIENT)
     greedy.connect()
     before, asked = steady.resident(), 100

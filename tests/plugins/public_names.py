@@ -32,7 +32,7 @@ PUBLIC: Mapping[str, str] = {
         ComfySide Expected HandOver RemotePart hand_over_at intercepted
     """,
     "mesh_core.transport.base": """
-        Address Channel Frame Frames Listener Peer Transport Trust
+        Address Channel Frame Frames Listener Peer Transport Trust UnfitMessage
     """,
     "mesh_core.transport.frames": "byte_views",
     "mesh_core.wire.limits": "GREETING HANDED_OVER LIMITS MessageLimits PROBE_BYTES REQUEST SENT_BACK",

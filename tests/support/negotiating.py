@@ -11,6 +11,7 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +36,7 @@ from mesh_core.model.spec import Conditioning
 from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.transport.base import Address
+from mesh_core.transport.memory_link import SWITCH
 from tests.support.workers import ThreadWorker, thread_workers
 
 WIDE_OPEN, SLOW = 4e9, 1.2e6
@@ -137,7 +139,9 @@ def starting(folder: Path) -> Iterator[Callable[..., list[ThreadWorker]]]:
 def shaped(worker: ThreadWorker) -> Iterator[tuple[Shaper, str]]:
     """A link to ``worker`` that can be slowed down, and the address behind it."""
     host, _, port = worker.address.removeprefix("mesh://").rpartition(":")
-    with Shaper(host, int(port), WIDE_OPEN) as link:
+    # What this process shares with the worker would not cross the link.
+    with Shaper(host, int(port), WIDE_OPEN) as link, pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "0")
         yield link, f"mesh://127.0.0.1:{link.port}"
 
 

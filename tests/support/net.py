@@ -9,6 +9,10 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from random import randrange
 
+import pytest
+
+from mesh_core.transport.memory_link import SWITCH
+
 Carry = Callable[[socket.socket, socket.socket, int, bool], None]
 """Moves what the first socket gives to the second until there is no more: of the connection with that number, from 0,
 and the way there (True) or back."""
@@ -36,6 +40,9 @@ def relayed(address: str, carry: Carry) -> Iterator[str]:
     """Another address of the worker at ``address``; ``carry`` moves its bytes, and OSErrors end a connection."""
     host, _, port = address.removeprefix("mesh://").rpartition(":")
     server = socket.create_server(("127.0.0.1", 0))
+    patch = pytest.MonkeyPatch()
+    # What this process shares with the worker would not cross the link.
+    patch.setenv(SWITCH, "0")
 
     def pump(source: socket.socket, target: socket.socket, number: int, there: bool) -> None:
         with suppress(OSError):
@@ -67,6 +74,7 @@ def relayed(address: str, carry: Carry) -> Iterator[str]:
             server.shutdown(socket.SHUT_RDWR)
         server.close()
         thread.join(10)
+        patch.undo()
 
 
 def cut_after(nbytes: int, *, there: bool, spared: Callable[[int], bool] = lambda number: False) -> Carry:

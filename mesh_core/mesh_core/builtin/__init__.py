@@ -16,6 +16,7 @@ __all__ = ["builtin_plugins", "installed_plugins", "load_plugins"]
 def builtin_plugins() -> Mapping[str, object]:
     """New instances of the core's plugins, by name."""
     from mesh_core.builtin.codec_choice import DefaultCodecChoice
+    from mesh_core.builtin.codecs import CoreCodecs
     from mesh_core.builtin.lora_policy import DefaultLoraPlacement
     from mesh_core.builtin.split import DefaultSplit
     from mesh_core.builtin.transports import CoreTransports
@@ -23,6 +24,7 @@ def builtin_plugins() -> Mapping[str, object]:
 
     return {
         "core.transports": CoreTransports(),
+        "core.codecs": CoreCodecs(),
         "core.weight-formats": CoreWeightFormats(),
         "core.split": DefaultSplit(),
         "core.codec-choice": DefaultCodecChoice(),

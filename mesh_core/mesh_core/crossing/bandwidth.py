@@ -29,6 +29,8 @@ _FAST = 300e6
 _BANDWIDTHS, _LATENCIES = (1e3, 1e12), (0.0, 10.0)
 """What a measurement or a peer may say; anything beyond is taken for the nearest."""
 
+_LONGEST_WAY = 40
+
 _NOMINAL = {12.5e6: "100 Mbit", 125e6: "1 GbE", 312.5e6: "2.5 GbE", 625e6: "5 GbE", 1250e6: "10 GbE"}
 _NEAR = (0.7, 1.1)
 """What a link of a nominal rate is measured at, as a share of it: headers make it less, bursts more."""
@@ -41,10 +43,17 @@ class Link:
     Attributes:
         bandwidth: bytes per second, one way.
         latency: seconds for a small message there and back.
+        way: what people call it between processes of one user on one machine; else empty.
     """
 
     bandwidth: float
     latency: float
+    way: str = ""
+
+    @property
+    def near(self) -> bool:
+        """Whether it is between processes of one user on one machine."""
+        return bool(self.way)
 
     def seconds(self, nbytes: float) -> float:
         """What ``nbytes`` take to get there."""
@@ -53,7 +62,7 @@ class Link:
     def __str__(self) -> str:
         near = (n for rate, n in _NOMINAL.items() if _NEAR[0] * rate <= self.bandwidth <= _NEAR[1] * rate)
         mb_s = self.bandwidth / 1e6
-        return f"{next(near, 'link')} measured {mb_s:.{0 if mb_s >= 10 else 1}f} MB/s"
+        return f"{self.way or next(near, 'link')} measured {mb_s:.{0 if mb_s >= 10 else 1}f} MB/s"
 
 
 def measure(exchange: Exchange) -> tuple[Link, Link]:
@@ -82,12 +91,15 @@ def read_link(said: object) -> Link | None:
     if not isinstance(said, Mapping):
         return None
     bandwidth, latency = positive(said.get("bandwidth")), positive(said.get("latency"))
-    return None if bandwidth is None or latency is None else _within(bandwidth, latency)
+    way = said.get("way", "")
+    if bandwidth is None or latency is None:
+        return None
+    return _within(bandwidth, latency, way[:_LONGEST_WAY] if isinstance(way, str) else "")
 
 
-def plain_link(link: Link) -> dict[str, float]:
+def plain_link(link: Link) -> dict[str, float | str]:
     """``link`` as `read_link` reads it."""
-    return {"bandwidth": link.bandwidth, "latency": link.latency}
+    return {"bandwidth": link.bandwidth, "latency": link.latency, "way": link.way}
 
 
 _GAIN = 0.6
@@ -114,7 +126,7 @@ def updated(crossed: Sequence[tuple[Link, int]], seconds: float) -> list[Link]:
     factor = min(max(sum(expected) / moving, 1 / _AT_ONCE), _AT_ONCE)
     shares = [e / max(expected) for e in expected]
     return [
-        _within(link.bandwidth * factor ** (_GAIN * share), link.latency)
+        _within(link.bandwidth * factor ** (_GAIN * share), link.latency, link.way)
         for link, share in zip(links, shares, strict=True)
     ]
 
@@ -125,8 +137,9 @@ def _elapsed(function: Callable[..., None], *arguments: Any) -> float:
     return perf_counter() - began
 
 
-def _within(bandwidth: float, latency: float) -> Link:
-    return Link(min(max(bandwidth, _BANDWIDTHS[0]), _BANDWIDTHS[1]), min(max(latency, _LATENCIES[0]), _LATENCIES[1]))
+def _within(bandwidth: float, latency: float, way: str = "") -> Link:
+    lowest, highest = _BANDWIDTHS
+    return Link(min(max(bandwidth, lowest), highest), min(max(latency, _LATENCIES[0]), _LATENCIES[1]), way)
 
 
 def positive(value: object) -> float | None:

@@ -102,6 +102,11 @@ class Streams:
         self._passes: OrderedDict[str, _Passes] = OrderedDict()
 
     @property
+    def near(self) -> bool:
+        """Whether a tensor crosses in a way that is only for processes of one user on one machine."""
+        return any(self._codecs[choice.codec].near for choice in self._choices.values())
+
+    @property
     def names(self) -> Set[str]:
         """Of the tensors that were agreed on."""
         return self._choices.keys()

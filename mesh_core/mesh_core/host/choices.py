@@ -113,10 +113,16 @@ class CodecChoices:
 
     def _possible(self, route: Route, role: Role) -> bool:
         """Whether the codec in use is one that all ends have."""
-        return any(codec.name == route.chosen[role].codec for codec in route.able[role][0])
+        return any(codec.name == route.chosen[role].codec for codec in self._usable(route, role))
+
+    def _usable(self, route: Route, role: Role) -> tuple[Codec, ...]:
+        """The codecs that all ends have, without those that are not for the way between them."""
+        link = self._links.find(route.ends)
+        near = link is not None and link.near
+        return tuple(codec for codec in route.able[role][0] if near or not codec.near)
 
     def _ask(self, route: Route, role: Role) -> CodecChoice:
-        codecs, peer = route.able[role]
+        codecs, peer = self._usable(route, role), route.able[role][1]
         link = self._links.find(route.ends)
         choice: CodecChoice | None = self._plugins.hook.mesh_choose_codec(
             role=role,

@@ -87,6 +87,11 @@ class Opener:
                 log.warning("%s; its state goes through this machine instead", error)
                 self._relayed.add(error.hop)
 
+    def close(self) -> None:
+        """Forget what was agreed on, with all that codecs keep for it. May be called twice."""
+        self.speeds.close()
+        self._agreed = []
+
     def _arrange(self, anew: bool) -> list[Leg]:
         starts = [0, *sorted(i for i in self._relayed if 0 < i < len(self._hops))] if self._hops else []
         groups = [list(self._hops[a:b]) for a, b in zip(starts, [*starts[1:], len(self._hops)], strict=True)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import platform
 import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import TypeVar
 
@@ -251,4 +252,6 @@ def measure(remote: Remote) -> tuple[Link, Link]:
             wire.Probe(wire.next_id(), back), wire.Probed, timeout=remote.settings.deadlines.step, buffers=buffers
         )
 
-    return bandwidth.measure(exchange)
+    there, back = bandwidth.measure(exchange)
+    way = remote.channel.way
+    return replace(there, way=way), replace(back, way=way)

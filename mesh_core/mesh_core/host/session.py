@@ -148,7 +148,7 @@ class Session:
                 except TransportError as error:
                     log.debug("%s was gone when its session was closed: %s", hop.remote.name, error)
             hop.remote.close()
-        self._opener.speeds.close()
+        self._opener.close()
         self._book.close()
         self._legs = []
 

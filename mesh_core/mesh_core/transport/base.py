@@ -21,12 +21,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from mesh_core.errors import NotAuthorised
+from mesh_core.errors import NotAuthorised, WireMalformed
 from mesh_core.transport.address import with_scheme
 from mesh_core.wire.framing import Frame
 from mesh_core.wire.limits import MessageLimits
 
-__all__ = ["Address", "Channel", "Frame", "Frames", "Listener", "Peer", "Transport", "Trust"]
+__all__ = ["Address", "Channel", "Frame", "Frames", "Listener", "Peer", "Transport", "Trust", "UnfitMessage"]
 
 Trust = Literal["member", "enrolling", "neighbour"]
 """How far a peer is trusted, see `Peer`."""
@@ -42,6 +42,7 @@ class Peer:
     Attributes:
         route: where an answer goes; opaque, and no other peer's for as long as the listener lives.
         key: the proven public key of the peer (Z85 text), or "" on transports without keys.
+        near: the same user's as this process, on this machine, and both have proven it.
         trust: ``member``: may do everything; ``enrolling``: came in on a one-time invite, may only enrol;
             ``neighbour``: another worker, admitted for sessions that its host named.
     """
@@ -49,6 +50,7 @@ class Peer:
     route: bytes
     key: str = ""
     trust: Trust = "member"
+    near: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,27 @@ class Address:
         return self.text.partition("://")[0]
 
 
+class UnfitMessage(Exception):
+    """A listener got a message that it cannot hand out. Its peer is to be told.
+
+    Attributes:
+        peer: who sent it.
+        error: why.
+    """
+
+    def __init__(self, peer: Peer, error: WireMalformed) -> None:
+        self.peer, self.error = peer, error
+        super().__init__(error.message)
+
+
 class Channel(ABC):
     """The host's end of one connection to one worker. When the connection is gone, the channel is over."""
+
+    @property
+    def way(self) -> str:
+        """What people call the way between processes of one user on one machine, once both have proven that; else
+        empty."""
+        return ""
 
     @abstractmethod
     def send(self, frames: Frames) -> None:
@@ -117,7 +138,11 @@ class Listener(ABC):
     @abstractmethod
     def receive(self, timeout: float) -> tuple[Peer, list[memoryview]] | None:
         """The next message and who sent it, or None after ``timeout`` seconds or a `wake`; views as in
-        `Channel.receive`. A peer that may do nothing at all is never handed out."""
+        `Channel.receive`. A peer that may do nothing at all is never handed out.
+
+        Raises:
+            UnfitMessage: one came that is not as this transport's messages are; the next ones are good.
+        """
 
     @abstractmethod
     def send(self, route: bytes, frames: Frames) -> None:

@@ -24,6 +24,7 @@ from mesh_core.transport.address import Place, is_loopback, numeric, parse_place
 from mesh_core.transport.base import Address, Channel, Listener, Transport
 from mesh_core.transport.gate import Gate
 from mesh_core.transport.keys import KeyPair, KeyStore
+from mesh_core.transport.memory_link import MemoryLinks, room
 from mesh_core.transport.zmq_channel import ZmqChannel
 from mesh_core.transport.zmq_connecting import Caller
 from mesh_core.transport.zmq_doors import DoorLimits, Doors
@@ -43,12 +44,16 @@ class ZeroMqTransport(Transport):
     Args:
         keys: whose keys are used; by default the user's, looked up at every use.
         limits: for frames, both ways.
+        shared: bytes of memory for each direction that a connection within this machine and user may share; 0 for none,
+            None for what the environment says.
     """
 
     scheme: ClassVar[str] = "mesh"
 
-    def __init__(self, keys: KeyStore | None = None, limits: MessageLimits = LIMITS) -> None:
-        self._keys, self._limits = keys, limits
+    def __init__(
+        self, keys: KeyStore | None = None, limits: MessageLimits = LIMITS, *, shared: int | None = None
+    ) -> None:
+        self._keys, self._limits, self._room = keys, limits, shared
         self._running: ZmqProcess | None = None
         self._lock = Lock()
 
@@ -70,7 +75,7 @@ class ZeroMqTransport(Transport):
         place = parse_place(address.text)
         keys = None if place.insecure else self._keys_for(place, address.server_key, client)
         wire = Wire(self._limits, encrypted=keys is not None, replies=replies)
-        return Caller(self._runs().context, place, keys, self._store(), wire, self).connect(timeout)
+        return Caller(self._runs().context, place, keys, self._store(), wire, self, self._shared()).connect(timeout)
 
     def listen(self, address: str, **options: object) -> Listener:
         """See `Transport.listen`.
@@ -99,7 +104,9 @@ class ZeroMqTransport(Transport):
                 socket.close(linger=0)
                 raise
             written, unguard = str(replace(place, port=port)), partial(self._unguard, domain)
-            return ZmqListener(context, socket, written, gate, wire, doors, unguard)
+            own = gate.keys.identity().client.public if gate is not None and self._shared() else ""
+            memories = MemoryLinks(own, self._limits)
+            return ZmqListener(context, socket, written, gate, wire, doors, memories, unguard)
 
     def wait(self, channels: Sequence[Channel], timeout: float) -> list[Channel]:
         ours = cast(Sequence[ZmqChannel], channels)
@@ -131,6 +138,9 @@ class ZeroMqTransport(Transport):
                 # Not at exit: other threads may still use sockets then, and the process frees all of it.
                 weakref.finalize(self, self._running.close).atexit = False
             return self._running
+
+    def _shared(self) -> int:
+        return self._room if self._room is not None else room()
 
     def _store(self) -> KeyStore:
         return self._keys if self._keys is not None else KeyStore()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from secrets import token_bytes
 from time import monotonic
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from mesh_core.errors import NotAuthorised, PeerLost, Unreachable
+from mesh_core.errors import NotAuthorised, PeerLost, Unreachable, WireMalformed
 from mesh_core.transport.address import Place
 from mesh_core.transport.base import Channel
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.keys import KeyPair
+from mesh_core.transport.memory_link import NAME, MemoryOffer, offer
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_refusals import HandshakeBroken, not_accepted
 from mesh_core.transport.zmq_socket import HERE, Context, Socket, Wire, close_with, milliseconds
@@ -42,6 +44,8 @@ class ZmqChannel(Channel):
     def __init__(self, context: Context, place: Place, wire: Wire, keeper: object) -> None:
         self._place, self._wire, self._keeper = place, wire, keeper
         self._lost = ""
+        self._memory: MemoryOffer | None = None
+        self._taken: list[memoryview] | None = None
         self.socket = wire.socket(context, zmq.DEALER)
         self.socket.routing_id = b"h" + token_bytes(15)
         self.socket.reconnect_ivl = -1
@@ -62,7 +66,8 @@ class ZmqChannel(Channel):
             if not self.socket.poll(0, zmq.POLLOUT):
                 self._wait_for_room()
             try:
-                self._wire.send(self.socket, views)
+                link = self._memory.link if self._memory is not None else None
+                self._wire.send(self.socket, views if link is None else link.outgoing(views))
             except BaseException:
                 # Ctrl-C may have left half a message, which the next one would be taken to continue.
                 self._lost = "sending was interrupted"
@@ -82,18 +87,44 @@ class ZmqChannel(Channel):
 
     def take(self) -> list[memoryview] | None:
         """A message that is already here, or None."""
+        if self._taken is not None:
+            frames, self._taken = self._taken, None
+            return frames
         if self.socket.closed or not self.socket.poll(0):
             return None
         try:
-            return self._wire.receive(self.socket)
+            frames = self._wire.receive(self.socket)
+            if self._memory is None or _refusal(frames):
+                return frames
+            if self._memory.waiting:
+                self._memory.answered(frames)
+                return self.take()
+            return self._memory.link.incoming(frames, self._wire.accepted) if self._memory.link else frames
         except PeerLost as error:
             self._lost = error.message
             self.close()
             raise
+        except WireMalformed as error:
+            self._lost = f"it lies about the memory that is shared: {error.message}"
+            self.close()
+            self._raise_if_lost()
+            raise
+
+    def share(self, memory: MemoryOffer) -> None:
+        """Offer the worker memory; before anything else is sent."""
+        self._memory = memory
+        self._wire.send(self.socket, memory.frames)
+
+    @property
+    def way(self) -> str:
+        return NAME if self._memory is not None and self._memory.link is not None else ""
 
     def ready(self) -> bool:
         """Whether `receive` would not wait."""
-        return bool(self.socket.closed or self.socket.poll(0) or self._is_lost())
+        if self._memory is not None and self._memory.waiting and not self.socket.closed and self.socket.poll(0):
+            with suppress(PeerLost):  # receive() raises it
+                self._taken = self.take()
+        return bool(self._taken is not None or self.socket.closed or self.socket.poll(0) or self._is_lost())
 
     def close(self) -> None:
         self._lost = self._lost or "the channel was closed here"
@@ -101,9 +132,12 @@ class ZmqChannel(Channel):
             self.socket.disable_monitor()
             self.monitor.close(linger=0)
             self.socket.close()
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
 
     def _checked(self, frames: list[memoryview]) -> list[memoryview]:
-        if len(frames) == 1 and frames[0].nbytes == 0:
+        if _refusal(frames):
             raise NotAuthorised(
                 f"The worker at {self._place} does not accept this user's key any more.",
                 hint="a new invite from the worker's owner, then mesh join INVITE",
@@ -151,6 +185,11 @@ class ZmqChannel(Channel):
         )
 
 
+def _refusal(frames: list[memoryview]) -> bool:
+    """Whether the worker says that it does not accept our key any more."""
+    return len(frames) == 1 and frames[0].nbytes == 0
+
+
 def open_channel(
     context: Context,
     place: Place,
@@ -160,12 +199,14 @@ def open_channel(
     timeout: float,
     wire: Wire,
     keeper: object,
+    room: int = 0,
 ) -> ZmqChannel:
     """A channel whose handshake is done.
 
     Args:
         numeric: the IP address to connect to.
         keys: our key pair and the worker's public key; None for no encryption.
+        room: bytes of memory that the worker is offered to share, for each direction.
 
     Raises:
         NotAuthorised, Unreachable, HandshakeBroken: as of `ZmqChannel.shake_hands`.
@@ -182,6 +223,8 @@ def open_channel(
             channel.socket.connect(f"tcp://{f'[{numeric}]' if ':' in numeric else numeric}:{place.port}")
             channel.shake_hands(timeout)
             wire.send(channel.socket, HERE)
+            if (memory := offer(room)) is not None:
+                channel.share(memory)
         except BaseException:
             channel.close()
             raise

@@ -33,6 +33,7 @@ class Caller:
         keys: its key pair and the worker's public key; None for no encryption.
         store: the workers that it knows.
         keeper: kept alive for as long as the channel.
+        room: bytes of memory to share for each direction, where the worker is this user's own.
     """
 
     context: Context
@@ -41,6 +42,7 @@ class Caller:
     store: KeyStore
     wire: Wire
     keeper: object
+    room: int = 0
 
     def connect(self, timeout: float) -> ZmqChannel:
         """Raises as `mesh_core.transport.base.Transport.connect` does."""
@@ -59,9 +61,15 @@ class Caller:
             sleep(_PAUSES[times - 1])
 
     def _open(self, numeric: str, keys: tuple[KeyPair, str] | None, timeout: float) -> ZmqChannel:
+        wire, keeper, room = self.wire, self.keeper, self.room if keys is not None and self._own(keys) else 0
         return open_channel(
-            self.context, self.place, numeric, keys, timeout=timeout, wire=self.wire, keeper=self.keeper
+            self.context, self.place, numeric, keys, timeout=timeout, wire=wire, keeper=keeper, room=room
         )
+
+    def _own(self, keys: tuple[KeyPair, str]) -> bool:
+        """Whether both ends are this user's, as their keys prove when hands are shaken."""
+        ours = self.store.identity()
+        return keys == (ours.client, ours.server.public)
 
     def _source(self) -> KeySource:
         key = self.keys[1] if self.keys is not None else ""

@@ -11,11 +11,12 @@ from typing import cast
 
 import zmq
 
-from mesh_core.errors import NotAuthorised
+from mesh_core.errors import NotAuthorised, WireMalformed
 from mesh_core.system.logs import logger
-from mesh_core.transport.base import Listener, Peer, Trust
+from mesh_core.transport.base import Listener, Peer, Trust, UnfitMessage
 from mesh_core.transport.frames import byte_views
 from mesh_core.transport.gate import Gate
+from mesh_core.transport.memory_link import MemoryLinks
 from mesh_core.transport.zmq_doors import Doors
 from mesh_core.transport.zmq_errors import mapped_errors
 from mesh_core.transport.zmq_socket import HERE, Context, Socket, Wire, close_with, milliseconds
@@ -25,6 +26,9 @@ from mesh_core.wire.limits import GREETING
 log = logger(__name__)
 
 _CLOSING = 1.0
+
+_SWEEPING = 2.0
+"""Seconds between two looks at memory of peers that are gone."""
 
 _REFUSED = [memoryview(b"")]
 """What a peer gets whose key was revoked while it was connected; no message of the mesh looks like it."""
@@ -39,6 +43,7 @@ class ZmqListener(Listener):
         gate: who is trusted; None where nobody proves a key.
         wire: how messages cross; the same at both ends.
         doors: who is connected to the socket.
+        memories: of peers that share memory with this process.
         closed: called once, when the listener is closed.
     """
 
@@ -50,9 +55,11 @@ class ZmqListener(Listener):
         gate: Gate | None,
         wire: Wire,
         doors: Doors,
+        memories: MemoryLinks,
         closed: Callable[[], None],
     ) -> None:
-        self.address, self._doors = address, doors
+        self.address, self._doors, self._memories = address, doors, memories
+        self._swept = 0.0
         self._socket, self._gate, self._wire, self._when_closed = socket, gate, wire, closed
         self._outbox: deque[tuple[bytes, list[memoryview]]] = deque()
         self._lock = threading.Lock()
@@ -71,6 +78,7 @@ class ZmqListener(Listener):
     def receive(self, timeout: float) -> tuple[Peer, list[memoryview]] | None:
         self._owner = threading.get_ident()
         deadline = monotonic() + timeout
+        self._sweep()
         with mapped_errors(f"Receiving at {self.address}"):
             while not self._closed:
                 left = deadline - monotonic()
@@ -84,7 +92,9 @@ class ZmqListener(Listener):
         return None
 
     def send(self, route: bytes, frames: Sequence[Frame]) -> None:
-        self._outbox.append((route, byte_views(frames, self._wire.limits)))
+        views = byte_views(frames, self._wire.limits)
+        link = self._memories.get(route)
+        self._outbox.append((route, views if link is None else link.outgoing(views)))
         if threading.get_ident() == self._owner:
             self._flush()
         else:
@@ -116,6 +126,7 @@ class ZmqListener(Listener):
         self._bell.close(linger=0)
         self._stop_listening()
         self._socket.close()
+        self._memories.close()
         self._when_closed()
 
     def _stop_listening(self) -> None:
@@ -151,6 +162,8 @@ class ZmqListener(Listener):
                 self._wire.send(self._socket, [memoryview(route), *views])
             except zmq.ZMQError as error:
                 log.warning("an answer was dropped: %s", error)
+                if (link := self._memories.get(route)) is not None:
+                    link.not_sent(views)
 
     def _take(self) -> tuple[Peer, list[memoryview]] | None:
         first = self._socket.recv(zmq.NOBLOCK, copy=False)
@@ -165,4 +178,17 @@ class ZmqListener(Listener):
             return None
         if not self._doors.spoke(first.get(zmq.SRCFD), key) or frames == HERE:
             return None
-        return Peer(route, key, trust), frames
+        peer = Peer(route, key, trust, near=self._memories.get(route) is not None)
+        if (answer := self._memories.answer(route, key, frames)) is not None:
+            self._outbox.append((route, answer))
+            self._flush()
+            return None
+        try:
+            return peer, self._memories.incoming(route, frames)
+        except WireMalformed as error:
+            raise UnfitMessage(peer, error) from error
+
+    def _sweep(self) -> None:
+        if monotonic() > self._swept + _SWEEPING:
+            self._swept = monotonic()
+            self._memories.sweep()

@@ -65,10 +65,14 @@ class Wire:
         limits: for frames.
         encrypted: whether frames cross in pieces.
         replies: for what comes, where that may be less; None for ``limits``.
+
+    Attributes:
+        accepted: the limits for what comes.
     """
 
     def __init__(self, limits: MessageLimits, *, encrypted: bool, replies: MessageLimits | None = None) -> None:
         self.limits, self._replies = limits, replies
+        self.accepted = replies or limits
         self._piece = PIECE if encrypted else limits.buffer + 1
         self._largest_part = PIECE + _ENCRYPTION if encrypted else limits.buffer
 

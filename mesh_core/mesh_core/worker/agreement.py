@@ -9,6 +9,7 @@ import torch
 
 from mesh_codec.base import CodecChoice, DecodeLimits
 from mesh_codec.dtypes import from_name
+from mesh_codec.errors import CodecUnsupported
 from mesh_core import wire
 from mesh_core.crossing.streams import Streams
 from mesh_core.errors import CheckpointUnrecognised, PlanError, WireMalformed
@@ -17,6 +18,14 @@ from mesh_core.model.numerics import LORA, LORA_ARITHMETICS, Numerics, labels_of
 from mesh_core.model.spans import BlockSpan
 from mesh_core.model.stored import WeightFormat, format_of, refuse_arithmetic
 from mesh_core.plugins.registry import Plugins
+
+
+def not_near() -> CodecUnsupported:
+    """Why a codec is refused that is for processes of one user on one machine."""
+    return CodecUnsupported(
+        "A state would cross in the memory of this machine, but the other end has not proven to be here.",
+        hint="--codec raw",
+    )
 
 
 def span_of(checkpoint: Checkpoint, bounds: Sequence[int], *, may_be_empty: bool = False) -> BlockSpan:

@@ -6,8 +6,8 @@ from collections import Counter, deque
 from collections.abc import Callable
 from time import monotonic
 
-from mesh_core.errors import WireTooLarge
-from mesh_core.transport.base import Listener, Peer
+from mesh_core.errors import MeshError, WireTooLarge
+from mesh_core.transport.base import Listener, Peer, UnfitMessage
 from mesh_core.worker.quota import QUOTA
 
 Read = Callable[[Peer, list[memoryview]], None]
@@ -23,10 +23,10 @@ class Inbox:
     However much one key sends, a message of another waits for those that it comes after by time, not by number.
 
     Args:
-        refuse: called with a message that is one too many of its key, and why.
+        refuse: called with whose message is not as it must be, or one too many of its key, and why.
     """
 
-    def __init__(self, listener: Listener, refuse: Callable[[Peer, WireTooLarge], None]) -> None:
+    def __init__(self, listener: Listener, refuse: Callable[[Peer, MeshError], None]) -> None:
         self._listener, self._refuse = listener, refuse
         self._waiting: dict[str, deque[tuple[Peer, list[memoryview]]]] = {}
         self._bytes: Counter[str] = Counter()
@@ -50,7 +50,11 @@ class Inbox:
 
     def _take(self, timeout: float) -> None:
         for _ in range(_AT_ONCE):
-            got = self._listener.receive(0.0 if self._waiting else timeout)
+            try:
+                got = self._listener.receive(0.0 if self._waiting else timeout)
+            except UnfitMessage as unfit:
+                self._refuse(unfit.peer, unfit.error)
+                return
             if got is None:
                 return
             self._put(*got)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -58,4 +59,4 @@ def measured_link(channel: Channel, within: float) -> dict[str, Any]:
             return
         raise PeerLost(f"The next worker does not answer probes within {within:g} s.")
 
-    return plain_link(measure_one_way(send))
+    return plain_link(replace(measure_one_way(send), way=channel.way))

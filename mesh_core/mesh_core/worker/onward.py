@@ -35,10 +35,11 @@ class Onward:
 
     Attributes:
         looked: time (monotonic) of the last `look`.
+        near: whether that worker is this user's, on this machine; known once the way there was measured.
     """
 
     def __init__(self, name: str, channel: Channel, pulse: Channel, session: bytes, heartbeat: Heartbeat) -> None:
-        self.session, self._name = session, name
+        self.session, self._name, self.near = session, name, bool(channel.way)
         self._channel, self._pulse, self._heartbeat = channel, pulse, heartbeat
         self._lock = threading.Lock()
         self._over = False

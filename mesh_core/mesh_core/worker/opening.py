@@ -17,7 +17,7 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.system.config import Settings
 from mesh_core.transport.base import Peer
 from mesh_core.wire import phases
-from mesh_core.worker.agreement import check_crossing, numerics_of, span_of, streams_of
+from mesh_core.worker.agreement import check_crossing, not_near, numerics_of, span_of, streams_of
 from mesh_core.worker.bounds import StepBounds, decode_limits
 from mesh_core.worker.executor import Executor
 from mesh_core.worker.loras import WorkerLoras
@@ -79,10 +79,15 @@ class SessionOpener:
         key = StageKey(message.structure, message.fingerprint, span, numerics, set_key(loras))
         loaded = self._acquire(checkpoint, key, progress.phase(phases.LOADING), loras)
         try:
-            onward, link = self._follow(message.next, measure=message.options.get("measure") is True)
+            onward, link = self._follow(message.next, measure=message.options.get("measure") is True or outputs.near)
         except BaseException:
             self.stages.release(loaded)
             raise
+        if outputs.near and not (peer.near if onward is None else onward.near):
+            self.stages.release(loaded)
+            if onward is not None:
+                onward.close()
+            raise not_near()
         bounds = StepBounds(checkpoint, span, numerics.dtype, device, step_memory)
         session = WorkerSession(message.session, peer.key, peer.route, loaded, checkpoint, memory, bounds, onward)
         self.loras.keep(session, loras)

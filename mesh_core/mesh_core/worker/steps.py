@@ -24,6 +24,7 @@ from mesh_core.plugins.registry import Plugins
 from mesh_core.system.device import synchronise
 from mesh_core.system.logs import logger
 from mesh_core.transport.base import Peer
+from mesh_core.worker.agreement import not_near
 from mesh_core.worker.constants import ConstantsCache
 from mesh_core.worker.executor import Executor, Job
 from mesh_core.worker.replies import Replies
@@ -68,6 +69,8 @@ class WorkerSteps:
     def queue(self, peer: Peer, message: wire.Step, buffers: list[memoryview]) -> None:
         """Queue a step; its owner sends it, or a neighbour that was admitted for the session."""
         session = self.sessions.fed(peer, message.session)
+        if session.memory.inputs.near and not peer.near:
+            raise not_near()
         arrived = monotonic()
         if peer.key == session.owner and not message.trace:
             session.route = peer.route
