@@ -15,7 +15,7 @@ import torch
 
 from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.library import Checkpoint
-from mesh_core.model.numerics import Numerics, usual_numerics
+from mesh_core.model.numerics import ON_NUMBERS, Numerics, usual_numerics, with_loras
 from mesh_core.model.stored import WeightFormat, format_of
 
 _CUDA = "kitchen-cuda/"
@@ -32,8 +32,9 @@ def numerics_of(
     """
     usual = usual_numerics(checkpoint.spec, dtype, device, formats)
     multiplied = _multiplied(checkpoint, model)
-    chosen = tuple((label, _way(label, multiplied[label], dtype, device, formats)) for label, _ in usual.arithmetic)
-    return replace(usual, arithmetic=chosen)
+    ways = {label: _way(label, layers, dtype, device, formats) for label, layers in multiplied.items()}
+    # ComfyUI patches the numbers and quantises them anew; workers patch them for each step and do not round again.
+    return replace(usual, arithmetic=with_loras(ways, ON_NUMBERS))
 
 
 def _multiplied(checkpoint: Checkpoint, model: Any) -> dict[str, set[bool]]:
