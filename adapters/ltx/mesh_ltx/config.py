@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from mesh_core.errors import CheckpointCorrupt
 from mesh_core.model import CheckpointHeader
-from mesh_core.model.adapting import diffusers_class, full_config
+from mesh_core.model.adapting import check_sizes, diffusers_class, full_config
 from mesh_ltx.metadata import config_from_metadata
 
 MODEL_CLASS = "LTX2VideoTransformer3DModel"
@@ -52,8 +51,6 @@ def config_of(header: CheckpointHeader, prefix: str) -> dict[str, Any]:
     """
     given = header.config or config_from_metadata(header, prefix)
     config = full_config(diffusers_class(MODEL_CLASS), given)
-    sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "audio_num_attention_heads")
-    for name in sizes:
-        if not isinstance(config[name], int) or not 0 < config[name] <= 1 << 16:
-            raise CheckpointCorrupt(f"{header.path} says {name}={config[name]!r}.")
+    heads = ("num_attention_heads", "attention_head_dim", "audio_num_attention_heads")
+    check_sizes(header, config, heads, ("num_layers",))
     return config

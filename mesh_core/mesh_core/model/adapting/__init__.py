@@ -4,6 +4,8 @@ from mesh_core.model.adapting.inputs import refuse_attention_arguments, restore_
 from mesh_core.model.adapting.naming import PREFIXES, find_naming, scope_in_stacks
 from mesh_core.model.adapting.parameters import (
     COMPUTED_TYPES,
+    LARGEST_SIZE,
+    check_sizes,
     describe_parameters,
     diffusers_class,
     full_config,
@@ -12,7 +14,9 @@ from mesh_core.model.adapting.parameters import (
 
 __all__ = [
     "COMPUTED_TYPES",
+    "LARGEST_SIZE",
     "PREFIXES",
+    "check_sizes",
     "describe_parameters",
     "diffusers_class",
     "find_naming",

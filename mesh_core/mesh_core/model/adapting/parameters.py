@@ -24,6 +24,9 @@ from mesh_core.model.tensors import stored_tensors
 COMPUTED_TYPES = ("BF16", "F16", "F32")
 """The types of weights that stages compute with, as safetensors names them."""
 
+LARGEST_SIZE = 1 << 20
+"""Of a width, a number of heads or of blocks."""
+
 WHOLE_NUMBERS = ("BOOL", "U8", "I8", "I16", "I32", "I64")
 """The types that buffers without fractions may have."""
 
@@ -45,6 +48,27 @@ def full_config(model_class: type[nn.Module], given: Mapping[str, Any]) -> dict[
     return {**defaults, **{k: v for k, v in given.items() if k in known}}
 
 
+def check_sizes(
+    header: CheckpointHeader, config: Mapping[str, Any], sizes: Sequence[str], blocks: Sequence[str]
+) -> None:
+    """Refuse arguments of a model class that would take time and memory before anything else shows them wrong.
+
+    Args:
+        sizes: the arguments that are widths and numbers of heads.
+        blocks: those that are numbers of blocks, each of which has a tensor at least.
+
+    Raises:
+        CheckpointCorrupt: one is no whole number, or out of bounds.
+    """
+    for name in (*sizes, *blocks):
+        value, least = config[name], 0 if name in blocks else 1
+        if type(value) is not int or not least <= value <= LARGEST_SIZE:
+            raise CheckpointCorrupt(f"{header.path} says {name}={value!r:.80}.")
+    count = sum(config[name] for name in blocks)
+    if not 0 < count <= len(header.tensors):
+        raise CheckpointCorrupt(f"{header.path} says {' + '.join(blocks)}={count}, of {len(header.tensors)} tensors.")
+
+
 def describe_parameters(
     header: CheckpointHeader,
     skeleton: Callable[[], nn.Module],
@@ -59,12 +83,13 @@ def describe_parameters(
         scope: the blocks that need a parameter.
 
     Raises:
-        CheckpointCorrupt: a tensor is missing, or does not have the shape that the model needs.
+        CheckpointCorrupt: a tensor is missing, or does not have the shape that the model needs; or there is no model of
+            such arguments.
         CheckpointUnrecognised: weights of a type that stages do not compute with.
     """
-    with torch.device("meta"):
-        model = skeleton()
+    model = _on_meta(header, skeleton)
     found: dict[str, ParameterSpec] = {}
+    used: dict[str, int] = {}
     for name, tensor in stored_tensors(model).items():
         shape = tuple(tensor.shape)
         parts = pieces(name, shape[0] if shape else 1)
@@ -85,11 +110,26 @@ def describe_parameters(
             whole = shape if piece.stop is None else (piece.stop, *shape[1:])
             if info is None or info.shape[1:] != whole[1:] or info.shape[:1] < whole[:1]:
                 raise CheckpointCorrupt(f"{header.path}: {piece.tensor} does not have the shape that {name} needs.")
+            used[piece.tensor] = max([used.get(piece.tensor, 0), *whole[:1]])
         found[name] = ParameterSpec(shape, dtypes.pop(), parts, scope(name))
         if stored and _is_matrix(model, name):
             found[name] = _as_stored(found[name], stored)
-    refuse_companions(header, {piece.tensor for p in found.values() for piece in p.pieces})
+    for tensor_name, rows in used.items():
+        if header.tensors[tensor_name].shape[:1] > (rows,):
+            raise CheckpointCorrupt(f"{header.path}: {tensor_name} has more rows than the {rows} that the model needs.")
+    refuse_companions(header, used)
     return found
+
+
+def _on_meta(header: CheckpointHeader, skeleton: Callable[[], nn.Module]) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return skeleton()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # A class checks little of what it is given.
+        raise CheckpointCorrupt(
+            f"{header.path}: its model class cannot be made as the file describes it: {str(error)[:500]}"
+        ) from error
 
 
 def _is_matrix(model: nn.Module, parameter: str) -> bool:
@@ -100,9 +140,10 @@ def _is_matrix(model: nn.Module, parameter: str) -> bool:
 
 def _as_stored(spec: ParameterSpec, stored: Sequence[StoredTensor]) -> ParameterSpec:
     rows = [(s.shape[0] if p.stop is None else p.stop) - p.start for p, s in zip(spec.pieces, stored, strict=True)]
-    nbytes = sum(s.format.nbytes(s, count) for s, count in zip(stored, rows, strict=True))
-    transient = stored[0].format.transient(stored[0].kind, spec.shape, torch.bfloat16)
-    return replace(spec, stored_bytes=nbytes, transient=transient)
+    first = stored[0]
+    # Pieces of one kind become one weight: a scale that is of the whole weight is held once.
+    nbytes = first.format.nbytes(first, sum(rows))
+    return replace(spec, stored_bytes=nbytes, transient=first.format.transient(first.kind, spec.shape, torch.bfloat16))
 
 
 def invisible_arguments(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -112,7 +153,14 @@ def invisible_arguments(config: Mapping[str, Any], names: Sequence[str]) -> dict
 
 
 def alike(value: Any) -> Any:
-    """``value`` such that equal meanings are equal: lists for tuples, floats for whole numbers."""
+    """``value`` such that equal meanings are equal: lists for tuples, floats for whole numbers.
+
+    Raises:
+        CheckpointCorrupt: a number without bounds.
+    """
     if isinstance(value, (list, tuple)):
         return [alike(item) for item in value]
-    return float(value) if isinstance(value, (int, float)) else value
+    try:
+        return float(value) if isinstance(value, (int, float)) else value
+    except OverflowError as error:
+        raise CheckpointCorrupt("A model's configuration has a number beyond all that can be meant.") from error
