@@ -59,16 +59,8 @@ def config_from_shapes(tensors: Mapping[str, TensorInfo], prefix: str, bfl: bool
             raise CheckpointCorrupt(f"A FLUX.2 transformer whose {info.name} has the shape {list(info.shape)}.")
         return info.shape
 
-    def count(stack: str) -> int:
-        start = len(prefix) + len(stack) + 1
-        indices = {n[start:].partition(".")[0] for n in tensors if n.startswith(f"{prefix}{stack}.")}
-        blocks = 1 + max((int(i) for i in indices if re.fullmatch("[0-9]{1,6}", i)), default=-1)
-        if blocks > len(indices):
-            raise CheckpointCorrupt(f"A FLUX.2 transformer with {len(indices)} of {blocks} {stack}.")
-        return blocks
-
     stacks = ("double_blocks", "single_blocks") if bfl else ("transformer_blocks", "single_transformer_blocks")
-    doubles, singles = count(stacks[0]), count(stacks[1])
+    doubles, singles = (_blocks(tensors, prefix, stack) for stack in stacks)
     width, channels = shape("x_embedder.weight")
     block = "transformer_blocks.0.attn.norm_q.weight" if doubles else "single_transformer_blocks.0.attn.norm_q.weight"
     (head,) = shape(block, 1)
@@ -95,3 +87,12 @@ def config_from_shapes(tensors: Mapping[str, TensorInfo], prefix: str, bfl: bool
         "eps": 1e-6,
         "guidance_embeds": guided in tensors,
     }
+
+
+def _blocks(tensors: Mapping[str, TensorInfo], prefix: str, stack: str) -> int:
+    start = len(prefix) + len(stack) + 1
+    indices = {n[start:].partition(".")[0] for n in tensors if n.startswith(f"{prefix}{stack}.")}
+    blocks = 1 + max((int(i) for i in indices if re.fullmatch("[0-9]{1,6}", i)), default=-1)
+    if blocks > len(indices):
+        raise CheckpointCorrupt(f"A FLUX.2 transformer with {len(indices)} of {blocks} {stack}.")
+    return blocks

@@ -6,6 +6,7 @@ looks at.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -66,7 +67,10 @@ class Fp8RowFormat(WeightFormat):
             if inputs is not None and inputs.dtype == "F32" and inputs.shape in SCALAR:
                 # diffusers leaves it aside.
                 markers.add(inputs.name)
-        return Claim(tensors, frozenset(markers), config=bfl_config(header)) if tensors else Claim()
+        if not tensors:
+            return Claim()
+        _refuse_without_scales(header, tensors)
+        return Claim(tensors, frozenset(markers), config=bfl_config(header))
 
     def in_memory(self, stored: StoredTensor, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:
         """As in the file."""
@@ -135,3 +139,20 @@ def multiplied(x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     )
     made = made.reshape(*x.shape[:-1], codes.shape[0]).to(x.dtype)
     return made if bias is None else made + bias
+
+
+def _refuse_without_scales(header: Header, scaled: Mapping[str, StoredTensor]) -> None:
+    """Nothing names this format: where some matrices have scales, one without has lost them.
+
+    Raises:
+        CheckpointCorrupt: names the first.
+    """
+    marked = marked_layers(header).layers
+    for name, info in header.tensors.items():
+        layer = name.removesuffix(".weight")
+        bare = info.dtype == E4M3 and len(info.shape) == 2 and name not in scaled and layer != name
+        if bare and layer not in marked and f"{layer}{_SUFFIX}" not in header.tensors:
+            raise CheckpointCorrupt(
+                f"{header.path}: {name} is in 8-bit floats without scales, where {min(scaled)} has one for each row.",
+                hint="copy or download it again; a file in one format",
+            )

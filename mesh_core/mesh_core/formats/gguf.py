@@ -66,7 +66,10 @@ class GgufFormat(WeightFormat):
                 hint="the same model, quantised by a tool of today",
             )
         claim = Claim({info.name: self._stored(header, info) for info in quantised})
-        ggml.require()
+        try:
+            ggml.require()
+        except CheckpointUnrecognised as error:
+            raise CheckpointUnrecognised(f"{header.path}: {error.message}", hint=error.hint) from error
         return claim
 
     def in_memory(self, stored: StoredTensor, parts: Parts, start: int, stop: int) -> dict[str, Tensor]:

@@ -119,7 +119,10 @@ class WeightReader:
                 role: self._rows([info], [(start, stop)] if role in stored.format.rows_in_file else [_all(info)])
                 for role, info in stored.parts.items()
             }
-            pieces.append(stored.format.in_memory(stored, parts, start, stop))
+            try:
+                pieces.append(stored.format.in_memory(stored, parts, start, stop))
+            except CheckpointCorrupt as error:
+                raise CheckpointCorrupt(f"{self.header.path.name}: {error.message}", hint=error.hint) from error
         assert stored is not None, spec
         format, kind = stored.format, stored.kind
         joined = pieces[0] if len(pieces) == 1 else format.join(pieces)

@@ -34,6 +34,9 @@ _HEAD = 2 * _PAGE
 
 _LARGEST = 4 << 30
 _TRIES, _PAUSE = 100, 1e-3
+_OS: Any = os
+"""Some of it is Linux's alone."""
+
 _NAME = "comfyui-mesh"
 
 Bytes = NDArray[np.uint8]
@@ -86,7 +89,7 @@ class SharedMemory:
             os.ftruncate(descriptor, _HEAD + 2 * room)
             fcntl = system.fcntl
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            os.posix_fallocate(descriptor, 0, _HEAD)
+            _OS.posix_fallocate(descriptor, 0, _HEAD)
             made = cls(descriptor, room)
         except BaseException:
             os.close(descriptor)
@@ -108,11 +111,11 @@ class SharedMemory:
         # Looked at before it is opened: opening a pipe or a device may wait or do something.
         if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
             raise WireMalformed(f"File {number} of process {maker} is no memory of the mesh.")
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDWR | _OS.O_CLOEXEC | _OS.O_NONBLOCK)
         try:
             state, fcntl = os.fstat(descriptor), system.fcntl
             sealed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-            if state.st_uid != os.geteuid():
+            if state.st_uid != _OS.geteuid():
                 raise WireMalformed("The memory is another user's.")
             if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & sealed != sealed or state.st_size != _HEAD + 2 * room:
                 raise WireMalformed("The memory has another size than was said, or one that can change.")
@@ -125,7 +128,7 @@ class SharedMemory:
         """Have the system set aside these bytes of an area; false if it has none left, which would end the process
         that writes to them."""
         try:
-            os.posix_fallocate(self._descriptor, _HEAD + direction * self.room + start, stop - start)
+            _OS.posix_fallocate(self._descriptor, _HEAD + direction * self.room + start, stop - start)
         except OSError:
             return False
         return True
