@@ -25,8 +25,8 @@ PUBLIC: Mapping[str, str] = {
         Piece Role Stage State StoredTensor TensorInfo WeightFormat WeightReader read_header
     """,
     "mesh_core.model.adapting": """
-        COMPUTED_TYPES PREFIXES describe_parameters diffusers_class find_naming full_config invisible_arguments
-        refuse_attention_arguments restore_strides scope_in_stacks unusual_strides
+        COMPUTED_TYPES LARGEST_SIZE PREFIXES check_sizes describe_parameters diffusers_class find_naming
+        full_config invisible_arguments refuse_attention_arguments restore_strides scope_in_stacks unusual_strides
     """,
     "mesh_core.programs.comfy": """
         ComfySide Expected HandOver RemotePart hand_over_at intercepted

@@ -183,7 +183,7 @@ def with_another_parameter(model: Any) -> None:
         (with_weight(lambda w: nn.Parameter(w.to(torch.int8), requires_grad=False)), "to_out.weight as I8"),
         (
             with_weight(lambda w: nn.Parameter(w.to(torch.float8_e4m3fn), requires_grad=False)),
-            "to_out.weight is torch",
+            "to_out.weight is held as torch",
         ),
         (with_weight(lambda w: nn.Parameter(w.to("meta"), requires_grad=False)), "to_out.weight holds no data"),
         (with_a_buffer_beside_it, "to_out.extra beside the weights of that layer"),
