@@ -41,7 +41,7 @@ def _multiplied(checkpoint: Checkpoint, model: Any) -> dict[str, set[bool]]:
     """By label of a stored weight, whether layers with such weights quantise their inputs."""
     found: dict[str, set[bool]] = {}
     for parameter in checkpoint.spec.parameters.values():
-        if "/" in parameter.dtype:
+        if parameter.in_a_format:
             for piece in parameter.pieces:
                 layer = model.diffusion_model.get_submodule(piece.tensor.rpartition(".")[0])
                 found.setdefault(parameter.dtype, set()).add(_multiplies(layer))

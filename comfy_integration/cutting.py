@@ -170,7 +170,7 @@ def _opened(source: WeightSource, placement: Placement, options: SessionOptions,
         placement.close()
         raise
     placement.close()
-    if mismatch is not None and any("/" in dtype for dtype in source.checkpoint.spec.dtypes):
+    if mismatch is not None and any(p.in_a_format for p in source.checkpoint.spec.parameters.values()):
         # The loader may have made them: what it rounds to fp8 is in no file.
         hint = "the loader's weight_dtype 'default', and the same quantised file on all machines"
         raise CheckpointMismatch(mismatch.message, hint=hint) from mismatch

@@ -93,7 +93,7 @@ class _Weights:
     def __call__(self, name: str) -> Tensor:
         """On the CPU; a `StoredWeight` if it is stored in a format."""
         parameter = self.checkpoint.spec.parameters[name]
-        if "/" in parameter.dtype:
+        if parameter.in_a_format:
             return stored_weight(parameter, self.checkpoint.header, self._tensor, torch.float32)
         pieces = [self.held(p.tensor).detach()[p.start : p.stop].cpu() for p in parameter.pieces]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -150,7 +150,7 @@ def _files_like(spec: ModelSpec) -> Iterator[Checkpoint]:
 
 def _stored(spec: ModelSpec) -> dict[str, str]:
     """The parameters that are stored in a format, with its label: they are what they are in memory and in files."""
-    return {name: p.dtype for name, p in spec.parameters.items() if "/" in p.dtype}
+    return {name: p.dtype for name, p in spec.parameters.items() if p.in_a_format}
 
 
 def _as_in_files(spec: ModelSpec) -> Iterator[ModelSpec]:
@@ -197,7 +197,7 @@ def _from_wider_files(spec: ModelSpec, weights: _Weights, known: _Known) -> Iter
         return
     for found in _files_like(spec):
         reader = WeightReader(found.header)
-        wider = all("/" in p.dtype or _itemsize(p) >= _itemsize(spec.parameters[n]) for n, p in _parameters(found))
+        wider = all(p.in_a_format or _itemsize(p) >= _itemsize(spec.parameters[n]) for n, p in _parameters(found))
         if not wider or found.spec.dtypes == spec.dtypes:
             continue
         key = repr(sorted(found.header.stamps.items()))
@@ -225,4 +225,4 @@ def _itemsize(parameter: ParameterSpec) -> int:
 
 def _numbers(reader: WeightReader, parameter: ParameterSpec, dtype: torch.dtype) -> Tensor:
     """A file's parameter as plain numbers."""
-    return reader.read_stored(parameter, dtype).dense() if "/" in parameter.dtype else reader.read(parameter).to(dtype)
+    return reader.read_stored(parameter, dtype).dense() if parameter.in_a_format else reader.read(parameter).to(dtype)

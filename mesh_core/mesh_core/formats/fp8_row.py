@@ -18,7 +18,7 @@ from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.companions import SCALAR
 from mesh_core.formats.float8 import E4M3, E4M3_MAX, checked_codes, checked_scales
 from mesh_core.formats.markers import bfl_config, marked_layers
-from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat, refuse_arithmetic
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat, check_arithmetic
 
 DEQUANT = "diffusers/fp8r-dequant"
 """In float32, rounded once."""
@@ -115,9 +115,7 @@ class Fp8RowFormat(WeightFormat):
         way, made_in = way_and_type(self, kind, arithmetic, (DEQUANT, MATMUL), x.dtype, x.device)
         if way != MATMUL or x.dtype != made_in or any(size % _MULTIPLE for size in shape):
             return super().linear(x, parts, kind, shape, bias, arithmetic)
-        here = self.arithmetics(kind, x.dtype, x.device)
-        if arithmetic not in here:
-            raise refuse_arithmetic(self, kind, arithmetic, here)
+        check_arithmetic(self, kind, arithmetic, x.dtype, x.device)
         return multiplied(x, parts, bias)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -19,7 +19,7 @@ from mesh_core.formats import float8, fp8_scaled_layouts, fused
 from mesh_core.formats.arithmetic import in_type, way_and_type
 from mesh_core.formats.float8 import E4M3, E4M3_MAX, E5M2, checked_codes, checked_scales
 from mesh_core.formats.fp8_scaled_layouts import FULL
-from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat, refuse_arithmetic
+from mesh_core.model.stored import Claim, Header, Parts, StoredTensor, WeightFormat, check_arithmetic
 
 DEQUANT = "kitchen/fp8-dequant"
 DEQUANT_ONCE = "kitchen-cuda/fp8-dequant"
@@ -107,9 +107,7 @@ class Fp8ScaledFormat(WeightFormat):
         way, made_in = way_and_type(self, kind, arithmetic, _DEQUANT_OF, x.dtype, x.device)
         if way not in (MATMUL, MATMUL_ONCE) or x.dtype != made_in or x.dim() not in (2, 3):
             return super().linear(x, parts, kind, shape, bias, arithmetic)
-        here = self.arithmetics(kind, x.dtype, x.device)
-        if arithmetic not in here:
-            raise refuse_arithmetic(self, kind, arithmetic, here)
+        check_arithmetic(self, kind, arithmetic, x.dtype, x.device)
         return multiplied(x, parts, bias, way)
 
     def transient(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:

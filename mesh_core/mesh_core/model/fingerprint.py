@@ -117,7 +117,7 @@ def _hash_files(
     done = 0
     reader = WeightReader(header)
     for name, spec in sorted(parameters.items(), key=lambda item: header.place(item[1].pieces[0].tensor)):
-        if "/" in spec.dtype:
+        if spec.in_a_format:
             yield name, spec, of_tensor(reader.read_stored(spec, torch.bfloat16))
             done += sum(infos[piece.tensor].nbytes for piece in spec.pieces)
             if progress is not None:

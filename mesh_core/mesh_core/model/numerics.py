@@ -85,7 +85,7 @@ def with_loras(arithmetic: Mapping[str, str], loras: str = BESIDE) -> tuple[tupl
 
 def labels_of(parameters: Iterable[ParameterSpec]) -> list[str]:
     """The labels of those that are stored in a format and not as their numbers, sorted."""
-    return sorted({p.dtype for p in parameters if "/" in p.dtype})
+    return sorted({p.dtype for p in parameters if p.in_a_format})
 
 
 def _first(label: str, dtype: torch.dtype, device: torch.device, formats: Mapping[str, WeightFormat]) -> str:

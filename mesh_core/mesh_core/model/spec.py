@@ -58,6 +58,11 @@ class ParameterSpec:
     stored_bytes: int | None = None
     transient: int = 0
 
+    @property
+    def in_a_format(self) -> bool:
+        """Whether the file holds it in a format (`mesh_core.model.stored`) and not as its numbers."""
+        return "/" in self.dtype
+
     def nbytes(self, itemsize: int) -> int:
         """Bytes that it takes in the memory of a stage; ``itemsize`` is that of the type that the stage computes in."""
         return self.elements * itemsize if self.stored_bytes is None else self.stored_bytes
@@ -65,7 +70,7 @@ class ParameterSpec:
     @property
     def whole_numbers(self) -> torch.dtype | None:
         """Its type if it holds no fractions: such a buffer keeps it, whatever the stage computes in."""
-        found = None if "/" in self.dtype else from_safetensors(self.dtype).torch
+        found = None if self.in_a_format else from_safetensors(self.dtype).torch
         return None if found is None or found.is_floating_point else found
 
     @property

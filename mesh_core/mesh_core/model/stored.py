@@ -213,6 +213,15 @@ def format_of(label: str, formats: Mapping[str, WeightFormat]) -> tuple[WeightFo
     return formats[name], kind
 
 
+def check_arithmetic(format: WeightFormat, kind: str, wanted: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises:
+    CheckpointUnrecognised: this machine does not have that way of computing.
+    """
+    here = format.arithmetics(kind, dtype, device)
+    if wanted not in here:
+        raise refuse_arithmetic(format, kind, wanted, here)
+
+
 def refuse_arithmetic(format: WeightFormat, kind: str, wanted: str, here: Sequence[str]) -> CheckpointUnrecognised:
     """The error for a way of computing that this machine does not have."""
     return CheckpointUnrecognised(

@@ -24,9 +24,6 @@ from mesh_core.model.stored import TensorInfo
 from mesh_core.model.stored_weight import StoredWeight
 from mesh_core.model.tensors import stored_place
 
-_EXPONENTS = getattr(torch, "float8_e8m0fnu", None)
-"""Torch's type of scales that are exponents alone."""
-
 _Held = TypeVar("_Held", bound=Tensor)
 
 
@@ -87,7 +84,7 @@ class WeightReader:
 
     def _on(self, device: torch.device, name: str, spec: ParameterSpec, numerics: Numerics) -> nn.Parameter:
         dtype = numerics.dtype_of(name, spec)
-        if "/" not in spec.dtype:
+        if not spec.in_a_format:
             data = self.read(spec).to(device, dtype)
         else:
             stored = self.read_stored(spec, dtype, numerics.arithmetic_of(spec)).on(device)
@@ -137,7 +134,7 @@ class WeightReader:
         if first.name in self.header.values:
             return self._held_rows(infos, rows, shape)
         count = sum(stop - start for start, stop in rows)
-        made = torch.empty(shape or (count, *first.shape[1:])[: max(len(first.shape), 0)], dtype=_type_of(first))
+        made = torch.empty(shape or (count, *first.shape[1:])[: len(first.shape)], dtype=_type_of(first))
         target, filled = bytes_of(made), 0
         for info, (start, stop) in zip(infos, rows, strict=True):
             row_bytes = info.nbytes // info.shape[0] if info.shape and info.shape[0] else info.nbytes
@@ -157,7 +154,7 @@ class WeightReader:
         self, infos: Sequence[TensorInfo], rows: Sequence[tuple[int, int]], shape: tuple[int, ...] | None
     ) -> Tensor:
         held = [self.header.values[info.name].detach() for info in infos]
-        held = [t.view(torch.uint8) if t.dtype == _EXPONENTS else t for t in held]
+        held = [exponents_as_bytes(t) for t in held]
         pieces = [t[start:stop] if t.dim() else t for t, (start, stop) in zip(held, rows, strict=True)]
         made = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return made if shape is None else made.reshape(shape)
@@ -174,6 +171,11 @@ def _all(info: TensorInfo) -> tuple[int, int]:
 def _type_of(info: TensorInfo) -> torch.dtype:
     # Scales that are exponents alone have no type in the table: their bytes are what counts.
     return torch.uint8 if info.dtype == "F8_E8M0" else from_safetensors(info.dtype).torch
+
+
+def exponents_as_bytes(tensor: Tensor) -> Tensor:
+    """Scales that are exponents alone as the bytes that files give; any other tensor as it is."""
+    return tensor.view(torch.uint8) if tensor.dtype == getattr(torch, "float8_e8m0fnu", None) else tensor
 
 
 def moved(parameter: _Held, device: torch.device) -> _Held:

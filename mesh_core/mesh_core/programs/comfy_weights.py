@@ -19,7 +19,7 @@ from mesh_core.errors import CheckpointUnrecognised
 from mesh_core.model.checkpoint import CheckpointHeader
 from mesh_core.model.spec import ParameterSpec
 from mesh_core.model.stored_weight import StoredWeight
-from mesh_core.model.weights import WeightReader
+from mesh_core.model.weights import WeightReader, exponents_as_bytes
 from mesh_core.plugins.registry import Plugins
 from mesh_core.programs.in_memory import header_in_memory
 
@@ -36,7 +36,7 @@ def header_of_tensors(tensors: Mapping[str, Tensor], plugins: Plugins) -> Checkp
     Raises:
         CheckpointUnrecognised: a tensor of another class than torch's own, which no format knows.
     """
-    listed = {name: tensor.view(torch.uint8) if _is_exponents(tensor) else tensor for name, tensor in tensors.items()}
+    listed = {name: exponents_as_bytes(tensor) for name, tensor in tensors.items()}
     return header_in_memory(listed, MEMORY, plugins)
 
 
@@ -109,7 +109,3 @@ class _OnTheCpu(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._header.tensors)
-
-
-def _is_exponents(tensor: Tensor) -> bool:
-    return tensor.dtype == getattr(torch, "float8_e8m0fnu", None)

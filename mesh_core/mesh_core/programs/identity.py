@@ -109,5 +109,5 @@ def file_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type of most of a checkpoint's weights; stored ones are computed with in bfloat16."""
     sizes: Counter[str] = Counter()
     for parameter in checkpoint.spec.parameters.values():
-        sizes["BF16" if "/" in parameter.dtype else parameter.dtype] += parameter.elements
+        sizes["BF16" if parameter.in_a_format else parameter.dtype] += parameter.elements
     return from_safetensors(sizes.most_common(1)[0][0]).torch

@@ -80,7 +80,7 @@ def checkpoint_of(runner: SplitRunner) -> Checkpoint:
 
 def _same(reader: WeightReader, spec: ParameterSpec, here: Tensor) -> bool:
     """Stored weights are the same where their parts are."""
-    if "/" not in spec.dtype:
+    if not spec.in_a_format:
         return not isinstance(here, StoredWeight) and _same_bits(reader.read(spec).to(here.dtype), here)
     there = reader.read_stored(spec, here.dtype)
     if not isinstance(here, StoredWeight):

@@ -16,7 +16,7 @@ from mesh_core.errors import CheckpointUnrecognised, PlanError, WireMalformed
 from mesh_core.model.library import Checkpoint
 from mesh_core.model.numerics import LORA, LORA_ARITHMETICS, Numerics, labels_of, with_loras
 from mesh_core.model.spans import BlockSpan
-from mesh_core.model.stored import WeightFormat, format_of, refuse_arithmetic
+from mesh_core.model.stored import WeightFormat, check_arithmetic, format_of
 from mesh_core.plugins.registry import Plugins
 
 
@@ -65,10 +65,8 @@ def numerics_of(
     agreed: dict[str, str] = {}
     for label in labels_of(parameters.values()):
         found, kind = format_of(label, formats)
-        agreed[label] = wanted = _said(message, label)
-        possible = found.arithmetics(kind, dtype, device)
-        if wanted not in possible:
-            raise refuse_arithmetic(found, kind, wanted, possible)
+        agreed[label] = _said(message, label)
+        check_arithmetic(found, kind, agreed[label], dtype, device)
     computed = None if message.computed is None else tuple(sorted(message.computed.items()))
     if not agreed:
         return Numerics(dtype, others, (), computed)
